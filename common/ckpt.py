@@ -1,0 +1,306 @@
+"""Checkpoints: what they hold, how they are written so that no crash loses one, how they are read without trust.
+
+A checkpoint is `torch.save` of plain Python types and tensors, so that it loads with `weights_only=True`, the only
+way this project loads anything. Keys: model, ema, optimizer, scaler, epoch (that the weights belong to, from 1),
+global_step, batch (batches done in the epoch), args, exp_name, timestamp (UTC), train_loss, val_loss, best, format.
+A checkpoint without `val_loss` was saved within its epoch: it is partial, and is replaced when the epoch ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import uuid
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import IO, Any
+
+from common.error_codes import BAD_CHECKPOINT, Exit
+
+FORMAT = 1
+NAME = "checkpoint_epoch_{epoch:06d}.pt"
+_NAME = re.compile(r"checkpoint_epoch_(\d{6,})\.pt")
+LATEST, BEST = "latest.pt", "best.pt"
+MODEL_TYPES = ("ae-mlp", "ae-conv", "lddpm", "ddpm")
+
+State = dict[str, Any]
+Warn = Callable[[str], None]
+
+
+class UnreadableCheckpoint(Exit):
+    """The file is missing, damaged, or not a checkpoint of this project."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(BAD_CHECKPOINT, f"{path}: {reason}")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def atomic_write(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it over `path`.
+
+    Whatever interrupts this leaves the old file whole. Raises OSError if the disk is full, read-only or gone.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"  # no reader's pattern matches this
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except RuntimeError as error:  # how torch reports a failing write
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the folder's own entries, so that a rename survives a power cut (a no-op where that is not possible)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save_checkpoint(path: str | Path, state: State) -> None:
+    """Write `state` to `path` atomically. Raises OSError if it cannot; an earlier file at `path` then stays whole."""
+    import torch
+
+    atomic_write(path, lambda file: torch.save(state, file))
+
+
+def link(target: Path, name: str) -> None:
+    """Make `name`, beside `target`, a relative symlink to it (a copy where symlinks are not allowed)."""
+    temporary = target.parent / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        os.symlink(target.name, temporary)
+    except OSError:
+        shutil.copyfile(target, temporary)
+    os.replace(temporary, target.parent / name)
+
+
+def save_checkpoint_and_link_latest(folder: str | Path, state: State) -> Path:
+    """Save `state` as `folder`/checkpoint_epoch_NNNNNN.pt and point latest.pt (and best.pt, if it is) to it.
+
+    Returns the file's path. Raises OSError like `save_checkpoint`.
+    """
+    path = Path(folder) / NAME.format(epoch=state["epoch"])
+    save_checkpoint(path, state)
+    link(path, LATEST)
+    if is_complete(state) and (state.get("best") or {}).get("epoch") == state["epoch"]:
+        link(path, BEST)
+    return path
+
+
+def prune(folder: str | Path, *, keep_every: int, best_epoch: int | None) -> None:
+    """Remove the checkpoints that only served until a newer one was safe: all but every `keep_every`-th epoch's, the
+    best and the newest."""
+    for epoch, path in run_checkpoints(folder)[1:]:
+        if epoch % keep_every and epoch != best_epoch:
+            path.unlink(missing_ok=True)
+
+
+def set_aside(folder: str | Path, after: int) -> list[Path]:
+    """Rename the checkpoints of epochs later than `after`, so that training on from there overwrites nothing.
+
+    Also removes temporary files that a killed save left. Returns the new names.
+    """
+    renamed = []
+    for epoch, path in run_checkpoints(folder):
+        if epoch > after:
+            renamed.append(path.rename(path.with_name(f"{path.name}.aside-{uuid.uuid4().hex[:8]}")))
+    for leftover in Path(folder).glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    return renamed
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: str | Path, *, verify: bool = True) -> Any:
+    """`torch.load(weights_only=True)` of a file whose zip checksums were verified first (torch does not look at them).
+
+    With verify=False tensors stay on disk until they are used: a quick look at the rest.
+    Raises UnreadableCheckpoint with a reason in one line.
+    """
+    import pickle
+
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise UnreadableCheckpoint(path, "is a folder, not a file" if path.is_dir() else "no such file")
+    if path.stat().st_size == 0:
+        raise UnreadableCheckpoint(path, "the file is empty")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if verify and (damaged := archive.testzip()):
+                raise UnreadableCheckpoint(path, f"damaged: the checksum of its part {damaged!r} is wrong")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=not verify)
+    except pickle.UnpicklingError:
+        raise UnreadableCheckpoint(path, "holds more than tensors and plain types; nothing of it was run") from None
+    except zipfile.BadZipFile:
+        raise UnreadableCheckpoint(path, "truncated, or not a PyTorch file") from None
+    except Exit:
+        raise
+    except Exception as error:  # a damaged zip or pickle can raise anything; the reason goes to the user
+        raise UnreadableCheckpoint(path, f"cannot be read ({type(error).__name__}: {error})".splitlines()[0]) from None
+
+
+def read_checkpoint(path: str | Path, *, verify: bool = True) -> State:
+    """The state in one of this project's checkpoints, on the CPU. Raises UnreadableCheckpoint."""
+    state = read_file(path, verify=verify)
+    wanted = {"model", "args", "epoch", "exp_name", "format"}
+    if not isinstance(state, dict) or not wanted <= state.keys():
+        raise UnreadableCheckpoint(path, "a PyTorch file, but not a checkpoint of this project")
+    if state["format"] != FORMAT:
+        raise UnreadableCheckpoint(path, f"has format {state['format']}, this version reads {FORMAT}")
+    return state
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    model: Any = None,
+    ema: Any = None,
+    optimizer: Any = None,
+    scaler: Any = None,
+) -> State:
+    """Read the checkpoint at `path` (a file, a run's folder, or FOLDER/best) and restore the objects given.
+
+    Returns the whole state. Raises UnreadableCheckpoint, also if its weights do not fit `model`.
+    """
+    path = resolve_checkpoint(path)
+    state = read_checkpoint(path)
+    for name, target in {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}.items():
+        if target is not None and state.get(name) is not None:
+            try:
+                target.load_state_dict(state[name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise UnreadableCheckpoint(path, f"its {name} does not fit: {str(error).splitlines()[0]}") from None
+    return state
+
+
+def is_complete(state: State) -> bool:
+    """Was this saved at the end of its epoch (not within it)?"""
+    return state.get("val_loss") is not None
+
+
+def infer_model_from_checkpoint(source: str | Path | State) -> str:
+    """ "ae-mlp", "ae-conv", "lddpm" or "ddpm", from a checkpoint's path or its state.
+
+    The short forms "mlp" and "conv" are understood too. Raises UnreadableCheckpoint if none of them is recorded.
+    """
+    state = source if isinstance(source, dict) else read_checkpoint(resolve_checkpoint(source), verify=False)
+    recorded = str(state["args"].get("model"))
+    model = f"ae-{recorded}" if recorded in ("mlp", "conv") else recorded
+    if model not in MODEL_TYPES:
+        raise UnreadableCheckpoint(
+            source if not isinstance(source, dict) else state["exp_name"], f"unknown model type {recorded!r}"
+        )
+    return model
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def run_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
+    """(epoch, path) of the checkpoint files directly in `folder`, newest epoch first."""
+    folder = Path(folder)
+    found = [(int(match[1]), path) for path in folder.glob("*.pt") if (match := _NAME.fullmatch(path.name))]
+    return sorted(found, reverse=True)
+
+
+def newest_readable(folder: str | Path, warn: Warn, *, verify: bool = True) -> tuple[Path, State] | None:
+    """The newest checkpoint of a run that can be read; every one passed over is named through `warn`."""
+    for _, path in run_checkpoints(folder):
+        try:
+            return path, read_checkpoint(path, verify=verify)
+        except UnreadableCheckpoint as error:
+            warn(f"passing over {error}")
+    return None
+
+
+def _runs_newest_first(directory: str | Path, pattern: str, warn: Warn) -> Iterator[tuple[Path, Path]]:
+    """(run folder, newest checkpoint) of the runs named like `pattern`, by the time that checkpoint recorded."""
+    runs = []
+    for folder in Path(directory).glob("*/"):
+        if fnmatchcase(folder.name, pattern) and (found := newest_readable(folder, warn, verify=False)):
+            path, state = found
+            runs.append((str(state.get("timestamp")), folder.name, folder, path))
+    for _, _, folder, path in sorted(runs, reverse=True):
+        yield folder, path
+
+
+def find_latest_checkpoint(directory: str | Path, prefix: str = "", warn: Warn = lambda _: None) -> Path | None:
+    """The newest checkpoint of all runs below `directory` whose names begin with `prefix` (`*` matches anything).
+
+    Newest by the time recorded inside, not by mtime, which copying a tree rewrites. None if there is none.
+    """
+    return next((path for _, path in _runs_newest_first(directory, prefix + "*", warn)), None)
+
+
+def resolve_checkpoint(path: str | Path, warn: Warn = lambda _: None) -> Path:
+    """The file that a user's `path` means: itself, a run folder's newest readable checkpoint, or FOLDER/best.
+
+    Raises UnreadableCheckpoint if there is no such file.
+    """
+    path = Path(path)
+    if path.name in ("best", "latest") and not path.exists() and path.parent.is_dir():
+        path = path.with_name(f"{path.name}.pt")
+    if path.is_dir():
+        if found := newest_readable(path, warn):
+            return found[0]
+        raise UnreadableCheckpoint(path, "no readable checkpoint in this folder")
+    if not path.exists():
+        raise UnreadableCheckpoint(path, "no such file")
+    return path
+
+
+def resolve_resume_path(
+    resume: str | None, auto_resume: bool, directory: str | Path, prefix: str, warn: Warn = lambda _: None
+) -> Path | None:
+    """The checkpoint file to resume from, or None for a fresh start.
+
+    `--resume PATH` means that checkpoint; with `--auto-resume` beside it, the newest of PATH's run, so that a job
+    which is requeued with both goes on instead of back. `--auto-resume` alone means the newest run below `directory`
+    whose name begins with `prefix`. Raises UnreadableCheckpoint if `resume` names nothing readable.
+    """
+    if resume is None:
+        return find_latest_checkpoint(directory, prefix, warn) if auto_resume else None
+    path = resolve_checkpoint(resume, warn)
+    path = path.resolve() if path.is_symlink() else path  # latest.pt moves on; its target does not
+    newest = newest_readable(path.parent, warn) if auto_resume and _NAME.fullmatch(path.name) else None
+    return newest[0] if newest else path
+
+
+def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What is in a checkpoint, as plain types, without reading its tensors: see `python -m common.inspect_ckpt`."""
+    path = resolve_checkpoint(path)
+    state = read_checkpoint(path, verify=False)
+    tensors = {name: tensor for name, tensor in state["model"].items() if hasattr(tensor, "numel")}
+    return {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "model": infer_model_from_checkpoint(state),
+        "complete": is_complete(state),
+        **{key: state.get(key) for key in ("exp_name", "epoch", "batch", "global_step", "timestamp")},
+        **{key: state.get(key) for key in ("train_loss", "val_loss", "best", "args")},
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "keys": sorted(state),
+    }

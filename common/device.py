@@ -1,0 +1,103 @@
+"""Devices, seeds, threads and the output tree."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.error_codes import BAD_OUTPUT, NO_DEVICE, Exit
+from common.slurm import STOP_SIGNALS
+
+if TYPE_CHECKING:
+    import torch
+
+OUTPUT_FOLDERS = ("checkpoints", "samples", "runs", "logs")
+
+
+def get_device(name: str | None = None) -> torch.device:
+    """The device called `name` ("cuda", "cuda:1", "mps", "cpu"), or the best there is: CUDA, then MPS, then CPU.
+
+    Raises Exit(NO_DEVICE) if a named device does not exist; a wish is never quietly replaced by the CPU.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
+    if name is None:
+        return torch.device("cuda" if gpus else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise Exit(NO_DEVICE, f"--device {name}: no such kind of device; use cuda, cuda:N, mps or cpu") from None
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise Exit(NO_DEVICE, f"--device {name}: only cuda, mps and cpu are supported")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise Exit(NO_DEVICE, f"--device {name}: this machine offers {gpus} CUDA device(s); use --device cpu")
+    if device.type == "mps" and not mps:
+        raise Exit(NO_DEVICE, f"--device {name}: MPS is not available here; use --device cpu")
+    return device
+
+
+def set_threads() -> int:
+    """Use the cores this process may really use (Slurm's share, or the affinity mask); returns their number.
+
+    OMP_NUM_THREADS wins if it is set. Without this, torch on a shared node would start a thread for every core of
+    the machine and be slower for it.
+    """
+    import torch
+
+    if not os.environ.get("OMP_NUM_THREADS"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = os.environ.get("SLURM_CPUS_PER_TASK", "")
+        torch.set_num_threads(min(cores, int(share)) if share.isdigit() and int(share) else cores)
+    return torch.get_num_threads()
+
+
+def seed_everything(seed: int = 42) -> None:
+    """Seed torch (all devices), numpy and random. `seed` is in [0, 2**32)."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+set_seed = seed_everything
+
+
+def seed_worker(_worker_id: int) -> None:
+    """DataLoader `worker_init_fn`: seed numpy and random as torch seeded this worker, and leave signals to the parent.
+
+    A stop signal often goes to the whole process group; workers that died of it would take the batch being made with
+    them before the parent could save.
+    """
+    import numpy
+    import torch
+
+    seed = torch.initial_seed() % 2**32
+    random.seed(seed)
+    numpy.random.seed(seed)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_output_directories(outdir: str | Path) -> dict[str, Path]:
+    """Create `outdir`/{checkpoints,samples,runs,logs}; returns them by name.
+
+    Raises Exit(BAD_OUTPUT) if a folder cannot be made or written to.
+    """
+    folders = {name: Path(outdir) / name for name in OUTPUT_FOLDERS}
+    try:
+        for folder in folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:  # os.access says yes to root, even on a read-only disk
+                probe.write(b"x")
+    except OSError as error:
+        reason = f"{error.strerror or error} ({error.filename or outdir})"
+        raise Exit(BAD_OUTPUT, f"cannot write to output folder {outdir}: {reason}; choose another --outdir") from None
+    return folders

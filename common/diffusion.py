@@ -1,0 +1,150 @@
+"""The mathematics of DDPM (Ho et al. 2020), for tensors of any shape; the one reverse loop of the project.
+
+Timesteps are counted from 0 (least noise) to T - 1, so `alpha_bar[t]` is the paper's alpha_bar_{t+1}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from common.args import SAMPLERS
+from common.rng import generator
+
+
+class Schedules(NamedTuple):
+    """Float32 tensors of shape (T,)."""
+
+    beta: torch.Tensor
+    alpha: torch.Tensor
+    alpha_bar: torch.Tensor
+    sqrt_alpha_bar: torch.Tensor
+    sqrt_one_minus_alpha_bar: torch.Tensor
+
+    @property
+    def T(self) -> int:
+        return len(self.beta)
+
+
+def precompute_schedules(
+    T: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2, device: torch.device | str = "cpu"
+) -> Schedules:
+    """The linear schedule of Ho et al. 2020, section 4: computed in float64, stored as float32."""
+    beta = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+    alpha = 1 - beta
+    alpha_bar = alpha.cumprod(0)
+    exact = (beta, alpha, alpha_bar, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+    return Schedules(*(values.to(device, torch.float32) for values in exact))
+
+
+def _rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(B,) -> (B, 1, ..., 1), to scale the rows of `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def q_sample(x0: torch.Tensor, t: torch.Tensor, epsilon: torch.Tensor, schedules: Schedules) -> torch.Tensor:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) epsilon (Ho et al. 2020, equation 4).
+
+    x0, epsilon: (B, ...); t: (B,) int64 in [0, T). Returns (B, ...).
+    """
+    signal, noise = schedules.sqrt_alpha_bar[t], schedules.sqrt_one_minus_alpha_bar[t]
+    return _rows(signal, x0) * x0 + _rows(noise, x0) * epsilon
+
+
+def draw_timesteps(count: int, T: int, rng: torch.Generator) -> torch.Tensor:
+    """(count,) int64: uniform in [0, T), stratified so that a batch covers all noise levels evenly.
+
+    Each timestep is as likely as any other for a random row, but the loss of a batch varies less than with
+    independent draws (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1).
+    """
+    strata = (torch.arange(count) + torch.rand(count, generator=rng)) / count  # (count,) in [0, 1)
+    shuffled = strata[torch.randperm(count, generator=rng)]
+    return (shuffled * T).long().clamp_(max=T - 1)
+
+
+class ReverseStep(NamedTuple):
+    """x_{previous} = x_scale * x_t + epsilon_scale * epsilon + noise_scale * z, from timestep t."""
+
+    t: int
+    x_scale: float
+    epsilon_scale: float
+    noise_scale: float
+
+
+def reverse_steps(schedules: Schedules, steps: int | None = None, sampler: str = "ddpm") -> list[ReverseStep]:
+    """The reverse process as coefficients, from the noisiest step to the last.
+
+    "ddpm" is ancestral sampling with the posterior variance beta_tilde (Ho et al. 2020, equations 6, 7 and 11; their
+    first choice of sigma is beta, the other extreme); "ddim" is deterministic (Song et al. 2021, equation 12, with
+    eta 0; eta 1 is "ddpm"). `steps` < T visits an evenly spaced subset of the timesteps. The last step adds no noise.
+    """
+    T = schedules.T
+    steps = T if steps is None else steps
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must be from 1 to T = {T}, not {steps}")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
+    alpha_bar = (1 - schedules.beta.double().cpu()).cumprod(0)  # float64: 1 - alpha_bar cancels badly in float32
+    visited = (
+        torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long() if steps > 1 else torch.tensor([T - 1])
+    )
+    now = alpha_bar[visited]
+    before = torch.cat([alpha_bar[visited[1:]], torch.ones(1, dtype=torch.float64)])  # alpha_bar of the next stop
+    variance = (1 - before) / (1 - now) * (1 - now / before) * (sampler == "ddpm")
+    x_scale = (before / now).sqrt()
+    epsilon_scale = (1 - before - variance).clamp(min=0).sqrt() - x_scale * (1 - now).sqrt()
+    columns = zip(visited.tolist(), x_scale.tolist(), epsilon_scale.tolist(), variance.sqrt().tolist(), strict=True)
+    return [ReverseStep(*row) for row in columns]
+
+
+def noise_source(
+    seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
+) -> Callable[[int], torch.Tensor]:
+    """z(i): the standard normal noise of reverse step i (0 is x_T itself), a function of (seed, i) on every device."""
+    return lambda index: torch.randn(shape, generator=generator(seed, "sample", index)).to(device)
+
+
+@torch.no_grad()
+def sample(
+    predict_epsilon: Callable[[torch.Tensor, int], torch.Tensor],
+    noise: Callable[[int], torch.Tensor],
+    plan: list[ReverseStep],
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Run the reverse process. Returns x_0 of the shape that `noise` draws, not clamped.
+
+    predict_epsilon(x (B, ...), t) -> epsilon (B, ...). noise(0) is x_T, noise(i) the z of step i. plan: from
+    `reverse_steps`. callback(steps_left, x) is called with x_T and then after every step, x_0 last: for pictures of
+    the process, and to stop (by raising).
+    """
+    x = noise(0)
+    for done, step in enumerate(plan):
+        if callback is not None:
+            callback(len(plan) - done, x)
+        x = step.x_scale * x + step.epsilon_scale * predict_epsilon(x, step.t)
+        if step.noise_scale:
+            x = x + step.noise_scale * noise(done + 1)
+    if callback is not None:
+        callback(0, x)
+    return x
+
+
+def guided(predict: Callable[..., torch.Tensor], labels: torch.Tensor, null_label: int, scale: float) -> Callable:
+    """Classifier-free guidance (Ho & Salimans 2022): epsilon_null + scale * (epsilon_label - epsilon_null).
+
+    predict(x (B, ...), t, labels (B,)) -> epsilon. scale 1 is plain conditional sampling, at the cost of one
+    evaluation a step; 0 is unconditional.
+    """
+    nulls = torch.full_like(labels, null_label)
+    if scale in (0.0, 1.0):
+        chosen = labels if scale else nulls
+        return lambda x, t: predict(x, t, chosen)
+    both = torch.cat([labels, nulls])
+
+    def predict_guided(x: torch.Tensor, t: int) -> torch.Tensor:
+        with_label, without = predict(torch.cat([x, x]), t, both).chunk(2)
+        return torch.lerp(without, with_label, scale)
+
+    return predict_guided

@@ -1,0 +1,54 @@
+"""Exit codes, and the one exception that carries them to the shell.
+
+Every foreseen way to fail raises `Exit`; `run_main` turns it into one line on stderr and the process's exit code.
+CLAUDE.md lists what each code means to a user.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+OK = 0
+USAGE = 2  # argparse's own
+MODEL_MISMATCH = 3
+NO_MODEL_SPECIFIED = 4
+NO_AE_CHECKPOINT = 5
+BAD_CHECKPOINT = 6
+BAD_OUTPUT = 7
+NO_DEVICE = 8
+NO_DATA = 9
+NON_FINITE_LOSS = 10
+STOPPED_EARLY = 11
+SAVE_FAILED = 12
+RUN_LOCKED = 13
+INTERRUPTED = 130  # what shells use for a second Ctrl-C
+
+
+class Exit(Exception):
+    """End the program with `code` after showing `message` as one line (code 0: a note, not a fault)."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.shown = False  # the session sets this once its log has shown the message
+
+
+def run_main(main: Callable[[], None]) -> int:
+    """Run a script's main; return its exit code, having shown an `Exit` that nobody showed yet."""
+    from common import emoji
+
+    try:
+        main()
+    except Exit as end:
+        if not end.shown:
+            symbol = emoji.error if end.code else emoji.ok
+            print(f"{symbol} {end}", file=sys.stderr if end.code else sys.stdout)
+        return end.code
+    except KeyboardInterrupt:
+        print(f"{emoji.error} interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `… | head` has seen enough; keep Python from complaining again at shutdown
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return OK

@@ -1,0 +1,118 @@
+"""One update path: everything that changes when a batch is learned, and its state for the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+LossFn = Callable[..., "torch.Tensor"]
+
+
+def learning_rate(step: int, total: int, base: float, scheduler: str, warmup: int = 0) -> float:
+    """The learning rate of step `step` of `total` (from 0): a pure function, so a resume has nothing to restore.
+
+    scheduler: "none" (constant), "cosine" (to zero; Loshchilov & Hutter 2017, without restarts) or "step" (times 0.1
+    after each third). A linear warm-up over the first `warmup` steps comes on top.
+    """
+    import math
+
+    progress = min(step / max(total, 1), 1.0)
+    factor = {"none": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "step": 0.1 ** min(int(3 * progress), 2)}
+    return base * factor[scheduler] * min(1.0, (step + 1) / (warmup + 1))
+
+
+def ema_decay(updates: int, ceiling: float) -> float:
+    """EMA decay after `updates` updates: low at first, so that the random initial weights are soon forgotten."""
+    return min(ceiling, (1 + updates) / (10 + updates))
+
+
+def _ema_update(ceiling: float) -> Callable:
+    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], updates: torch.Tensor | int) -> None:
+        import torch
+
+        torch._foreach_lerp_(averaged, current, 1 - ema_decay(int(updates), ceiling))
+
+    return update
+
+
+class Learner:
+    """Net, EMA, optimizer and scaler, side by side; `step` is the only place where weights change.
+
+    ema: the ceiling of the EMA's decay, None for no EMA. grad_clip: largest gradient norm, 0 for no limit.
+    amp: automatic mixed precision; off, the scaler and autocast are no-ops on the same path.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        device: torch.device,
+        *,
+        lr_at: Callable[[int], float],
+        grad_clip: float = 0.0,
+        amp: bool = False,
+        ema: float | None = None,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        import torch
+        from torch.optim.swa_utils import AveragedModel
+
+        self.device, self.lr_at, self.grad_clip, self.amp = device, lr_at, grad_clip, amp
+        self.net = net.to(device)
+        self.ema = AveragedModel(self.net, multi_avg_fn=_ema_update(ema)) if ema is not None else None
+        self.parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        fused = device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(self.parameters, betas=betas, weight_decay=weight_decay, fused=fused)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp)
+
+    @property
+    def best_net(self) -> nn.Module:
+        """The weights to draw and to validate with: the EMA's, where there is one."""
+        return self.ema.module if self.ema is not None else self.net
+
+    def autocast(self) -> Any:
+        """The context for forward passes."""
+        import torch
+
+        dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.amp)
+
+    def step(self, loss: torch.Tensor, number: int) -> float:
+        """Backward and update from a scalar loss, as step `number` of the run; returns the learning rate used."""
+        from torch.nn.utils import clip_grad_norm_
+
+        lr = self.lr_at(number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.grad_clip:
+            self.scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self.parameters, self.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.net)
+        return lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """The checkpoint's `model`, `ema`, `optimizer` and `scaler`."""
+        return {
+            "model": self.net.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Mirror of `state_dict`. Raises RuntimeError or ValueError if the weights do not fit."""
+        self.net.load_state_dict(state["model"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.amp and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,62 @@
+"""Logging to the console and to a file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import emoji
+
+if TYPE_CHECKING:
+    from common.args import Args
+
+
+class _Console(logging.StreamHandler):
+    """One line per record on stdout, written through tqdm so that a progress bar is not torn apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        symbol = {logging.WARNING: emoji.warning, logging.ERROR: emoji.error}.get(record.levelno, "")
+        tqdm.write(f"{symbol} {self.format(record)}".strip(), file=sys.stdout)
+        sys.stdout.flush()
+
+
+class _File(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk must not bury the console under tracebacks of the logging module."""
+
+
+def setup_component_logger(name: str, log_file: str | Path | None = None, debug: bool = False) -> logging.Logger:
+    """Logger `name` with a console handler and, if `log_file` is given, a file handler that appends to it.
+
+    Calling it again replaces the handlers, so a logger can start on the console and gain its file later.
+    """
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.propagate = False
+    close_handlers(logger)
+    logger.addHandler(_Console())
+    if log_file is not None:
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        handler = _File(log_file, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    return logger
+
+
+def close_handlers(logger: logging.Logger) -> None:
+    """Flush, close and remove the logger's handlers."""
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def log_args_rich(logger: logging.Logger, args: Args) -> None:
+    """Log every flag with its value and where it came from; plain defaults only at debug level."""
+    width = max(map(len, args.flags()))
+    for name, value in sorted(args.flags().items()):
+        origin = args.origin.get(name, "default")
+        logger.log(logging.DEBUG if origin == "default" else logging.INFO, f"  {name:<{width}}  {value}  ({origin})")

@@ -1,0 +1,173 @@
+"""What a run leaves behind beside its weights: config.json, metrics.jsonl, TensorBoard, sample grids.
+
+All of it is kept free of gaps and repeats across resumes: what was recorded after the checkpoint that a resume starts
+from is removed, because it will be recorded again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.args import Args
+from common.ckpt import atomic_write
+from common.run import Run
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG, METRICS = "config.json", "metrics.jsonl"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+class Record:
+    """The written record of a run. `warn` is told, once, when something cannot be written; training goes on."""
+
+    def __init__(self, run: Run, warn: Callable[[str], None]) -> None:
+        self.run, self.warn = run, warn
+        self._writer: Any = None
+        self._purge_step: int | None = None
+        self._failed: set[str] = set()
+
+    def start(self, args: Args, device: torch.device) -> None:
+        """Write config.json; on resume, drop what was recorded after the checkpoint and note what changed."""
+        import torch
+
+        path = self.run.checkpoints / CONFIG
+        try:
+            starts = json.loads(path.read_text())["starts"]
+        except (OSError, ValueError, KeyError):
+            starts = []
+        now = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "python": sys.version.split()[0],
+            "torch": str(torch.__version__),
+            "git_commit": _git_commit(),
+            "resumed_from": str(self.run.source) if self.run.source else None,
+        }
+        for name in ("device", "threads", "torch"):
+            if starts and starts[-1].get(name) != now[name]:
+                self.warn(
+                    f"{name} was {starts[-1].get(name)} and is now {now[name]}: results may differ in their last bits"
+                )
+        flags = {
+            name: {"value": value, "from": args.origin.get(name, "derived")} for name, value in args.flags().items()
+        }
+        content = {"exp_name": self.run.name, "flags": flags, "starts": [*starts, now]}
+        self._try("config.json", lambda: write_text(path, json.dumps(content, indent=1, default=str) + "\n"))
+        if self.run.state is not None:
+            self._rewind(self.run.state)
+
+    def _rewind(self, state: dict[str, Any]) -> None:
+        done = state["epoch"] if state["val_loss"] is not None else state["epoch"] - 1
+        # An epoch's own figures stand at its last step: a checkpoint within the epoch does not count them as done.
+        self._purge_step = state["global_step"] + (1 if state["val_loss"] is not None else 0)
+        self._filter(self.run.checkpoints / METRICS, lambda line: _epoch_in_json(line) <= done)
+        self._filter(self.run.log_file, lambda line: _epoch_in_log(line) <= done)
+
+    def _filter(self, path: Path, keep: Callable[[str], bool]) -> None:
+        if path.is_file():
+            lines = path.read_text(errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if keep(line)]
+            if kept != lines:
+                self._try(path.name, lambda: write_text(path, "".join(kept)))
+
+    @property
+    def writer(self) -> Any:
+        """The TensorBoard writer, opened when first needed (its import takes longer than a training step)."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.run.tensorboard), purge_step=self._purge_step, flush_secs=30)
+        return self._writer
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Add TensorBoard scalars at `step` (the global step, for every tag)."""
+        for tag, value in values.items():
+            self._try("TensorBoard", lambda tag=tag, value=value: self.writer.add_scalar(tag, value, step))
+
+    def epoch(self, row: dict[str, Any], step: int) -> None:
+        """Add one epoch's line to metrics.jsonl and its figures to TensorBoard."""
+        line = json.dumps({key: _json_safe(value) for key, value in row.items()}) + "\n"
+        self._try(METRICS, lambda: _append(self.run.checkpoints / METRICS, line))
+        names = {"train_loss": "loss/train", "val_loss": "loss/validation"}
+        skip = ("epoch", "global_step", "timestamp")
+        figures = {names.get(k, k): v for k, v in row.items() if k not in skip and isinstance(v, int | float)}
+        self.scalars(figures, step)
+
+    def images(self, images: torch.Tensor, epoch: int, step: int) -> None:
+        """Write samples/{exp_name}/epoch_NNNNNN.png, and the grid to TensorBoard. images: (N, C, H, W) in [0, 1]."""
+        from common.images import make_image_grid, save_image_grid
+
+        self._try("sample grid", lambda: save_image_grid(images, self.run.samples / f"epoch_{epoch:06d}.png"))
+        self._try("TensorBoard", lambda: self.writer.add_image("samples", make_image_grid(images), step))
+
+    def hyperparameters(self, args: Args, metrics: dict[str, float]) -> None:
+        """TensorBoard's HPARAMS tab: this run's flags against its final figures."""
+        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.flags().items()}
+        self._try("TensorBoard", lambda: self.writer.add_hparams(plain, metrics, run_name="."))
+
+    def flush(self) -> None:
+        """Bring TensorBoard's events to the disk."""
+        if self._writer is not None:
+            self._try("TensorBoard", self._writer.flush)
+
+    def close(self) -> None:
+        """Close the TensorBoard writer."""
+        if self._writer is not None:
+            self._try("TensorBoard", self._writer.close)
+            self._writer = None
+
+    def _try(self, what: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (OSError, RuntimeError) as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                self.warn(f"cannot write {what} ({error}); training goes on")
+
+
+def _append(path: Path, line: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def _json_safe(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _epoch_in_json(line: str) -> float:
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line torn by a kill
+
+
+def _epoch_in_log(line: str) -> float:
+    match = re.search(r" epoch +(\d+)/\d+ +train_loss", line)
+    return int(match[1]) if match else 0
+
+
+def _git_commit() -> str | None:
+    try:
+        reply = subprocess.run(
+            ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return reply.stdout.strip() or None

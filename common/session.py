@@ -1,0 +1,358 @@
+"""The training session: the mechanism behind every train.py, which keeps only its recipe.
+
+    with open_session(args, experiment_name) as session:
+        session.attach(net, steps_per_epoch=len(train))
+        for epoch in session.epochs():
+            for batch in session.batches(train):
+                session.step(loss_of, batch)
+            session.end_epoch(val_loss=session.validate(val, loss_of), preview=draw)
+
+`loss_of(net, batch, rng)` returns a scalar; `rng` is a CPU generator that belongs to this step alone.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from common import ckpt, device, emoji, slurm
+from common.args import Args
+from common.error_codes import BAD_CHECKPOINT, NON_FINITE_LOSS, OK, SAVE_FAILED, STOPPED_EARLY, Exit
+from common.learner import Learner, LossFn, learning_rate
+from common.logger_utils import close_handlers, log_args_rich, setup_component_logger
+from common.record import Record
+from common.rng import derive_seed, generator
+from common.run import Run, open_run
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+STEP_SCALARS_EVERY = 50  # steps between TensorBoard points of the running loss
+PLAIN_LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
+
+
+@contextmanager
+def open_session(
+    args: Args, name: Callable[[Args], str], settle: Callable[[Args, bool], None] = lambda _args, _fresh: None
+) -> Iterator[Session]:
+    """Everything around a training run: signals, threads, run folder and lock, log, device, seeds.
+
+    See `common.run.open_run` for `name` and `settle`. Raises Exit; whatever ends the body is logged, and what can be
+    is on disk by then.
+    """
+    handlers = slurm.install_signal_handlers()  # before the slow imports
+    log = setup_component_logger("train", debug=args.debug)
+    session = None
+    try:
+        device.set_threads()
+        where = device.get_device(args.device)
+        run = open_run(args, name, settle, log.warning)
+        log = setup_component_logger("train", run.log_file, args.debug)
+        session = Session(args, run, where, log)
+        session.raise_if_finished()
+        yield session
+    except Exit as end:
+        (log.error if end.code not in (OK, STOPPED_EARLY) else log.info)(str(end))
+        end.shown = True
+        raise
+    except KeyboardInterrupt:
+        log.error("interrupted a second time: leaving at once; what was saved is safe")
+        raise
+    finally:
+        if session is not None:
+            session.record.close()
+            session.run.lock.close()
+        close_handlers(log)
+        slurm.restore_signal_handlers(handlers)
+
+
+class Session:
+    """Drives one run. Attributes for recipes: `args`, `device`, `log`, `epoch`, `global_step`, `net`, `best_net`."""
+
+    def __init__(self, args: Args, run: Run, where: torch.device, log: Any) -> None:
+        self.args, self.run, self.device, self.log = args, run, where, log
+        self.resumed = run.state
+        self.record = Record(run, log.warning)
+        self.record.start(args, where)
+        device.seed_everything(args.seed)
+        self.epoch, self.batch, self.global_step = 1, 0, 0
+        self.best: dict[str, Any] | None = None
+        self.train_loss: float | None = None
+        self.val_loss: float | None = None
+        self._loss_sum, self._loss_rows = 0.0, 0
+        self._seconds, self._saved_at = 0.0, time.monotonic()
+        self._unsaved, self._saved_path = False, run.source
+        self.extras: dict[str, Any] = {}  # what the recipe wants in its checkpoints beside the session's own keys
+        log.info(f"{emoji.step} {run.name} on {where}, outputs in {run.outdir.resolve()}")
+        log_args_rich(log, args)
+        if args.amp and where.type != "cuda":
+            log.warning(f"--amp needs CUDA; training on {where} in float32")
+
+    # --- set-up ---
+
+    @property
+    def net(self) -> nn.Module:
+        return self.learner.net
+
+    @property
+    def best_net(self) -> nn.Module:
+        """The weights to draw with: the EMA's, where there is one."""
+        return self.learner.best_net
+
+    def rng(self, *purpose: str | int) -> torch.Generator:
+        """A CPU generator that is a function of the run's seed and `purpose` alone."""
+        return generator(self.args.seed, *purpose)
+
+    def attach(self, net: nn.Module, *, steps_per_epoch: int, warmup: int = 0, **options: Any) -> None:
+        """Take charge of the network (options: see `Learner`), and restore everything if this run resumes."""
+        args, total = self.args, self.args.epochs * steps_per_epoch
+        self.steps_per_epoch = steps_per_epoch
+        self.learner = Learner(
+            net,
+            self.device,
+            lr_at=lambda step: learning_rate(step, total, args.lr, args.lr_scheduler, warmup),
+            grad_clip=args.grad_clip,
+            amp=args.amp and self.device.type == "cuda",
+            **options,
+        )
+        parameters = sum(parameter.numel() for parameter in self.learner.parameters)
+        self.log.info(f"{parameters:,} parameters, {steps_per_epoch} steps an epoch")
+        if self.resumed is not None:
+            self._restore(self.resumed)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        try:
+            self.learner.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise Exit(BAD_CHECKPOINT, f"{self.run.source}: does not fit this network ({reason})") from None
+        self.epoch, self.batch, self.global_step = state["epoch"], state["batch"], state["global_step"]
+        self.best, self.train_loss, self.val_loss = state["best"], state["train_loss"], state["val_loss"]
+        self._loss_sum, self._loss_rows, self._seconds = state["running"]
+        for path in ckpt.set_aside(self.run.checkpoints, after=self.epoch):
+            self.log.warning(f"set aside a checkpoint of a later epoch as {path.name}")
+        planned = state["args"]["epochs"]
+        if planned != self.args.epochs and self.args.lr_scheduler != "none":
+            self.log.info(f"--epochs {planned} -> {self.args.epochs}: the {self.args.lr_scheduler} curve is re-drawn")
+        where = "complete" if ckpt.is_complete(state) else f"batch {self.batch}/{self.steps_per_epoch}"
+        self.log.info(f"{emoji.ok} resumed from {self.run.source} (epoch {self.epoch}, {where})")
+        if ckpt.is_complete(state):
+            self._begin_epoch(self.epoch + 1)
+
+    # --- the loop ---
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs still to be trained, counted from 1; after the last one, what a finished run leaves behind."""
+        yield self.epoch
+        while not self._end(self.epoch, self.best):
+            self._begin_epoch(self.epoch + 1)
+            yield self.epoch
+        self.log.info(f"the end: {self._end(self.epoch, self.best)}")
+        if self._unsaved:
+            self._save(final=True)
+        self.record.hyperparameters(self.args, {"hparam/val_loss": self.val_loss, "hparam/train_loss": self.train_loss})
+        self.log.info(f"{emoji.ok} best val_loss {self.best['val_loss']:.6f} in epoch {self.best['epoch']}")
+        self.log.info(f"checkpoints: {self.run.checkpoints.resolve()}")
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self.epoch, self.batch = epoch, 0
+        self.train_loss = self.val_loss = None
+        self._loss_sum, self._loss_rows, self._seconds = 0.0, 0, 0.0
+
+    def _end(self, epoch: int, best: dict[str, Any]) -> str:
+        """Why training ends after this epoch; "" if it goes on."""
+        patience = self.args.early_stopping_patience
+        if epoch >= self.args.epochs:
+            return f"epoch {epoch} of {self.args.epochs} is done"
+        if patience is not None and epoch - best["epoch"] >= patience:
+            return f"early stopping, no better val_loss for {patience} epochs"
+        return ""
+
+    def raise_if_finished(self) -> None:
+        """Raises Exit(OK) if the run to be resumed has nothing left to train."""
+        state = self.resumed
+        if state is not None and ckpt.is_complete(state) and (end := self._end(state["epoch"], state["best"])):
+            raise Exit(OK, f"{self.run.name} is already finished: {end}; raise --epochs to extend it")
+
+    def batches(self, loader: DataLoader) -> Iterator[Any]:
+        """The epoch's batches from where it stands, on the device; between them, saves when due and obeys stops."""
+        loader.sampler.epoch, loader.sampler.start = self.epoch, self.batch
+        self.net.train()
+        started = time.monotonic()
+        before = self._seconds
+        with self._progress(len(loader.sampler)) as tick:
+            for batch in loader:
+                yield _to(batch, self.device)
+                self._seconds = before + time.monotonic() - started
+                tick()
+                self.poll()
+
+    @contextmanager
+    def _progress(self, remaining: int) -> Iterator[Callable[[], object]]:
+        """A tqdm bar on a terminal; elsewhere one plain line per interval. Yields what to call after each batch."""
+        title = f"epoch {self.epoch}/{self.args.epochs}"
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            first = self.steps_per_epoch - remaining
+            with tqdm(total=self.steps_per_epoch, initial=first, desc=title, unit="batch", leave=False) as bar:
+                yield bar.update
+            return
+        last = time.monotonic()
+
+        def tick() -> None:
+            nonlocal last
+            if time.monotonic() - last >= PLAIN_LINE_EVERY:
+                last = time.monotonic()
+                mean = self._loss_sum / self._loss_rows
+                self.log.info(f"{title}: batch {self.batch}/{self.steps_per_epoch}, mean loss so far {mean:.6f}")
+
+        yield tick
+
+    def step(self, loss_of: LossFn, batch: Any) -> None:
+        """Learn one batch. Raises Exit(NON_FINITE_LOSS) before a bad loss could reach the weights."""
+        import torch
+
+        torch.manual_seed(derive_seed(self.args.seed, "step", self.global_step))  # for layers that draw, e.g. dropout
+        with self.learner.autocast():
+            loss = loss_of(self.net, batch, self.rng("train", self.global_step))
+        value = loss.item()
+        if not math.isfinite(value):
+            raise Exit(
+                NON_FINITE_LOSS,
+                f"the loss became {value} in epoch {self.epoch}, step {self.global_step}; nothing of it was saved. "
+                f"Resume from the last checkpoint in {self.run.checkpoints} with a smaller --lr",
+            )
+        lr = self.learner.step(loss, self.global_step)
+        rows = _rows(batch)
+        self._loss_sum += value * rows
+        self._loss_rows += rows
+        self.global_step += 1
+        self.batch += 1
+        self._unsaved = True
+        if self.global_step % STEP_SCALARS_EVERY == 0 and self.batch < self.steps_per_epoch:
+            self.record.scalars({"loss/step": value, "lr": lr}, self.global_step)
+
+    def validate(self, loader: DataLoader, loss_of: LossFn) -> float:
+        """Mean loss per row over `loader`, with the weights that are drawn with; the same noise every epoch."""
+        import torch
+
+        net, total, rows = self.best_net, 0.0, 0
+        net.eval()
+        with torch.no_grad(), self.learner.autocast():
+            for index, batch in enumerate(loader):
+                self.poll()
+                loss = loss_of(net, _to(batch, self.device), self.rng("validation", index))
+                total += loss.item() * _rows(batch)
+                rows += _rows(batch)
+        return total / rows
+
+    def poll(self, *_: Any) -> None:
+        """A safe point: save if --ckpt-every-sec has passed, and leave if a signal asked for it.
+
+        Takes and ignores arguments, so that it can be a sampling callback. Raises Exit(STOPPED_EARLY).
+        """
+        if slurm.stop_requested():
+            if self._unsaved or self._saved_path is None:
+                self._save(final=True)
+            raise Exit(
+                STOPPED_EARLY,
+                f"stopped by {slurm.stop_signal()} in epoch {self.epoch} after {self.batch} batches and saved; "
+                f"go on with: python train.py --resume '{self._saved_path}'",
+            )
+        if self._unsaved and time.monotonic() - self._saved_at >= self.args.ckpt_every_sec:
+            self._save()
+
+    def end_epoch(
+        self,
+        val_loss: float,
+        preview: Callable[[], torch.Tensor] | None = None,
+        scalars: dict[str, float] | None = None,
+    ) -> None:
+        """Close the epoch: pictures, best, log line, TensorBoard, checkpoint.
+
+        preview() returns images (N, C, H, W) in [0, 1]; it is called with --generate-images. scalars: more figures
+        for TensorBoard and metrics.jsonl. Raises Exit(NON_FINITE_LOSS) if val_loss is not finite.
+        """
+        if not math.isfinite(val_loss):
+            raise Exit(NON_FINITE_LOSS, f"the validation loss became {val_loss} in epoch {self.epoch}; not saved")
+        pictures = preview() if preview is not None and self.args.generate_images else None
+        if pictures is not None:
+            self.record.images(pictures, self.epoch, self.global_step)
+        self.train_loss, self.val_loss = self._loss_sum / self._loss_rows, val_loss
+        if self.best is None or val_loss < self.best["val_loss"]:
+            self.best = {"val_loss": val_loss, "epoch": self.epoch}
+        row = {
+            "epoch": self.epoch,
+            "global_step": self.global_step,
+            "train_loss": self.train_loss,
+            "val_loss": val_loss,
+            "lr": self.learner.lr_at(self.global_step),
+            "images_per_second": self._loss_rows / self._seconds if self._seconds else 0.0,
+            "seconds": self._seconds,
+            **(scalars or {}),
+        }
+        star = "*" if self.best["epoch"] == self.epoch else " "
+        self.log.info(
+            f"epoch {self.epoch:>3}/{self.args.epochs}  train_loss {self.train_loss:.6f}  val_loss {val_loss:.6f}{star} "
+            f"lr {row['lr']:.2e}  {row['images_per_second']:,.0f} images/s  {self._seconds:.1f} s"
+        )
+        self.record.epoch(row | {"timestamp": _now()}, self.global_step)
+        self._unsaved = True
+        self._save()
+
+    # --- checkpoints ---
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The whole state of the run: see common/ckpt.py for the keys."""
+        return {
+            "format": ckpt.FORMAT,
+            "exp_name": self.run.name,
+            "timestamp": _now(),
+            "args": self.args.flags(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "global_step": self.global_step,
+            "train_loss": self._loss_sum / self._loss_rows if self._loss_rows else None,
+            "val_loss": self.val_loss,
+            "best": self.best,
+            "running": [self._loss_sum, self._loss_rows, self._seconds],
+            **self.learner.state_dict(),
+            **self.extras,
+        }
+
+    def _save(self, final: bool = False) -> None:
+        """Save; a failure is logged and retried at the next occasion, or ends the run if this is the `final` one."""
+        self.record.flush()
+        self._saved_at = time.monotonic()
+        try:
+            path = ckpt.save_checkpoint_and_link_latest(self.run.checkpoints, self.checkpoint())
+            best = self.best["epoch"] if self.best else None
+            ckpt.prune(self.run.checkpoints, keep_every=self.args.ckpt_save_every, best_epoch=best)
+        except OSError as error:
+            if final:
+                message = f"cannot save the end of the run ({error}); earlier checkpoints are whole"
+                raise Exit(SAVE_FAILED, message) from None
+            self.log.error(f"cannot save a checkpoint ({error}); earlier ones are whole, training goes on")
+            return
+        self._unsaved, self._saved_path = False, path
+        self.log.debug(f"saved {path}")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _to(batch: Any, where: torch.device) -> Any:
+    return [tensor.to(where, non_blocking=True) for tensor in batch]
+
+
+def _rows(batch: Any) -> int:
+    return len(batch[0])

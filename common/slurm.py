@@ -1,0 +1,50 @@
+"""Graceful stops: signals set a flag, and the training session polls it between two steps.
+
+Slurm announces a time limit with SIGUSR1 or SIGUSR2 (`--signal`), preemption and `scancel` with SIGTERM; a person
+presses Ctrl-C. SIGUSR2 is taken too because NCCL may keep SIGUSR1 for itself.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+_received: int | None = None
+
+
+def _on_signal(number: int, _frame: object) -> None:
+    global _received
+    # Only a second Ctrl-C means "leave at once": scancel may well deliver SIGTERM twice.
+    if number == signal.SIGINT and _received == signal.SIGINT:
+        raise KeyboardInterrupt
+    _received = number
+
+
+def install_signal_handlers() -> dict[int, object]:
+    """Handle SIGUSR1, SIGUSR2, SIGTERM and Ctrl-C from now on; returns the handlers that stood before.
+
+    Call it before anything slow is imported: a signal that finds no handler kills the process. Outside the main
+    thread Python forbids handlers, and nothing is installed.
+    """
+    global _received
+    _received = None
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, _on_signal) for number in STOP_SIGNALS}
+
+
+def restore_signal_handlers(previous: dict[int, object]) -> None:
+    """Put back what `install_signal_handlers` returned."""
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+def stop_requested() -> bool:
+    """Has a stop signal arrived since the handlers were installed?"""
+    return _received is not None
+
+
+def stop_signal() -> str:
+    """Name of the signal that asked for the stop, such as "SIGUSR1" ("" if none did)."""
+    return signal.Signals(_received).name if _received is not None else ""

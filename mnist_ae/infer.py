@@ -1,0 +1,64 @@
+"""Look at an autoencoder: originals over their reconstructions, or walks between digits through the latent space."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common import emoji
+from common.args import Parser, add_data_arguments, add_device_argument, number
+from common.autoencoder import build_autoencoder, read_autoencoder
+from common.data import HF_MNIST, make_mnist_loader
+from common.device import get_device, set_threads
+from common.error_codes import run_main
+from common.images import over, save_output
+from common.rng import generator
+
+
+def parse_args(argv=None):
+    parser = Parser("Reconstruct test digits, or walk between them.", "python infer.py --ckpt RUN_FOLDER --interpolate")
+    parser.flag("place", "--ckpt", "--checkpoint", required=True, help="checkpoint file, run folder or FOLDER/best")
+    parser.flag("place", "--output", "--out", help="PNG file (default: reconstructions.png or interpolation.png)")
+    parser.flag("place", "--num-images", "--n", type=number(int, 1), default=16, help="digits or walks (default: 16)")
+    parser.flag("place", "--interpolate", action="store_true", help="one row per walk from a digit to another")
+    parser.flag("place", "--walk-steps", type=number(int, 2), default=10, help="images in a walk (default: 10)")
+    parser.flag("place", "--seed", type=number(int, 0, 2**32 - 1), default=42, help="which test digits (default: 42)")
+    add_device_argument(parser)
+    add_data_arguments(parser)
+    return parser.parse(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    import torch
+
+    args = parse_args(argv)
+    set_threads()
+    device = get_device(args.device)
+    data = read_autoencoder(args.ckpt)
+    autoencoder = build_autoencoder(data, device)
+    digits = HF_MNIST("test", args.cache_dir, data["args"]["only_digit"], args.data)
+    order = torch.randperm(len(digits), generator=generator(args.seed, "test digits"))
+
+    with torch.no_grad():
+        if args.interpolate:
+            ends = order[: 2 * args.num_images]
+            ends = ends[: len(ends) // 2 * 2]
+            first, last = autoencoder.encode(digits[ends][0].to(device)).chunk(2)  # (N, D) each
+            way = torch.linspace(0, 1, args.walk_steps, device=device).view(1, -1, 1)  # (1, S, 1)
+            walks = torch.lerp(first[:, None], last[:, None], way)  # (N, S, D)
+            images, nrow = autoencoder.decode(walks.flatten(0, 1)), args.walk_steps  # (N * S, 1, 28, 28)
+        else:
+            originals = digits[order[: args.num_images]][0].to(device)
+            images, nrow = over(originals, autoencoder(originals))
+            error = sum(
+                ((autoencoder(part) - part) ** 2).mean((1, 2, 3)).sum().item()
+                for part in (batch.to(device) for batch, _ in make_mnist_loader(digits, 1000, shuffle=False))
+            ) / len(digits)
+            print(f"{emoji.info} mean squared error over {len(digits):,} test digits ({digits.source}): {error:.5f}")
+    output = args.output or ("interpolation.png" if args.interpolate else "reconstructions.png")
+    save_output(images, output, nrow)
+    print(f"{emoji.ok} {data['exp_name']}, epoch {data['epoch']}: {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

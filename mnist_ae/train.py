@@ -1,0 +1,86 @@
+"""Train an autoencoder on MNIST: `python train.py --model mlp` or `--model conv`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common.args import Args, Parser, add_training_arguments, number
+from common.autoencoder import autoencoder_module
+from common.data import HF_MNIST, make_mnist_loader, split_train_val
+from common.error_codes import NO_MODEL_SPECIFIED, Exit, run_main
+from common.images import over
+from common.session import open_session
+
+MODELS = {"mlp": "ae-mlp", "conv": "ae-conv", "ae-mlp": "ae-mlp", "ae-conv": "ae-conv"}
+PREVIEW_DIGITS = 32
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """This trainer's flags."""
+    parser = Parser("Train an autoencoder on MNIST.", "python train.py --model mlp --epochs 25 --generate-images")
+    model_help = "mlp or conv (required for a new run)"
+    parser.flag("shape", "--model", type=lambda text: MODELS.get(text, text), metavar="mlp|conv", help=model_help)
+    parser.flag("shape", "--latent-dim", type=number(int, 1), default=16, help="latent dimension (default: 16)")
+    add_training_arguments(parser, epochs=25, lr_scheduler="cosine")
+    return parser.parse(argv)
+
+
+def experiment_name(args: Args) -> str:
+    """The run's name up to its timestamp; `*` for a model that only the checkpoint to be resumed knows."""
+    digit = "all" if args.only_digit is None else args.only_digit
+    return f"{args.model or '*'}-d{digit}-bs{args.batch_size}-lr{args.lr:g}-D{args.latent_dim}-seed{args.seed}"
+
+
+def require_model(args: Args, fresh: bool) -> None:
+    """--model may only be missing where a checkpoint is resumed."""
+    if args.model not in (*MODELS.values(), *([] if fresh else [None])):
+        given = f"--model {args.model}: no such model" if args.model else "no --model given"
+        raise Exit(NO_MODEL_SPECIFIED, f"{given}; choose --model mlp or --model conv")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with open_session(args, experiment_name, require_model) as session:
+        import torch
+
+        # Data
+        digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
+        args.derive(data=digits.source)
+        train_set, val_set = split_train_val(digits, args.seed)
+        workers = args.num_workers if args.given("num_workers") else 0
+        train = make_mnist_loader(train_set, args.batch_size, seed=args.seed, num_workers=workers)
+        val = make_mnist_loader(val_set, 1000, shuffle=False)
+
+        # Model
+        module = autoencoder_module(args.model)
+        session.attach(module.Autoencoder(args.latent_dim), steps_per_epoch=len(train), warmup=100)
+
+        def loss_of(net, batch, rng):
+            images, _ = batch
+            return module.reconstruction_loss(net, images, rng)
+
+        def preview():
+            images = val_set[torch.arange(min(PREVIEW_DIGITS, len(val_set)))][0].to(session.device)
+            with torch.no_grad():
+                return over(images, session.best_net(images))[0]
+
+        # Training
+        for _epoch in session.epochs():
+            for batch in session.batches(train):
+                session.step(loss_of, batch)
+            val_loss = session.validate(val, loss_of)
+            session.end_epoch(val_loss, preview, latent_statistics(session.best_net, val_set, session.device))
+
+
+def latent_statistics(net, digits, device) -> dict[str, float]:
+    """Mean and deviation of the latents of some validation digits."""
+    import torch
+
+    with torch.no_grad():
+        z = net.encode(digits[torch.arange(min(1000, len(digits)))][0].to(device))
+    return {"latent/mean": z.mean().item(), "latent/std": z.std(0).mean().item(), "latent/max": z.abs().max().item()}
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

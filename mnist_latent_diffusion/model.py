@@ -1,0 +1,133 @@
+"""The latent denoiser: residual FiLM blocks on a latent vector, conditioned on timestep and digit."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common import ckpt
+from common.diffusion import guided, noise_source, precompute_schedules, q_sample, reverse_steps, sample
+from common.error_codes import MODEL_MISMATCH, Exit
+from common.time_embedding import TIME_DIM, TimeMLP
+
+__all__ = ["FiLMCondMLP", "LatentDenoiser", "TimeMLP", "generate_images", "precompute_schedules", "q_sample"]
+
+BLOCKS = 4
+
+
+class FiLMCondMLP(nn.Module):
+    """Residual block: h + Linear(SiLU(Linear((1 + gamma) * LayerNorm(h) + beta))) (FiLM: Perez et al. 2018)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.widen = nn.Linear(dim, 2 * dim)
+        self.narrow = nn.Linear(2 * dim, dim)
+
+    def forward(self, h: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+        x = torch.addcmul(beta, self.norm(h), 1 + gamma)  # (B, H)
+        return h + self.narrow(F.silu(self.widen(x)))  # (B, H)
+
+
+class LatentDenoiser(nn.Module):
+    """Predicts the noise in a standardised latent z_t from z_t, the timestep and the digit.
+
+    Labels are 0 to num_classes - 1, or `null_label` for "not told". The buffers `latent_mean` and `latent_std` (D,)
+    hold the statistics of the training latents.
+    """
+
+    def __init__(self, latent_dim: int = 16, hidden_dim: int = 256, num_classes: int = 10) -> None:
+        super().__init__()
+        self.latent_dim, self.null_label = latent_dim, num_classes
+        self.register_buffer("latent_mean", torch.zeros(latent_dim))
+        self.register_buffer("latent_std", torch.ones(latent_dim))
+        self.time_mlp = TimeMLP()
+        self.label_embedding = nn.Embedding(num_classes + 1, TIME_DIM)
+        self.film = nn.Linear(TIME_DIM, BLOCKS * 2 * hidden_dim)  # gamma and beta of all blocks in one product
+        self.enter = nn.Linear(latent_dim, hidden_dim)
+        self.blocks = nn.ModuleList(FiLMCondMLP(hidden_dim) for _ in range(BLOCKS))
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.leave = nn.Linear(hidden_dim, latent_dim)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def standardise(self, z: torch.Tensor) -> torch.Tensor:
+        """The autoencoder's latents (B, D) -> mean 0, deviation 1 in every dimension."""
+        return (z - self.latent_mean) / self.latent_std  # (B, D)
+
+    def restore(self, z: torch.Tensor) -> torch.Tensor:
+        """Inverse of `standardise`."""
+        return z * self.latent_std + self.latent_mean  # (B, D)
+
+    def forward(self, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """z (B, D), t (B,) in [0, T), labels (B,) -> epsilon (B, D)."""
+        return self._denoise(z, self.film(self.time_mlp(t) + self.label_embedding(labels)))  # (B, D)
+
+    def _denoise(self, z: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+        h = self.enter(z)  # (B, H)
+        for block, params in zip(self.blocks, film.chunk(BLOCKS, dim=1), strict=True):
+            h = block(h, *params.chunk(2, dim=1))  # (B, H)
+        return self.leave(self.norm(h))  # (B, D)
+
+    def predictor(self, T: int) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
+        """epsilon(z (B, D), t, labels (B,)) for rows that share a timestep, as they do in sampling.
+
+        FiLM is linear in time embedding + label embedding, so the gamma and beta of all T timesteps and of all labels
+        are computed once, and a step only adds two rows.
+        """
+        times = self.film(self.time_mlp(torch.arange(T, device=self.film.weight.device)))  # (T, blocks * 2H)
+        labels = F.linear(self.label_embedding.weight, self.film.weight)  # (classes + 1, blocks * 2H)
+        return lambda z, t, wanted: self._denoise(z, times[t] + labels[wanted])
+
+
+def load_denoiser(path: str | Path, device: torch.device | str = "cpu") -> tuple[LatentDenoiser, dict]:
+    """(the denoiser with its EMA weights, the checkpoint's state), rebuilt as the checkpoint's own flags say.
+
+    Raises Exit(MODEL_MISMATCH) if the checkpoint holds another kind of model.
+    """
+    path = ckpt.resolve_checkpoint(path)
+    state = ckpt.read_checkpoint(path)
+    model = ckpt.infer_model_from_checkpoint(state)
+    if model != "lddpm":
+        raise Exit(MODEL_MISMATCH, f"{path} holds a model of type {model}; latent diffusion (lddpm) is needed here")
+    net = LatentDenoiser(state["args"]["ae_latent_dim"], state["args"]["hidden_dim"])
+    try:
+        averaged = {name.removeprefix("module."): value for name, value in state["ema"].items() if name != "n_averaged"}
+        net.load_state_dict(averaged)
+    except RuntimeError as error:
+        raise ckpt.UnreadableCheckpoint(path, f"its weights do not fit: {str(error).splitlines()[0]}") from None
+    return net.to(device).eval().requires_grad_(False), state
+
+
+@torch.no_grad()
+def generate_images(
+    net: LatentDenoiser,
+    autoencoder: nn.Module,
+    schedules,
+    *,
+    labels: list[int] | None = None,
+    count: int = 16,
+    guidance: float = 1.0,
+    seed: int = 42,
+    sampler: str = "ddpm",
+    steps: int | None = None,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Draw latents, decode them: (N, 1, 28, 28) images in [0, 1].
+
+    labels: the digit of each image, or None to draw `count` images unconditionally. The rest: see common/diffusion.py;
+    the same seed draws the same images on every device.
+    """
+    device = net.latent_mean.device
+    if labels is None:
+        labels = [net.null_label] * count
+    wanted = torch.tensor(labels, device=device)  # (N,)
+    predict = guided(net.predictor(schedules.T), wanted, net.null_label, guidance)
+    noise = noise_source(seed, (len(labels), net.latent_dim), device)
+    z = sample(predict, noise, reverse_steps(schedules, steps, sampler), callback)  # (N, D)
+    return autoencoder.decode(net.restore(z)).clamp(0, 1)  # (N, 1, 28, 28)

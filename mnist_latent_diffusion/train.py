@@ -1,0 +1,133 @@
+"""Train a diffusion model on the latents of a trained autoencoder (latent diffusion, Rombach et al. 2022)."""
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common.args import Args, Parser, add_diffusion_arguments, add_training_arguments, check_betas, number
+from common.autoencoder import AE_FOLDER, build_autoencoder, find_autoencoder, read_autoencoder
+from common.data import HF_MNIST, make_mnist_loader, split_train_val
+from common.error_codes import NO_AE_CHECKPOINT, Exit, run_main
+from common.session import open_session
+
+LABEL_DROPOUT = 0.1  # how often the denoiser does not see the label, so that it can also draw without one
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """This trainer's flags; what only the autoencoder knows is None until it is chosen."""
+    parser = Parser("Train latent diffusion on MNIST.", "python train.py --epochs 30 --generate-images")
+    parser.flag("shape", "--ae-ckpt", metavar="PATH", help="autoencoder checkpoint, or its run's folder (newest)")
+    parser.flag("place", "--ae-ckpt-dir", metavar="DIR", help="use the newest autoencoder in this folder")
+    parser.flag("shape", "--hidden-dim", type=number(int, 1), default=256, help="denoiser width (default: 256)")
+    add_diffusion_arguments(parser)
+    add_training_arguments(parser, epochs=30)
+    args = parser.parse(argv)
+    check_betas(parser, args)
+    args.derive(model="lddpm", ae_model=None, ae_latent_dim=None, ae_only_digit=None)
+    return args
+
+
+def experiment_name(args: Args) -> str:
+    """The run's name up to its timestamp; `*` for parts that only the autoencoder knows."""
+    unknown = args.ae_model is None
+    digit = args.only_digit if args.only_digit is not None else "*" if unknown else "all"
+    return (
+        f"lddpm-E{'*' if unknown else args.ae_model}-d{digit}-bs{args.batch_size}-lr{args.lr:g}"
+        f"-D{'*' if unknown else args.ae_latent_dim}-T{args.T}-seed{args.seed}"
+    )
+
+
+def choose_autoencoder(args: Args, fresh: bool) -> None:
+    """Set the flags that come from the autoencoder: now if a flag names one, else only for a run not resumed."""
+    if not (args.ae_ckpt or args.ae_ckpt_dir or fresh):
+        return
+    path = args.ae_ckpt
+    if path is None:
+        folders = [Path(args.ae_ckpt_dir or Path(args.outdir) / "checkpoints")]
+        if not args.ae_ckpt_dir and not args.given("outdir"):
+            folders.append(AE_FOLDER / "outputs" / "checkpoints")
+        path = find_autoencoder(folders, logging.getLogger("train").warning)
+        if path is None:
+            where = " or ".join(map(str, folders))
+            raise Exit(NO_AE_CHECKPOINT, f"no autoencoder in {where}; train one in mnist_ae, or give --ae-ckpt PATH")
+    data = read_autoencoder(path)
+    digit = data["args"]["only_digit"]
+    args.derive(ae_model=data["args"]["model"], ae_latent_dim=data["args"]["latent_dim"], ae_only_digit=digit)
+    args.ae_ckpt = str(Path(path).absolute())
+    if args.only_digit is None and digit is not None:
+        args.derive(only_digit=digit)
+
+
+def encode(autoencoder, digits, args, device):
+    """All digits as latents: a data set of (z (D,) float32, label) on `device`."""
+    import torch
+
+    with torch.no_grad():
+        z = [autoencoder.encode(images.to(device)) for images, _ in make_mnist_loader(digits, 1000, shuffle=False)]
+    return torch.utils.data.TensorDataset(torch.cat(z), digits.labels.to(device))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with open_session(args, experiment_name, choose_autoencoder) as session:
+        import torch
+        from torch.nn.functional import mse_loss
+
+        from common.diffusion import draw_timesteps
+        from model import LatentDenoiser, generate_images, precompute_schedules, q_sample
+
+        # The frozen autoencoder: from the checkpoint when resuming, so that moved files change nothing
+        ae_data = session.resumed["ae_ckpt_data"] if session.resumed else read_autoencoder(args.ae_ckpt)
+        session.extras["ae_ckpt_data"] = ae_data
+        autoencoder = build_autoencoder(ae_data, session.device)
+
+        # Data: latents, encoded once and standardised
+        digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
+        args.derive(data=digits.source)
+        train_set, val_set = (
+            encode(autoencoder, part, args, session.device) for part in split_train_val(digits, args.seed)
+        )
+        z = train_set.tensors[0]
+        std, mean = torch.std_mean(z, dim=0)  # (D,), (D,)
+        workers = args.num_workers if args.given("num_workers") and session.device.type == "cpu" else 0
+        train = make_mnist_loader(train_set, args.batch_size, seed=args.seed, num_workers=workers)
+        val = make_mnist_loader(val_set, 1000, shuffle=False)
+
+        # Model
+        net = LatentDenoiser(args.ae_latent_dim, args.hidden_dim)
+        net.latent_mean.copy_(mean)
+        net.latent_std.copy_(std)
+        session.attach(net, steps_per_epoch=len(train), ema=0.999)
+        schedules = precompute_schedules(args.T, args.beta_start, args.beta_end, session.device)
+
+        def loss_of(net, batch, rng):
+            z, labels = batch
+            z0 = net.standardise(z)  # (B, D)
+            t = draw_timesteps(len(z0), args.T, rng).to(z0.device)  # (B,)
+            epsilon = torch.randn(z0.shape, generator=rng).to(z0.device)  # (B, D)
+            dropped = (torch.rand(len(z0), generator=rng) < LABEL_DROPOUT).to(z0.device)  # (B,)
+            labels = labels.masked_fill(dropped, net.null_label)
+            return mse_loss(net(q_sample(z0, t, epsilon, schedules), t, labels), epsilon)
+
+        def preview():
+            count = args.samples_per_epoch
+            wanted = [i * 10 // count if args.only_digit is None else args.only_digit for i in range(count)]
+            return generate_images(
+                session.best_net, autoencoder, schedules, labels=wanted, seed=args.seed, callback=session.poll
+            )
+
+        # Training
+        for _epoch in session.epochs():
+            for batch in session.batches(train):
+                session.step(loss_of, batch)
+            session.end_epoch(
+                session.validate(val, loss_of),
+                preview,
+                {"latent/mean": mean.mean().item(), "latent/std": std.mean().item()},
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
