@@ -300,6 +300,7 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         "complete": is_complete(state),
         **{key: state.get(key) for key in ("exp_name", "epoch", "batch", "global_step", "timestamp")},
         **{key: state.get(key) for key in ("train_loss", "val_loss", "best", "args")},
+        "autoencoder": (state.get("ae_ckpt_data") or {}).get("exp_name"),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "keys": sorted(state),

@@ -301,8 +301,8 @@ class Session:
         }
         star = "*" if self.best["epoch"] == self.epoch else " "
         self.log.info(
-            f"epoch {self.epoch:>3}/{self.args.epochs}  train_loss {self.train_loss:.6f}  val_loss {val_loss:.6f}{star} "
-            f"lr {row['lr']:.2e}  {row['images_per_second']:,.0f} images/s  {self._seconds:.1f} s"
+            f"epoch {self.epoch:>3}/{self.args.epochs}  train_loss {self.train_loss:.6f}  "
+            f"val_loss {val_loss:.6f}{star} lr {row['lr']:.2e}  {row['images_per_second']:,.0f} images/s  {self._seconds:.1f} s"
         )
         self.record.epoch(row | {"timestamp": _now()}, self.global_step)
         self._unsaved = True

@@ -1,0 +1,145 @@
+"""Find the best checkpoint below a folder: `python -m common.find_best_ckpt DIR --metric val_loss`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import ckpt, emoji
+from common.args import Parser, number
+from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
+
+_RISING = ("epoch", "global_step", "acc", "precision", "recall", "agreement", "images_per_second")
+_LOG_LINE = re.compile(r"\bepoch\W+(\d+)")
+_LOG_FIELD = re.compile(r"(\w+)[ =:]+(-?\d[\d.,]*(?:e[+-]?\d+)?)")
+
+
+class Found(NamedTuple):
+    """One checkpoint in the ranking."""
+
+    value: float
+    path: Path
+    exp_name: str
+    epoch: int
+
+
+def default_mode(metric: str) -> str:
+    """ "max" for what should grow (epochs, steps, accuracies), "min" for everything else (losses, distances)."""
+    return "max" if any(word in metric for word in _RISING) else "min"
+
+
+@cache
+def _written_figures(run_folder: Path) -> dict[int, dict[str, float]]:
+    """Figures by epoch from the run's metrics.jsonl, or from its log file where there is none."""
+    figures: dict[int, dict[str, float]] = {}
+    metrics = run_folder / "metrics.jsonl"
+    if metrics.is_file():
+        for line in metrics.read_text(errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+                figures[row["epoch"]] = row
+            except (ValueError, KeyError, TypeError):
+                continue
+        return figures
+    log = run_folder.parent.parent / "logs" / f"{run_folder.name}.log"
+    if log.is_file():
+        for line in log.read_text(errors="replace").splitlines():
+            if match := _LOG_LINE.search(line):
+                fields = _LOG_FIELD.findall(line[match.end() :])
+                figures.setdefault(int(match[1]), {}).update((k, float(v.replace(",", ""))) for k, v in fields)
+    return figures
+
+
+def metric_of(state: dict[str, Any], path: Path, metric: str) -> float | None:
+    """A checkpoint's own number, else its flag's of that name, else what the run wrote about its epoch."""
+    for source in (
+        state,
+        state.get("scores") or {},
+        state["args"],
+        _written_figures(path.parent).get(state["epoch"], {}),
+    ):
+        value = source.get(metric)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    return None
+
+
+def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> list[Found]:
+    """All complete checkpoints below `folder` that know `metric`, best first; of equals the later epoch, then path.
+
+    Unreadable files and NaN values are named through `warn`; checkpoints saved within an epoch are passed over.
+    """
+    found, unknown = [], 0
+    for path in sorted(folder.rglob("*.pt")):
+        if path.is_symlink() or path.name.startswith("."):
+            continue  # latest.pt and best.pt: their targets are in the list
+        try:
+            state = ckpt.read_checkpoint(path, verify=False)
+        except ckpt.UnreadableCheckpoint as error:
+            warn(f"passing over {error}")
+            continue
+        if not ckpt.is_complete(state):
+            continue
+        value = metric_of(state, path, metric)
+        if value is None:
+            unknown += 1
+        elif math.isnan(value):
+            warn(f"passing over {path}: its {metric} is NaN")
+        else:
+            found.append(Found(value, path, state["exp_name"], state["epoch"]))
+    if unknown:
+        warn(f"{unknown} checkpoint(s) do not know {metric}")
+    sign = 1 if mode == "min" else -1
+    return sorted(found, key=lambda entry: (sign * entry.value, -entry.epoch, str(entry.path)))
+
+
+def _copy(source: Path, target: Path, force: bool) -> None:
+    if target.exists() and not force:
+        raise Exit(BAD_OUTPUT, f"{target} exists; --force overwrites it")
+    try:
+        with open(source, "rb") as file:
+            ckpt.atomic_write(target, lambda out: shutil.copyfileobj(file, out))
+    except OSError as error:
+        raise Exit(BAD_OUTPUT, f"cannot write {target}: {error.strerror or error}") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    example = "python -m common.find_best_ckpt outputs/checkpoints --metric val_loss"
+    parser = Parser("Find the best checkpoint below a folder.", example)
+    parser.add_argument("folder", type=Path, help="a run's folder, or a whole checkpoints/ tree")
+    metric_help = "val_loss, train_loss, epoch, global_step, or any number recorded (default: val_loss)"
+    parser.add_argument("--metric", default="val_loss", help=metric_help)
+    parser.add_argument("--mode", choices=("min", "max"), help="what is best (default: follows the metric)")
+    parser.add_argument("--top", type=number(int, 1), default=10, metavar="N", help="rows of the table (default: 10)")
+    parser.add_argument("--copy-to", type=Path, metavar="FILE", help="copy the best checkpoint there")
+    parser.add_argument("--force", action="store_true", help="let --copy-to overwrite")
+    parser.add_argument("--print-path-only", action="store_true", help="print just the best one's path")
+    args = parser.parse_args(argv)
+    if not args.folder.is_dir():
+        raise Exit(BAD_CHECKPOINT, f"{args.folder}: no such folder")
+    mode = args.mode or default_mode(args.metric)
+    ranking = rank(args.folder, args.metric, mode, lambda text: print(f"{emoji.warning} {text}", file=sys.stderr))
+    if not ranking:
+        raise Exit(BAD_CHECKPOINT, f"{args.folder}: no complete checkpoint with {args.metric} here")
+    best = ranking[0]
+    if args.copy_to:
+        _copy(best.path, args.copy_to, args.force)
+    if args.print_path_only:
+        print(best.path)
+        return
+    print(f"{'rank':>4}  {args.metric:>14}  {'epoch':>5}  checkpoint")
+    for place, entry in enumerate(ranking[: args.top], 1):
+        print(f"{place:>4}  {entry.value:>14.6g}  {entry.epoch:>5}  {entry.path}")
+    print(f"{emoji.ok} best by {mode} {args.metric}: {best.path}")
+    if args.copy_to:
+        print(f"{emoji.ok} copied to {args.copy_to}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
