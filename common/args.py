@@ -291,8 +291,9 @@ def add_sampling_arguments(parser: Parser) -> None:
     add(
         "--guidance",
         type=number(float, 0),
+        default=1.0,
         metavar="SCALE",
-        help="classifier-free guidance scale, with --digit: 1 follows the label plainly, more exaggerates it (1)",
+        help="classifier-free guidance scale, with --digit: 1 follows the label plainly (default), more exaggerates",
     )
     add("--sampler", choices=SAMPLERS, default="ddpm", help="ancestral ddpm, or deterministic ddim (default: ddpm)")
     add("--steps", type=number(int, 1), help="reverse steps, at most T (default: T)")
@@ -302,7 +303,7 @@ def check_sampling(args: argparse.Namespace, trained: dict[str, Any]) -> None:
     """Check the sampling flags against the flags the model was trained with. Raises Exit."""
     if args.steps is not None and args.steps > trained["T"]:
         raise Exit(USAGE, f"--steps {args.steps} is more than the model's T = {trained['T']}")
-    if args.guidance is not None and not args.digit:
+    if args.guidance != 1.0 and not args.digit:
         raise Exit(USAGE, "--guidance has an effect only with --digit")
     only = trained["only_digit"]
     if only is not None and any(digit != only for digit in args.digit or []):

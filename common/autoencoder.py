@@ -1,34 +1,20 @@
-"""Loading a trained autoencoder, from its checkpoint or from inside a latent-diffusion checkpoint.
-
-Three folders have a `model.py`, so the autoencoders' modules are loaded by file, under names of their own.
-"""
+"""Loading a trained autoencoder, from its checkpoint or from inside a latent-diffusion checkpoint."""
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt
 from common.error_codes import MODEL_MISMATCH, Exit
+from common.modules import ROOT, module_of
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-AE_FOLDER = Path(__file__).parent.parent / "mnist_ae"
-MODULE_FILES = {"ae-mlp": "model.py", "ae-conv": "model_conv.py"}
-
-
-@cache
-def autoencoder_module(model: str) -> ModuleType:
-    """The module that defines `Autoencoder` for "ae-mlp" or "ae-conv"."""
-    spec = importlib.util.spec_from_file_location(f"ae_module_{model[3:]}", AE_FOLDER / MODULE_FILES[model])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+AUTOENCODERS = ("ae-conv", "ae-mlp")  # in the order in which they are looked for
+OWN_RUNS = ROOT / "mnist_ae" / "outputs" / "checkpoints"  # where their trainer leaves them by default
 
 
 def read_autoencoder(path: str | Path) -> dict[str, Any]:
@@ -40,7 +26,7 @@ def read_autoencoder(path: str | Path) -> dict[str, Any]:
     path = ckpt.resolve_checkpoint(path)
     state = ckpt.read_checkpoint(path)
     model = ckpt.infer_model_from_checkpoint(state)
-    if model not in MODULE_FILES:
+    if model not in AUTOENCODERS:
         raise Exit(MODEL_MISMATCH, f"{path} holds a {model} model, not an autoencoder (ae-mlp or ae-conv)")
     kept = {key: state.get(key) for key in ("model", "args", "exp_name", "epoch", "val_loss")}
     return kept | {"path": str(path.absolute())}
@@ -48,7 +34,7 @@ def read_autoencoder(path: str | Path) -> dict[str, Any]:
 
 def build_autoencoder(data: dict[str, Any], device: torch.device | str = "cpu") -> nn.Module:
     """The frozen autoencoder in `data` (from `read_autoencoder`), in eval mode, rebuilt as its own flags say."""
-    module = autoencoder_module(ckpt.infer_model_from_checkpoint(data))
+    module = module_of(ckpt.infer_model_from_checkpoint(data))
     autoencoder = module.Autoencoder(latent_dim=data["args"]["latent_dim"], use_sigmoid=True)
     try:
         autoencoder.load_state_dict(data["model"])
@@ -63,7 +49,7 @@ def find_autoencoder(folders: list[Path], warn: ckpt.Warn) -> Path | None:
 
     A folder may hold runs, or be a run's own folder.
     """
-    for model in ("ae-conv", "ae-mlp"):
+    for model in AUTOENCODERS:
         for folder in folders:
             if found := ckpt.find_latest_checkpoint(folder, f"{model}-", warn):
                 return found

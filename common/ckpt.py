@@ -15,7 +15,7 @@ import shutil
 import uuid
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
@@ -235,23 +235,20 @@ def newest_readable(folder: str | Path, warn: Warn, *, verify: bool = True) -> t
     return None
 
 
-def _runs_newest_first(directory: str | Path, pattern: str, warn: Warn) -> Iterator[tuple[Path, Path]]:
-    """(run folder, newest checkpoint) of the runs named like `pattern`, by the time that checkpoint recorded."""
-    runs = []
-    for folder in Path(directory).glob("*/"):
-        if fnmatchcase(folder.name, pattern) and (found := newest_readable(folder, warn, verify=False)):
-            path, state = found
-            runs.append((str(state.get("timestamp")), folder.name, folder, path))
-    for _, _, folder, path in sorted(runs, reverse=True):
-        yield folder, path
-
-
 def find_latest_checkpoint(directory: str | Path, prefix: str = "", warn: Warn = lambda _: None) -> Path | None:
     """The newest checkpoint of all runs below `directory` whose names begin with `prefix` (`*` matches anything).
 
     Newest by the time recorded inside, not by mtime, which copying a tree rewrites. None if there is none.
     """
-    return next((path for _, path in _runs_newest_first(directory, prefix + "*", warn)), None)
+    runs = []
+    for folder in Path(directory).glob("*/"):
+        if fnmatchcase(folder.name, prefix + "*"):
+            _, state = newest_readable(folder, lambda _: None, verify=False) or (None, {})
+            runs.append((str(state.get("timestamp", "")), folder.name, folder))
+    for _, _, folder in sorted(runs, reverse=True):  # a glance for the order, a full check of what is taken
+        if found := newest_readable(folder, warn):
+            return found[0]
+    return None
 
 
 def resolve_checkpoint(path: str | Path, warn: Warn = lambda _: None) -> Path:

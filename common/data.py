@@ -146,7 +146,9 @@ def _load(
         if digits is not None:
             return *digits, "hub"
         reason = f"full MNIST is not in {cache_dir} and the Hugging Face hub cannot be reached"
-        fetch = f"run `python -m common.data --cache-dir {cache_dir}` in the repository where there is internet"
+        fetch = (
+            f"run `python -m common.data --cache-dir {cache_dir.resolve()}` in the repository where there is internet"
+        )
         if source == "hub":
             raise Exit(NO_DATA, f"{reason}; {fetch}, or use --data embedded")
         warn(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from common import ckpt, emoji
 from common.args import Parser, number
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
+from common.evaluate import scores_file
 
 _RISING = ("epoch", "global_step", "acc", "precision", "recall", "agreement", "images_per_second")
 _LOG_LINE = re.compile(r"\bepoch\W+(\d+)")
@@ -56,14 +57,18 @@ def _written_figures(run_folder: Path) -> dict[int, dict[str, float]]:
     return figures
 
 
+def _scores(path: Path) -> dict[str, Any]:
+    """What `python -m common.evaluate` wrote beside the checkpoint."""
+    try:
+        return json.loads(scores_file(path).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def metric_of(state: dict[str, Any], path: Path, metric: str) -> float | None:
     """A checkpoint's own number, else its flag's of that name, else what the run wrote about its epoch."""
-    for source in (
-        state,
-        state.get("scores") or {},
-        state["args"],
-        _written_figures(path.parent).get(state["epoch"], {}),
-    ):
+    written = _written_figures(path.parent).get(state["epoch"], {})
+    for source in (state, _scores(path), state["args"], written):
         value = source.get(metric)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)

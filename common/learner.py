@@ -99,6 +99,10 @@ class Learner:
             self.ema.update_parameters(self.net)
         return lr
 
+    def is_finite(self) -> bool:
+        """Are all weights finite? (A loss can still be finite when the update behind it was not.)"""
+        return all(bool(parameter.isfinite().all()) for parameter in self.parameters)
+
     def state_dict(self) -> dict[str, Any]:
         """The checkpoint's `model`, `ema`, `optimizer` and `scaler`."""
         return {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import emoji
+from common.error_codes import BAD_OUTPUT, Exit
 
 if TYPE_CHECKING:
     from common.args import Args
@@ -32,6 +33,7 @@ class _File(logging.FileHandler):
 def setup_component_logger(name: str, log_file: str | Path | None = None, debug: bool = False) -> logging.Logger:
     """Logger `name` with a console handler and, if `log_file` is given, a file handler that appends to it.
 
+    Raises Exit(BAD_OUTPUT) if the file cannot be opened.
     Calling it again replaces the handlers, so a logger can start on the console and gain its file later.
     """
     logger = logging.getLogger(name)
@@ -40,8 +42,11 @@ def setup_component_logger(name: str, log_file: str | Path | None = None, debug:
     close_handlers(logger)
     logger.addHandler(_Console())
     if log_file is not None:
-        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-        handler = _File(log_file, encoding="utf-8")
+        try:
+            Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+            handler = _File(log_file, encoding="utf-8")
+        except OSError as error:
+            raise Exit(BAD_OUTPUT, f"cannot write the log {log_file}: {error.strerror or error}") from None
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     return logger

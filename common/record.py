@@ -70,8 +70,7 @@ class Record:
         }
         content = {"exp_name": self.run.name, "flags": flags, "starts": [*starts, now]}
         self._try("config.json", lambda: write_text(path, json.dumps(content, indent=1, default=str) + "\n"))
-        if self.run.state is not None:
-            self._rewind(self.run.state)
+        self._rewind(self.run.state or {"epoch": 1, "global_step": 0, "val_loss": None})
 
     def _rewind(self, state: dict[str, Any]) -> None:
         done = state["epoch"] if state["val_loss"] is not None else state["epoch"] - 1
@@ -117,10 +116,10 @@ class Record:
         self._try("sample grid", lambda: save_image_grid(images, self.run.samples / f"epoch_{epoch:06d}.png"))
         self._try("TensorBoard", lambda: self.writer.add_image("samples", make_image_grid(images), step))
 
-    def hyperparameters(self, args: Args, metrics: dict[str, float]) -> None:
+    def hyperparameters(self, args: Args, metrics: dict[str, float], step: int) -> None:
         """TensorBoard's HPARAMS tab: this run's flags against its final figures."""
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.flags().items()}
-        self._try("TensorBoard", lambda: self.writer.add_hparams(plain, metrics, run_name="."))
+        self._try("TensorBoard", lambda: self.writer.add_hparams(plain, metrics, run_name=".", global_step=step))
 
     def flush(self) -> None:
         """Bring TensorBoard's events to the disk."""

@@ -16,7 +16,7 @@ from typing import IO, Any
 from common import ckpt
 from common.args import Args
 from common.device import make_output_directories
-from common.error_codes import RUN_LOCKED, Exit
+from common.error_codes import MODEL_MISMATCH, RUN_LOCKED, Exit
 from common.slurm import stop_requested
 
 LOCK_PATIENCE = 20.0  # seconds; a requeued job may overlap its predecessor's end
@@ -52,20 +52,25 @@ class Run:
 
 
 def open_run(
-    args: Args, name: Callable[[Args], str], settle: Callable[[Args, bool], None], warn: Callable[[str], None]
+    args: Args,
+    name: Callable[[Args], str],
+    settle: Callable[[Args, bool], None],
+    models: tuple[str, ...],
+    warn: Callable[[str], None],
 ) -> Run:
     """The run that the flags mean: resumed where --resume or --auto-resume finds one, else claimed under a new name.
 
     name(args) is the run's name up to its timestamp, with `*` for parts that nothing has fixed yet.
     settle(args, fresh) completes the flags: before the search (fresh=False: as far as they allow), and again for a
-    run that starts from nothing (fresh=True: or raise Exit). On resume the checkpoint's flags become today's defaults.
+    run that starts from nothing (fresh=True: or raise Exit). On resume the checkpoint's flags become today's defaults;
+    Exit(MODEL_MISMATCH) if its model is none of `models`, the types that this trainer trains.
     """
     settle(args, False)
     outdir = Path(args.outdir)
     checkpoints = outdir / "checkpoints"
     source = ckpt.resolve_resume_path(args.resume, args.auto_resume, checkpoints, f"{name(args)}-", warn)
     if source is not None:
-        return _resume(args, source, warn)
+        return _resume(args, source, models, warn)
     if args.auto_resume:
         warn(f"nothing to resume in {checkpoints} for {name(args)}-*: starting a new run")
     settle(args, True)
@@ -76,9 +81,13 @@ def open_run(
     return Run(run_name, outdir, Path(args.logdir or outdir / "logs"), lock)
 
 
-def _resume(args: Args, source: Path, warn: Callable[[str], None]) -> Run:
+def _resume(args: Args, source: Path, models: tuple[str, ...], warn: Callable[[str], None]) -> Run:
     folder = source.parent
     state = ckpt.read_checkpoint(source)
+    if (model := ckpt.infer_model_from_checkpoint(state)) not in models:
+        raise Exit(
+            MODEL_MISMATCH, f"{source} holds a model of type {model}; this trainer resumes {' or '.join(models)}"
+        )
     if folder.parent.name == "checkpoints":  # go on in the file's own run folder, wherever --outdir points
         outdir, run_name = folder.parent.parent, folder.name
         if args.origin["outdir"] == "flag" and outdir.resolve() != Path(args.outdir).resolve():

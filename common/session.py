@@ -40,12 +40,15 @@ PLAIN_LINE_EVERY = 30.0  # seconds between progress lines where there is no term
 
 @contextmanager
 def open_session(
-    args: Args, name: Callable[[Args], str], settle: Callable[[Args, bool], None] = lambda _args, _fresh: None
+    args: Args,
+    name: Callable[[Args], str],
+    *,
+    models: tuple[str, ...],
+    settle: Callable[[Args, bool], None] = lambda _args, _fresh: None,
 ) -> Iterator[Session]:
     """Everything around a training run: signals, threads, run folder and lock, log, device, seeds.
 
-    See `common.run.open_run` for `name` and `settle`. Raises Exit; whatever ends the body is logged, and what can be
-    is on disk by then.
+    See `common.run.open_run` for `name`, `models` and `settle`. Raises Exit, having logged why.
     """
     handlers = slurm.install_signal_handlers()  # before the slow imports
     log = setup_component_logger("train", debug=args.debug)
@@ -53,7 +56,7 @@ def open_session(
     try:
         device.set_threads()
         where = device.get_device(args.device)
-        run = open_run(args, name, settle, log.warning)
+        run = open_run(args, name, settle, models, log.warning)
         log = setup_component_logger("train", run.log_file, args.debug)
         session = Session(args, run, where, log)
         session.raise_if_finished()
@@ -157,7 +160,7 @@ class Session:
         self.log.info(f"the end: {self._end(self.epoch, self.best)}")
         if self._unsaved:
             self._save(final=True)
-        self.record.hyperparameters(self.args, {"hparam/val_loss": self.val_loss, "hparam/train_loss": self.train_loss})
+        self.record.hyperparameters(self.args, {"hparam/best_val_loss": self.best["val_loss"]}, self.global_step)
         self.log.info(f"{emoji.ok} best val_loss {self.best['val_loss']:.6f} in epoch {self.best['epoch']}")
         self.log.info(f"checkpoints: {self.run.checkpoints.resolve()}")
 
@@ -179,6 +182,7 @@ class Session:
         """Raises Exit(OK) if the run to be resumed has nothing left to train."""
         state = self.resumed
         if state is not None and ckpt.is_complete(state) and (end := self._end(state["epoch"], state["best"])):
+            self.log.info(f"checkpoints: {self.run.checkpoints.resolve()}")
             raise Exit(OK, f"{self.run.name} is already finished: {end}; raise --epochs to extend it")
 
     def batches(self, loader: DataLoader) -> Iterator[Any]:
@@ -302,7 +306,8 @@ class Session:
         star = "*" if self.best["epoch"] == self.epoch else " "
         self.log.info(
             f"epoch {self.epoch:>3}/{self.args.epochs}  train_loss {self.train_loss:.6f}  "
-            f"val_loss {val_loss:.6f}{star} lr {row['lr']:.2e}  {row['images_per_second']:,.0f} images/s  {self._seconds:.1f} s"
+            f"val_loss {val_loss:.6f}{star} lr {row['lr']:.2e}  "
+            f"{row['images_per_second']:,.0f} images/s  {self._seconds:.1f} s"
         )
         self.record.epoch(row | {"timestamp": _now()}, self.global_step)
         self._unsaved = True
@@ -330,6 +335,11 @@ class Session:
 
     def _save(self, final: bool = False) -> None:
         """Save; a failure is logged and retried at the next occasion, or ends the run if this is the `final` one."""
+        if not self.learner.is_finite():
+            message = (
+                f"the weights became NaN or infinite in epoch {self.epoch}; not saved, earlier checkpoints are whole"
+            )
+            raise Exit(NON_FINITE_LOSS, message)
         self.record.flush()
         self._saved_at = time.monotonic()
         try:

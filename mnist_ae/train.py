@@ -6,10 +6,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.args import Args, Parser, add_training_arguments, number
-from common.autoencoder import autoencoder_module
 from common.data import HF_MNIST, make_mnist_loader, split_train_val
 from common.error_codes import NO_MODEL_SPECIFIED, Exit, run_main
 from common.images import over
+from common.modules import module_of
 from common.session import open_session
 
 MODELS = {"mlp": "ae-mlp", "conv": "ae-conv", "ae-mlp": "ae-mlp", "ae-conv": "ae-conv"}
@@ -41,7 +41,7 @@ def require_model(args: Args, fresh: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with open_session(args, experiment_name, require_model) as session:
+    with open_session(args, experiment_name, models=("ae-mlp", "ae-conv"), settle=require_model) as session:
         import torch
 
         # Data
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         val = make_mnist_loader(val_set, 1000, shuffle=False)
 
         # Model
-        module = autoencoder_module(args.model)
+        module = module_of(args.model)
         session.attach(module.Autoencoder(args.latent_dim), steps_per_epoch=len(train), warmup=100)
 
         def loss_of(net, batch, rng):

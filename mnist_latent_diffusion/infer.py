@@ -8,9 +8,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import emoji
 from common.args import Parser, add_sampling_arguments, check_sampling, number, wanted_labels
-from common.autoencoder import build_autoencoder, read_autoencoder
 from common.device import get_device, set_threads
-from common.error_codes import MODEL_MISMATCH, Exit, run_main
+from common.error_codes import run_main
 from common.images import save_output
 
 
@@ -33,27 +32,17 @@ def main(argv: list[str] | None = None) -> None:
     device = get_device(args.device)
 
     # The model, as its checkpoint describes it
-    from model import generate_images, load_denoiser, precompute_schedules
+    from model import load_for_drawing
 
-    net, state = load_denoiser(args.ckpt, device)
-    trained = state["args"]
-    check_sampling(args, trained)
-    ae_data = read_autoencoder(args.ae_ckpt) if args.ae_ckpt else state["ae_ckpt_data"]
-    if ae_data["args"]["latent_dim"] != net.latent_dim:
-        other = ae_data["args"]["latent_dim"]
-        raise Exit(MODEL_MISMATCH, f"{args.ae_ckpt} has latent dimension {other}, the denoiser has {net.latent_dim}")
-    autoencoder = build_autoencoder(ae_data, device)
-    schedules = precompute_schedules(trained["T"], trained["beta_start"], trained["beta_end"], device)
+    draw, state = load_for_drawing(args.ckpt, device, args.ae_ckpt)
+    check_sampling(args, state["args"])
 
     # The drawing
     started = time.perf_counter()
-    images = generate_images(
-        net,
-        autoencoder,
-        schedules,
+    images = draw(
         labels=wanted_labels(args, args.num_images),
         count=args.num_images,
-        guidance=1.0 if args.guidance is None else args.guidance,
+        guidance=args.guidance,
         seed=args.seed,
         sampler=args.sampler,
         steps=args.steps,

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
+from common.autoencoder import build_autoencoder, read_autoencoder
 from common.diffusion import guided, noise_source, precompute_schedules, q_sample, reverse_steps, sample
 from common.error_codes import MODEL_MISMATCH, Exit
 from common.time_embedding import TIME_DIM, TimeMLP
@@ -85,23 +87,33 @@ class LatentDenoiser(nn.Module):
         return lambda z, t, wanted: self._denoise(z, times[t] + labels[wanted])
 
 
-def load_denoiser(path: str | Path, device: torch.device | str = "cpu") -> tuple[LatentDenoiser, dict]:
-    """(the denoiser with its EMA weights, the checkpoint's state), rebuilt as the checkpoint's own flags say.
+def load_for_drawing(
+    path: str | Path, device: torch.device | str = "cpu", ae_ckpt: str | Path | None = None
+) -> tuple[Callable[..., torch.Tensor], dict]:
+    """(draw, the checkpoint's state); `draw` is `generate_images` with everything filled in that the checkpoint knows.
 
-    Raises Exit(MODEL_MISMATCH) if the checkpoint holds another kind of model.
+    The denoiser gets its EMA weights; the autoencoder is the one inside the checkpoint, or `ae_ckpt`'s.
+    Raises Exit(MODEL_MISMATCH) if a checkpoint holds another kind of model or another latent dimension.
     """
     path = ckpt.resolve_checkpoint(path)
     state = ckpt.read_checkpoint(path)
     model = ckpt.infer_model_from_checkpoint(state)
     if model != "lddpm":
         raise Exit(MODEL_MISMATCH, f"{path} holds a model of type {model}; latent diffusion (lddpm) is needed here")
-    net = LatentDenoiser(state["args"]["ae_latent_dim"], state["args"]["hidden_dim"])
+    trained = state["args"]
+    net = LatentDenoiser(trained["ae_latent_dim"], trained["hidden_dim"])
     try:
         averaged = {name.removeprefix("module."): value for name, value in state["ema"].items() if name != "n_averaged"}
         net.load_state_dict(averaged)
     except RuntimeError as error:
         raise ckpt.UnreadableCheckpoint(path, f"its weights do not fit: {str(error).splitlines()[0]}") from None
-    return net.to(device).eval().requires_grad_(False), state
+    ae_data = read_autoencoder(ae_ckpt) if ae_ckpt else state["ae_ckpt_data"]
+    if ae_data["args"]["latent_dim"] != net.latent_dim:
+        other = ae_data["args"]["latent_dim"]
+        raise Exit(MODEL_MISMATCH, f"{ae_ckpt} has latent dimension {other}, the denoiser has {net.latent_dim}")
+    autoencoder = build_autoencoder(ae_data, device)
+    schedules = precompute_schedules(trained["T"], trained["beta_start"], trained["beta_end"], device)
+    return partial(generate_images, net.to(device).eval().requires_grad_(False), autoencoder, schedules), state
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.args import Args, Parser, add_diffusion_arguments, add_training_arguments, check_betas, number
-from common.autoencoder import AE_FOLDER, build_autoencoder, find_autoencoder, read_autoencoder
+from common.autoencoder import OWN_RUNS, build_autoencoder, find_autoencoder, read_autoencoder
 from common.data import HF_MNIST, make_mnist_loader, split_train_val
 from common.error_codes import NO_AE_CHECKPOINT, Exit, run_main
 from common.session import open_session
@@ -47,7 +47,7 @@ def choose_autoencoder(args: Args, fresh: bool) -> None:
     if path is None:
         folders = [Path(args.ae_ckpt_dir or Path(args.outdir) / "checkpoints")]
         if not args.ae_ckpt_dir and not args.given("outdir"):
-            folders.append(AE_FOLDER / "outputs" / "checkpoints")
+            folders.append(OWN_RUNS)
         path = find_autoencoder(folders, logging.getLogger("train").warning)
         if path is None:
             where = " or ".join(map(str, folders))
@@ -71,7 +71,7 @@ def encode(autoencoder, digits, args, device):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with open_session(args, experiment_name, choose_autoencoder) as session:
+    with open_session(args, experiment_name, models=("lddpm",), settle=choose_autoencoder) as session:
         import torch
         from torch.nn.functional import mse_loss
 

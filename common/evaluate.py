@@ -1,0 +1,174 @@
+"""Score a checkpoint: `python -m common.evaluate --ckpt PATH`.
+
+Draws images from a diffusion checkpoint (or reconstructs test digits with an autoencoder) and compares them with
+held-out digits in the feature space of a digit classifier. The distances are not Inception figures: they compare only
+with figures of the same classifier.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import ckpt, emoji
+from common.args import Parser, add_data_arguments, add_sampling_arguments, check_sampling, number, wanted_labels
+from common.device import get_device, set_threads
+from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, Exit, run_main
+from common.record import write_text
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK = 500  # images drawn at a time
+ORDER = ("fid", "precision", "recall", "agreement", "imbalance", "confident")
+MEANING = {
+    "fid": "Fréchet distance in the classifier's feature space (lower is better)",
+    "precision": "share of the images that look like real digits (k-NN manifold)",
+    "recall": "share of the real digits that the images cover (k-NN manifold)",
+    "agreement": "share of the images that the classifier takes for the wanted digit",
+    "imbalance": "total variation between the classes seen and wanted (0 is balanced)",
+    "confident": "share of the images that the classifier is more than 90 % sure of",
+}
+
+
+def score(images: torch.Tensor, wanted: torch.Tensor | None, real: Any, classifier: Any) -> dict[str, dict[str, float]]:
+    """{figure: {"value", "error" (bootstrap standard error), "floor" (what real digits score)}}.
+
+    images (N, 1, 28, 28) in [0, 1]; wanted (N,) labels, None if none were asked for. real: held-out digits (HF_MNIST);
+    one half is the reference, the other sets the floor, cut to N digits if it has more.
+    """
+    import torch
+
+    from common.classifier import judge
+    from common.metrics import bootstrap, covered, frechet_distance, imbalance
+    from common.rng import generator
+
+    order = torch.randperm(len(real), generator=generator(0, "evaluation halves"))
+    pictures, labels = real[order]
+    half = len(real) // 2
+    reference = judge(classifier, pictures[:half])[0].numpy()
+    spare = slice(half, half + len(images))
+    found: dict[str, dict[str, float]] = {}
+    for column, shown, asked in (("floor", pictures[spare], labels[spare]), ("value", images, wanted)):
+        features, probabilities = (part.numpy() for part in judge(classifier, shown))
+        predicted = probabilities.argmax(1)
+        balance = (labels[:half] if asked is None else asked).numpy()
+        size = min(len(features), half)  # precision and recall want sets of equal size
+        samples: dict[str, tuple[Callable[..., float], Any]] = {
+            "fid": (lambda rows: frechet_distance(rows, reference), features),
+            "precision": (lambda rows: rows.mean(), covered(reference[:size], features[:size])),
+            "recall": (lambda rows: rows.mean(), covered(features[:size], reference[:size])),
+            "imbalance": (lambda rows, balance=balance: imbalance(rows, balance), predicted),
+            "confident": (lambda rows: rows.mean(), probabilities.max(1) > 0.9),
+        }
+        if wanted is not None:
+            samples["agreement"] = (lambda rows: rows.mean(), predicted == asked.numpy())
+        for name, (statistic, rows) in samples.items():
+            entry = found.setdefault(name, {})
+            entry[column] = float(statistic(rows))
+            if column == "value":
+                entry["error"] = bootstrap(statistic, rows)
+    return {name: found[name] for name in ORDER if name in found}
+
+
+def _draw(args: Any, path: Path, model: str, device: torch.device) -> tuple[torch.Tensor, list[int] | None, float]:
+    """(images, wanted labels, seconds) from a diffusion checkpoint, a chunk at a time."""
+    import torch
+    from tqdm import tqdm
+
+    from common.modules import module_of
+
+    draw, state = module_of(model).load_for_drawing(path, device)
+    check_sampling(args, state["args"])
+    labels = wanted_labels(args, args.n)
+    options = {"guidance": args.guidance, "sampler": args.sampler, "steps": args.steps}
+    parts, started = [], time.perf_counter()
+    for first in tqdm(range(0, args.n, CHUNK), desc="drawing", disable=not sys.stderr.isatty()):
+        count = min(CHUNK, args.n - first)
+        chosen = labels[first : first + count] if labels else None
+        parts.append(draw(labels=chosen, count=count, seed=args.seed + first, **options).cpu())
+    return torch.cat(parts), labels, time.perf_counter() - started
+
+
+def _reconstruct(path: Path, real: Any, count: int, device: torch.device) -> tuple[torch.Tensor, list[int], float]:
+    """(images, their labels, seconds): the reconstructions of the first `count` of `real`."""
+    import torch
+
+    from common.autoencoder import build_autoencoder, read_autoencoder
+
+    autoencoder = build_autoencoder(read_autoencoder(path), device)
+    images, labels = real[torch.arange(min(count, len(real)))]
+    started = time.perf_counter()
+    with torch.no_grad():
+        rebuilt = torch.cat([autoencoder(part.to(device)).cpu() for part in images.split(CHUNK)])
+    return rebuilt, labels.tolist(), time.perf_counter() - started
+
+
+def scores_file(path: Path) -> Path:
+    """Where the scores of the checkpoint file `path` are written."""
+    return path.with_name(f"{path.stem}.scores.json")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("Score a checkpoint.", "python -m common.evaluate --ckpt RUN_FOLDER --digit 0 1 2 3 4 5 6 7 8 9")
+    parser.add_argument("--ckpt", required=True, help="checkpoint file, its run's folder (newest) or FOLDER/best")
+    parser.add_argument("--n", type=number(int, 200), default=5000, help="images, at least 200 (default: 5000)")
+    parser.add_argument("--json", type=Path, help="where the scores go (default: beside the checkpoint)")
+    add_sampling_arguments(parser)
+    add_data_arguments(parser)
+    args = parser.parse_args(argv)
+
+    import torch
+
+    from common.classifier import load_classifier
+    from common.data import HF_MNIST
+
+    set_threads()
+    device = get_device(args.device)
+    path = ckpt.resolve_checkpoint(args.ckpt).resolve()
+    trained = ckpt.read_checkpoint(path)
+    model = ckpt.infer_model_from_checkpoint(trained)
+    only = trained["args"]["only_digit"]
+    wanted_digits = set(args.digit or ([only] if only is not None else range(10)))
+    real = HF_MNIST("test", args.cache_dir, source=args.data)
+    classifier, accuracy = load_classifier(args.cache_dir, real.source, lambda text: print(f"{emoji.info} {text}"))
+    real = real.subset(torch.isin(real.labels, torch.tensor(sorted(wanted_digits))).nonzero().flatten())
+    if model.startswith("ae-"):
+        if args.digit or args.guidance != 1.0 or args.steps:
+            raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
+        images, labels, seconds = _reconstruct(path, real, args.n, device)
+    else:
+        images, labels, seconds = _draw(args, path, model, device)
+    figures = score(images, None if labels is None else torch.tensor(labels), real, classifier)
+
+    kind = "reconstructions" if model.startswith("ae-") else "unconditional" if labels is None else "with labels"
+    print(f"{len(images):,} images, {kind}, from {trained['exp_name']}, epoch {trained['epoch']}")
+    print(f"judged by a classifier that reads {accuracy:.2%} of the test digits ({real.source}) correctly")
+    print(f"{'':>10} {'value':>9} {'+-':>8} {'real':>9}")
+    for name, row in figures.items():
+        print(f"{name:>10} {row['value']:>9.4f} {row['error']:>8.4f} {row['floor']:>9.4f}   {MEANING[name]}")
+    print(f"{'images/s':>10} {len(images) / seconds:>9.1f}")
+    print(f"{emoji.info} not Inception figures: they compare only with figures of this classifier")
+    settings = {name: getattr(args, name) for name in ("n", "seed", "digit", "guidance", "sampler", "steps")}
+    suffix = "_labelled" if kind == "with labels" else ""  # so that one file holds both, and neither hides the other
+    target = args.json or scores_file(path)
+    try:
+        known = json.loads(target.read_text()) if target.is_file() else {}
+    except (OSError, ValueError):
+        known = {}
+    known |= {f"{name}{suffix}": row["value"] for name, row in figures.items()}
+    details = {"figures": figures, "settings": settings, "images_per_second": len(images) / seconds}
+    known[f"details{suffix}"] = details | {"classifier_accuracy": accuracy, "data": real.source}
+    try:
+        write_text(target, json.dumps(known, indent=1) + "\n")
+    except OSError as error:
+        raise Exit(BAD_OUTPUT, f"cannot write {target}: {error.strerror or error}") from None
+    print(f"{emoji.ok} {target}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

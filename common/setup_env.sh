@@ -1,0 +1,29 @@
+# Source this to have a Python with this project's packages as `python`:
+#
+#     source common/setup_env.sh [more requirement files]
+#
+# It takes the active virtual environment, else ~/venv/ddpm, which it creates on first use, and installs the
+# requirements once (again when they change). Set PYTHON to choose the interpreter a new environment is made with.
+
+_ddpm_setup() {
+    local root stamp
+    root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
+    if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+        if [ ! -x "$HOME/venv/ddpm/bin/python" ]; then
+            echo "creating the virtual environment ~/venv/ddpm"
+            "${PYTHON:-python3}" -m venv "$HOME/venv/ddpm" || return 1
+        fi
+        source "$HOME/venv/ddpm/bin/activate" || return 1
+    fi
+    python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "error: $(python --version) in $(command -v python) is too old; Python 3.11 or newer is needed" >&2
+        return 1
+    }
+    stamp="$(python -c 'import sys; print(sys.prefix)')/.ddpm-$(cat "$root/requirements.txt" "$@" | cksum | tr ' ' -)"
+    if [ ! -e "$stamp" ]; then
+        echo "installing the requirements (once; a few minutes)"
+        python -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" "${@/#/-r}" || return 1
+        touch "$stamp" 2>/dev/null || true
+    fi
+}
+_ddpm_setup "$@"

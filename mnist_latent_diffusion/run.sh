@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The main job: sets up whatever is missing, trains an autoencoder, trains latent diffusion on its latents, and draws
+# generated.png. Interrupted, it goes on where it was when started again; finished, it only draws.
+set -euo pipefail
+[ $# -eq 0 ] || { echo "error: run.sh takes no arguments" >&2; exit 2; }
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source ../common/setup_env.sh
+
+cache="${SLURM_TMPDIR:-$PWD/hf_cache}"
+found="$(cd .. && python -m common.data --cache-dir "$cache")"
+echo "$found"
+if [[ "$found" == *"(hub)"* ]]; then
+    data=hub ae_epochs=10 epochs=10
+else
+    data=embedded ae_epochs=80 epochs=120
+fi
+common=(--cache-dir "$cache" --data "$data" --auto-resume --generate-images)
+
+# Each trainer ends with the line "checkpoints: FOLDER"
+train() { python train.py "${common[@]}" "$@" | tee /dev/stderr | sed -n 's/^checkpoints: //p'; }
+
+autoencoder="$(cd ../mnist_ae && train --model mlp --lr 1e-3 --epochs "$ae_epochs" --ckpt-save-every 10)"
+run="$(train --ae-ckpt "$autoencoder" --lr 1e-3 --lr-scheduler cosine --epochs "$epochs" --ckpt-save-every 10)"
+python infer.py --ckpt "$run" --digit 0 1 2 3 4 5 6 7 8 9 --num-images 100 --output generated.png
+
+root="${run%/checkpoints/*}"
+echo
+echo "picture:      $PWD/generated.png"
+echo "autoencoder:  $autoencoder"
+echo "diffusion:    $run"
+echo "TensorBoard:  tensorboard --logdir '$root/runs'"

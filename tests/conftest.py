@@ -1,0 +1,94 @@
+"""Paths, and the small runs that many tests look at (made once, never changed by a test)."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: small tensors, and the same sums in every process
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, call, only_run, run
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _clean_environment():
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "HF_")) or name == "SCRATCH":
+            del os.environ[name]
+    os.environ["HF_ENDPOINT"] = CLOSED_PORT
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """A data set cache that holds the decoded embedded digits."""
+    from common.data import HF_MNIST
+
+    folder = tmp_path_factory.mktemp("cache")
+    for split in ("train", "test"):
+        HF_MNIST(split, folder, source="embedded")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(cache) -> tuple:
+    """Flags of a training run that takes a second: the 450 embedded threes."""
+    return ("--data", "embedded", "--cache-dir", cache, "--only-digit", 3, "--batch-size", 64, "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def ae_run(tmp_path_factory, tiny) -> Path:
+    """The run folder of an MLP autoencoder: the real script, 2 epochs."""
+    outdir = tmp_path_factory.mktemp("ae")
+    result = run(
+        AE, "train.py", "--model", "mlp", "--epochs", 2, "--generate-images", "--outdir", outdir, "--lr", 1e-3, *tiny
+    )
+    assert result.code == 0, result.text
+    return only_run(outdir)
+
+
+@pytest.fixture(scope="session")
+def conv_run(tmp_path_factory, tiny) -> Path:
+    """The run folder of a convolutional autoencoder, 1 epoch."""
+    outdir = tmp_path_factory.mktemp("conv")
+    result = call(AE, "train.py", "--model", "conv", "--epochs", 1, "--outdir", outdir, *tiny)
+    assert result.code == 0, result.text
+    return only_run(outdir)
+
+
+@pytest.fixture(scope="session")
+def tiny_latent(tiny, ae_run) -> tuple:
+    """Flags of a latent run that takes a second."""
+    return ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16, *tiny)
+
+
+@pytest.fixture(scope="session")
+def latent_run(tmp_path_factory, tiny_latent) -> Path:
+    """The run folder of a latent diffusion: the real script, 2 epochs."""
+    outdir = tmp_path_factory.mktemp("latent")
+    result = run(
+        LATENT, "train.py", "--epochs", 2, "--generate-images", "--outdir", outdir, "--amp", "--lr", 1e-3, *tiny_latent
+    )
+    assert result.code == 0, result.text
+    return only_run(outdir)
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """copy_of(run folder) -> the same run in an output tree of its own, free to be damaged."""
+
+    def copy(folder: Path) -> Path:
+        outdir = tmp_path / f"copy-{len(list(tmp_path.glob('copy-*')))}"
+        shutil.copytree(folder.parent.parent, outdir, symlinks=True)
+        return outdir / "checkpoints" / folder.name
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def full_mnist(tmp_path_factory) -> Path:
+    """A copy of the full MNIST cache; skips where there is none."""
+    if not FULL_MNIST.is_dir():
+        pytest.skip(f"no full MNIST at {FULL_MNIST}")
+    return Path(shutil.copytree(FULL_MNIST, tmp_path_factory.mktemp("full") / "hf_cache"))
