@@ -245,6 +245,13 @@ def add_training_arguments(
     )
     parser.flag(
         training,
+        "--eval-every",
+        type=number(int, 1),
+        metavar="N",
+        help="score the run every N epochs as common.evaluate does, on fewer images (default: never)",
+    )
+    parser.flag(
+        training,
         "--ckpt-every-sec",
         type=number(float, above=0),
         default=300.0,

@@ -35,7 +35,9 @@ MEANING = {
 }
 
 
-def score(images: torch.Tensor, wanted: torch.Tensor | None, real: Any, classifier: Any) -> dict[str, dict[str, float]]:
+def score(
+    images: torch.Tensor, wanted: torch.Tensor | None, real: Any, classifier: Any, *, errors: bool = True
+) -> dict[str, dict[str, float]]:
     """{figure: {"value", "error" (bootstrap standard error), "floor" (what real digits score)}}.
 
     images (N, 1, 28, 28) in [0, 1]; wanted (N,) labels, None if none were asked for. real: held-out digits (HF_MNIST);
@@ -70,9 +72,41 @@ def score(images: torch.Tensor, wanted: torch.Tensor | None, real: Any, classifi
         for name, (statistic, rows) in samples.items():
             entry = found.setdefault(name, {})
             entry[column] = float(statistic(rows))
-            if column == "value":
+            if column == "value" and errors:
                 entry["error"] = bootstrap(statistic, rows)
     return {name: found[name] for name in ORDER if name in found}
+
+
+def score_epoch(
+    args: Any, epoch: int, shown: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor | None]]]
+) -> dict[str, float]:
+    """Scores for a trainer's --eval-every, {} in the epochs between: {figure + suffix: value}.
+
+    shown: by suffix, what to score: a function that returns (images, wanted labels or None), as `score` takes them.
+    """
+    if not args.eval_every or epoch % args.eval_every:
+        return {}
+    real, classifier, _ = _judges(args, [] if args.only_digit is None else [args.only_digit])
+    figures = {}
+    for suffix, show in shown.items():
+        images, wanted = show()
+        rows = score(images, wanted, real, classifier, errors=False)
+        figures |= {f"{name}{suffix}": row["value"] for name, row in rows.items()}
+    return figures
+
+
+def _judges(args: Any, digits: list[int]) -> tuple[Any, Any, float]:
+    """(held-out real digits, only `digits` if any are given; the classifier; its accuracy)."""
+    import torch
+
+    from common.classifier import load_classifier
+    from common.data import HF_MNIST
+
+    real = HF_MNIST("test", args.cache_dir, source=args.data)
+    classifier, accuracy = load_classifier(args.cache_dir, real.source, lambda text: print(f"{emoji.info} {text}"))
+    if digits:
+        real = real.subset(torch.isin(real.labels, torch.tensor(digits)).nonzero().flatten())
+    return real, classifier, accuracy
 
 
 def _draw(args: Any, path: Path, model: str, device: torch.device) -> tuple[torch.Tensor, list[int] | None, float]:
@@ -124,19 +158,13 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from common.classifier import load_classifier
-    from common.data import HF_MNIST
-
     set_threads()
     device = get_device(args.device)
     path = ckpt.resolve_checkpoint(args.ckpt).resolve()
     trained = ckpt.read_checkpoint(path)
     model = ckpt.infer_model_from_checkpoint(trained)
     only = trained["args"]["only_digit"]
-    wanted_digits = set(args.digit or ([only] if only is not None else range(10)))
-    real = HF_MNIST("test", args.cache_dir, source=args.data)
-    classifier, accuracy = load_classifier(args.cache_dir, real.source, lambda text: print(f"{emoji.info} {text}"))
-    real = real.subset(torch.isin(real.labels, torch.tensor(sorted(wanted_digits))).nonzero().flatten())
+    real, classifier, accuracy = _judges(args, args.digit or ([] if only is None else [only]))
     if model.startswith("ae-"):
         if args.digit or args.guidance != 1.0 or args.steps:
             raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")

@@ -68,7 +68,7 @@ def _scores(path: Path) -> dict[str, Any]:
 def metric_of(state: dict[str, Any], path: Path, metric: str) -> float | None:
     """A checkpoint's own number, else its flag's of that name, else what the run wrote about its epoch."""
     written = _written_figures(path.parent).get(state["epoch"], {})
-    for source in (state, _scores(path), state["args"], written):
+    for source in (state, state.get("scores") or {}, _scores(path), state["args"], written):
         value = source.get(metric)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)

@@ -91,6 +91,7 @@ class Session:
         self.val_loss: float | None = None
         self._loss_sum, self._loss_rows = 0.0, 0
         self._seconds, self._saved_at = 0.0, time.monotonic()
+        self.scores: dict[str, float] = {}
         self._unsaved, self._saved_path = False, run.source
         self.extras: dict[str, Any] = {}  # what the recipe wants in its checkpoints beside the session's own keys
         log.info(f"{emoji.step} {run.name} on {where}, outputs in {run.outdir.resolve()}")
@@ -166,7 +167,7 @@ class Session:
 
     def _begin_epoch(self, epoch: int) -> None:
         self.epoch, self.batch = epoch, 0
-        self.train_loss = self.val_loss = None
+        self.train_loss, self.val_loss, self.scores = None, None, {}
         self._loss_sum, self._loss_rows, self._seconds = 0.0, 0, 0.0
 
     def _end(self, epoch: int, best: dict[str, Any]) -> str:
@@ -282,8 +283,11 @@ class Session:
     ) -> None:
         """Close the epoch: pictures, best, log line, TensorBoard, checkpoint.
 
+        The order matters: until the checkpoint at the end, whatever interrupts this repeats it as a whole.
+
         preview() returns images (N, C, H, W) in [0, 1]; it is called with --generate-images. scalars: more figures
-        for TensorBoard and metrics.jsonl. Raises Exit(NON_FINITE_LOSS) if val_loss is not finite.
+        for TensorBoard, metrics.jsonl and the checkpoint's `scores`. Raises Exit(NON_FINITE_LOSS) if val_loss is NaN or
+        infinite.
         """
         if not math.isfinite(val_loss):
             raise Exit(NON_FINITE_LOSS, f"the validation loss became {val_loss} in epoch {self.epoch}; not saved")
@@ -309,6 +313,7 @@ class Session:
             f"val_loss {val_loss:.6f}{star} lr {row['lr']:.2e}  "
             f"{row['images_per_second']:,.0f} images/s  {self._seconds:.1f} s"
         )
+        self.scores = scalars or {}
         self.record.epoch(row | {"timestamp": _now()}, self.global_step)
         self._unsaved = True
         self._save()
@@ -328,6 +333,7 @@ class Session:
             "train_loss": self._loss_sum / self._loss_rows if self._loss_rows else None,
             "val_loss": self.val_loss,
             "best": self.best,
+            "scores": self.scores,
             "running": [self._loss_sum, self._loss_rows, self._seconds],
             **self.learner.state_dict(),
             **self.extras,

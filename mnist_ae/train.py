@@ -8,12 +8,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.args import Args, Parser, add_training_arguments, number
 from common.data import HF_MNIST, make_mnist_loader, split_train_val
 from common.error_codes import NO_MODEL_SPECIFIED, Exit, run_main
+from common.evaluate import score_epoch
 from common.images import over
 from common.modules import module_of
 from common.session import open_session
 
 MODELS = {"mlp": "ae-mlp", "conv": "ae-conv", "ae-mlp": "ae-mlp", "ae-conv": "ae-conv"}
 PREVIEW_DIGITS = 32
+SOME = 1000  # validation digits for the figures of each epoch
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -60,25 +62,32 @@ def main(argv: list[str] | None = None) -> None:
             images, _ = batch
             return module.reconstruction_loss(net, images, rng)
 
+        some, some_labels = val_set[torch.arange(min(SOME, len(val_set)))]
+        some = some.to(session.device)
+
+        @torch.no_grad()
         def preview():
-            images = val_set[torch.arange(min(PREVIEW_DIGITS, len(val_set)))][0].to(session.device)
-            with torch.no_grad():
-                return over(images, session.best_net(images))[0]
+            return over(some[:PREVIEW_DIGITS], session.best_net(some[:PREVIEW_DIGITS]))[0]
+
+        @torch.no_grad()
+        def reconstructed():
+            return session.best_net(some).cpu(), some_labels
 
         # Training
-        for _epoch in session.epochs():
+        for epoch in session.epochs():
             for batch in session.batches(train):
                 session.step(loss_of, batch)
             val_loss = session.validate(val, loss_of)
-            session.end_epoch(val_loss, preview, latent_statistics(session.best_net, val_set, session.device))
+            statistics = latent_statistics(session.best_net, some)
+            session.end_epoch(val_loss, preview, statistics | score_epoch(args, epoch, {"": reconstructed}))
 
 
-def latent_statistics(net, digits, device) -> dict[str, float]:
-    """Mean and deviation of the latents of some validation digits."""
+def latent_statistics(net, images) -> dict[str, float]:
+    """Mean, deviation and largest value of the images' latents."""
     import torch
 
     with torch.no_grad():
-        z = net.encode(digits[torch.arange(min(1000, len(digits)))][0].to(device))
+        z = net.encode(images)  # (N, D)
     return {"latent/mean": z.mean().item(), "latent/std": z.std(0).mean().item(), "latent/max": z.abs().max().item()}
 
 

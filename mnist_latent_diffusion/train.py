@@ -10,8 +10,10 @@ from common.args import Args, Parser, add_diffusion_arguments, add_training_argu
 from common.autoencoder import OWN_RUNS, build_autoencoder, find_autoencoder, read_autoencoder
 from common.data import HF_MNIST, make_mnist_loader, split_train_val
 from common.error_codes import NO_AE_CHECKPOINT, Exit, run_main
+from common.evaluate import score_epoch
 from common.session import open_session
 
+EVAL_IMAGES = 1000  # for --eval-every
 LABEL_DROPOUT = 0.1  # how often the denoiser does not see the label, so that it can also draw without one
 
 
@@ -95,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
         train = make_mnist_loader(train_set, args.batch_size, seed=args.seed, num_workers=workers)
         val = make_mnist_loader(val_set, 1000, shuffle=False)
 
+        latent_statistics = {"latent/mean": mean.mean().item(), "latent/std": std.mean().item()}
+
         # Model
         net = LatentDenoiser(args.ae_latent_dim, args.hidden_dim)
         net.latent_mean.copy_(mean)
@@ -111,22 +115,28 @@ def main(argv: list[str] | None = None) -> None:
             labels = labels.masked_fill(dropped, net.null_label)
             return mse_loss(net(q_sample(z0, t, epsilon, schedules), t, labels), epsilon)
 
+        def draw(labels=None, count=None):
+            options = {"labels": labels, "count": count, "seed": args.seed, "callback": session.poll}
+            return generate_images(session.best_net, autoencoder, schedules, **options)
+
+        def digits_in_turn(count):
+            return [i * 10 // count if args.only_digit is None else args.only_digit for i in range(count)]
+
         def preview():
-            count = args.samples_per_epoch
-            wanted = [i * 10 // count if args.only_digit is None else args.only_digit for i in range(count)]
-            return generate_images(
-                session.best_net, autoencoder, schedules, labels=wanted, seed=args.seed, callback=session.poll
-            )
+            return draw(digits_in_turn(args.samples_per_epoch))
+
+        labels = digits_in_turn(EVAL_IMAGES)
+        shown = {
+            "": lambda: (draw(count=EVAL_IMAGES).cpu(), None),
+            "_labelled": lambda: (draw(labels).cpu(), torch.tensor(labels)),
+        }
 
         # Training
-        for _epoch in session.epochs():
+        for epoch in session.epochs():
             for batch in session.batches(train):
                 session.step(loss_of, batch)
-            session.end_epoch(
-                session.validate(val, loss_of),
-                preview,
-                {"latent/mean": mean.mean().item(), "latent/std": std.mean().item()},
-            )
+            val_loss = session.validate(val, loss_of)
+            session.end_epoch(val_loss, preview, latent_statistics | score_epoch(args, epoch, shown))
 
 
 if __name__ == "__main__":

@@ -21,14 +21,18 @@ def _clean_environment():
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> Path:
-    """A data set cache that holds the decoded embedded digits."""
-    from common.data import HF_MNIST
-
+def fetched(tmp_path_factory) -> tuple[Path, str]:
+    """A data set cache filled with the embedded digits by `python -m common.data`, and what that said."""
     folder = tmp_path_factory.mktemp("cache")
-    for split in ("train", "test"):
-        HF_MNIST(split, folder, source="embedded")
-    return folder
+    result = run(".", "-m common.data", "--data", "embedded", "--cache-dir", folder)
+    assert result.code == 0, result.text
+    return folder, result.text
+
+
+@pytest.fixture(scope="session")
+def cache(fetched) -> Path:
+    """A data set cache that holds the decoded embedded digits."""
+    return fetched[0]
 
 
 @pytest.fixture(scope="session")
