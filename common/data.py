@@ -102,7 +102,8 @@ class EpochBatches:
             order = torch.randperm(self.size, generator=generator(self.seed, "order", self.epoch))
         else:
             order = torch.arange(self.size)
-        yield from order[self.start * self.batch_size :].split(self.batch_size)
+        rest = order[self.start * self.batch_size :]
+        yield from rest.split(self.batch_size) if len(rest) else ()  # split makes one empty part of nothing
 
 
 def make_mnist_loader(

@@ -1,66 +1,49 @@
-"""MLP autoencoder: 28x28 digits <-> a 16-dimensional latent vector."""
+"""The MLP autoencoder: 28 x 28 digits to a latent vector and back."""
 
-import math
+import sys
+from pathlib import Path
 
 import torch
-import torch.nn as nn
+from torch import nn
 
-MEAN, STD = 0.13, 0.31  # of MNIST pixels in [0, 1]
-GAIN = 8.0  # see Dense
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common.layers import Scaled, scaled_linear
+
+PIXEL_MEAN, PIXEL_STD = 0.13, 0.31  # of MNIST in [0, 1]
+WIDE, NARROW = 768, 384
+GAIN = 16.0
 
 
-class Dense(nn.Linear):
-    """A linear layer of `GAIN * x` whose weights start `GAIN` times smaller.
-
-    The function at initialisation is that of a plain layer, but a step of Adam moves it
-    `GAIN` times further: small learning rates train it as fast as large ones would.
-    """
-
-    def __init__(self, n_in, n_out, scale=math.sqrt(2)):
-        super().__init__(n_in, n_out)
-        nn.init.normal_(self.weight, std=scale / GAIN / math.sqrt(n_in))
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x):
-        return super().forward(GAIN * x)
+def _dense(inputs: int, outputs: int) -> tuple[Scaled, nn.Module]:
+    return scaled_linear(inputs, outputs, GAIN), nn.SiLU()
 
 
 class Autoencoder(nn.Module):
-    """784 -> 768 -> 384 -> latent -> 384 -> 768 -> 784: few, wide layers keep the CPU busy."""
+    """784 -> 768 -> 384 -> latent_dim -> 384 -> 768 -> 784: few, wide layers keep a processor busy.
 
-    def __init__(self, latent_dim=16, use_sigmoid=True, widths=(768, 384)):
+    use_sigmoid: let `decode` end in [0, 1]; without, in logits.
+    """
+
+    def __init__(self, latent_dim: int = 16, use_sigmoid: bool = True) -> None:
         super().__init__()
-        wide, narrow = widths
+        self.use_sigmoid = use_sigmoid
         self.encoder = nn.Sequential(
-            Dense(28 * 28, wide),
-            nn.SiLU(),
-            Dense(wide, narrow),
-            nn.SiLU(),
-            Dense(narrow, latent_dim, scale=1),
+            *_dense(28 * 28, WIDE), *_dense(WIDE, NARROW), scaled_linear(NARROW, latent_dim, GAIN, std=1)
         )
         self.decoder = nn.Sequential(
-            Dense(latent_dim, narrow),
-            nn.SiLU(),
-            Dense(narrow, wide),
-            nn.SiLU(),
-            Dense(wide, 28 * 28, scale=1),
+            *_dense(latent_dim, NARROW), *_dense(NARROW, WIDE), scaled_linear(WIDE, 28 * 28, GAIN, std=1)
         )
-        self.use_sigmoid = use_sigmoid
 
-    def encode(self, x):
-        """Latents of images in [0, 1]."""
-        x = (x.flatten(1) - MEAN) / STD  # (B, 784)
-        return self.encoder(x)  # (B, latent_dim)
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 1, 28, 28) images in [0, 1] -> (B, D) latents."""
+        x = (x.flatten(1) - PIXEL_MEAN) / PIXEL_STD  # (B, 784)
+        return self.encoder(x)  # (B, D)
 
-    def decode(self, z):
-        """Images of latents, in [0, 1] when `use_sigmoid`."""
-        x = self.decoder(z)  # (B, 784)
-        x = x.view(-1, 1, 28, 28)  # (B, 1, 28, 28)
-        return torch.sigmoid(x) if self.use_sigmoid else x  # (B, 1, 28, 28)
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """(B, D) latents -> (B, 1, 28, 28) images in [0, 1]."""
+        x = self.decoder(z).unflatten(1, (1, 28, 28))  # (B, 1, 28, 28)
+        return x.sigmoid() if self.use_sigmoid else x  # (B, 1, 28, 28)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.decode(self.encode(x))  # (B, 1, 28, 28)
-
-
-def reconstruction_loss(net, images, rng):
-    return torch.nn.functional.mse_loss(net(images), images)

@@ -14,6 +14,8 @@ from common.modules import module_of
 from common.session import open_session
 
 MODELS = {"mlp": "ae-mlp", "conv": "ae-conv", "ae-mlp": "ae-mlp", "ae-conv": "ae-conv"}
+LATENT_NOISE = 0.1  # deviation of the noise on latents in training; their own is about 1.5
+LATENT_PULL = 2e-4
 PREVIEW_DIGITS = 32
 SOME = 1000  # validation digits for the figures of each epoch
 
@@ -45,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with open_session(args, experiment_name, models=("ae-mlp", "ae-conv"), settle=require_model) as session:
         import torch
+        from torch.nn.functional import mse_loss
 
         # Data
         digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
@@ -55,12 +58,24 @@ def main(argv: list[str] | None = None) -> None:
         val = make_mnist_loader(val_set, 1000, shuffle=False)
 
         # Model
-        module = module_of(args.model)
-        session.attach(module.Autoencoder(args.latent_dim), steps_per_epoch=len(train), warmup=100)
+        session.attach(
+            module_of(args.model).Autoencoder(args.latent_dim), steps_per_epoch=len(train), warmup=200, weight_decay=0.0
+        )
 
         def loss_of(net, batch, rng):
+            """Squared error from a slightly noisy latent, and a small pull on the latents' size.
+
+            It is the loss of a variational autoencoder with a fixed posterior width: neighbouring latents decode alike,
+            which is what the diffusion on them needs.
+            """
             images, _ = batch
-            return module.reconstruction_loss(net, images, rng)
+            z = net.encode(images)  # (B, D)
+            noise = torch.randn(z.shape, generator=rng).to(z.device)
+            return mse_loss(net.decode(z + LATENT_NOISE * noise), images) + LATENT_PULL * z.square().mean()
+
+        def reconstruction_error(net, batch, _rng):
+            images, _ = batch
+            return mse_loss(net(images), images)
 
         some, some_labels = val_set[torch.arange(min(SOME, len(val_set)))]
         some = some.to(session.device)
@@ -77,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         for epoch in session.epochs():
             for batch in session.batches(train):
                 session.step(loss_of, batch)
-            val_loss = session.validate(val, loss_of)
+            val_loss = session.validate(val, reconstruction_error)
             statistics = latent_statistics(session.best_net, some)
             session.end_epoch(val_loss, preview, statistics | score_epoch(args, epoch, {"": reconstructed}))
 

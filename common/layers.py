@@ -1,0 +1,33 @@
+"""Layers that the networks share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+class Scaled(nn.Module):
+    """`layer(gain * x)`, with weights that start `gain` times smaller (equalised learning rate, Karras et al. 2018).
+
+    At initialisation it is the plain layer, but Adam, which moves every weight by about the learning rate, moves the
+    function `gain` times further: so small learning rates train it as fast as large ones train a plain layer.
+
+    layer: Linear, Conv2d or ConvTranspose2d. fan_in: inputs that meet in one output. std: deviation of an output at
+    initialisation, for inputs of deviation 1 (sqrt(2) before an activation that halves the variance).
+    """
+
+    def __init__(self, layer: nn.Module, fan_in: int, gain: float, std: float = math.sqrt(2)) -> None:
+        super().__init__()
+        self.layer, self.gain = layer, gain
+        nn.init.normal_(layer.weight, std=std / gain / math.sqrt(fan_in))
+        nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.gain * x)
+
+
+def scaled_linear(inputs: int, outputs: int, gain: float, std: float = math.sqrt(2)) -> Scaled:
+    """A `Scaled` linear layer, (B, inputs) -> (B, outputs)."""
+    return Scaled(nn.Linear(inputs, outputs), inputs, gain, std)
