@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 TIME_DIM = 256
+SINUSOIDS = 64
 
 
-def sinusoidal_embedding(t: torch.Tensor, dim: int = TIME_DIM) -> torch.Tensor:
+def sinusoidal_embedding(t: torch.Tensor, dim: int = SINUSOIDS) -> torch.Tensor:
     """(B,) timesteps -> (B, dim): cosines, then sines, at frequencies from 1 to 1e-4 (Vaswani et al. 2017, 3.5)."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)  # (half,)
@@ -19,12 +20,15 @@ def sinusoidal_embedding(t: torch.Tensor, dim: int = TIME_DIM) -> torch.Tensor:
 
 
 class TimeMLP(nn.Module):
-    """Sinusoidal embedding -> Linear -> SiLU -> Linear: (B,) timesteps -> (B, dim) time embedding."""
+    """Sinusoidal embedding -> Linear -> SiLU -> Linear -> SiLU: (B,) timesteps -> (B, dim) time embedding.
 
-    def __init__(self, dim: int = TIME_DIM) -> None:
+    The closing SiLU lets a FiLM layer be one plain Linear of the result.
+    """
+
+    def __init__(self, dim: int = TIME_DIM, sinusoids: int = SINUSOIDS) -> None:
         super().__init__()
-        self.dim = dim
-        self.net = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.sinusoids = sinusoids
+        self.net = nn.Sequential(nn.Linear(sinusoids, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        return self.net(sinusoidal_embedding(t, self.dim))  # (B, dim)
+        return self.net(sinusoidal_embedding(t, self.sinusoids))  # (B, dim)

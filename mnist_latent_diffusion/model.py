@@ -13,50 +13,62 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
 from common.autoencoder import build_autoencoder, read_autoencoder
-from common.diffusion import guided, noise_source, precompute_schedules, q_sample, reverse_steps, sample
+from common.diffusion import Schedules, guided, noise_source, precompute_schedules, q_sample, reverse_steps, sample
 from common.error_codes import MODEL_MISMATCH, Exit
+from common.layers import scaled_linear
 from common.time_embedding import TIME_DIM, TimeMLP
 
 __all__ = ["FiLMCondMLP", "LatentDenoiser", "TimeMLP", "generate_images", "precompute_schedules", "q_sample"]
 
 BLOCKS = 4
+GAIN = 4.0  # see common.layers.Scaled
 
 
 class FiLMCondMLP(nn.Module):
-    """Residual block: h + Linear(SiLU(Linear((1 + gamma) * LayerNorm(h) + beta))) (FiLM: Perez et al. 2018)."""
+    """Residual block: h + Linear(SiLU(Linear((1 + gamma) * LayerNorm(h) + beta))) (FiLM: Perez et al. 2018).
 
-    def __init__(self, dim: int) -> None:
+    gamma and beta are linear in the conditioning vector: `film` computes them, `forward` applies them.
+    """
+
+    def __init__(self, dim: int, cond_dim: int = TIME_DIM) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
-        self.widen = nn.Linear(dim, 2 * dim)
-        self.narrow = nn.Linear(2 * dim, dim)
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)  # FiLM scales and shifts
+        self.film = scaled_linear(cond_dim, 2 * dim, GAIN, std=0.3)
+        self.up = scaled_linear(dim, dim, GAIN)
+        self.down = scaled_linear(dim, dim, GAIN, std=0.5)
 
-    def forward(self, h: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    def forward(self, h: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+        gamma, beta = film.chunk(2, dim=1)  # (B, H) each
         x = torch.addcmul(beta, self.norm(h), 1 + gamma)  # (B, H)
-        return h + self.narrow(F.silu(self.widen(x)))  # (B, H)
+        return h + self.down(F.silu(self.up(x)))  # (B, H)
 
 
 class LatentDenoiser(nn.Module):
     """Predicts the noise in a standardised latent z_t from z_t, the timestep and the digit.
 
-    Labels are 0 to num_classes - 1, or `null_label` for "not told". The buffers `latent_mean` and `latent_std` (D,)
-    hold the statistics of the training latents.
+    Labels are 0 to num_classes - 1, or `null_label` for "not told". The blocks' output v enters as
+    epsilon = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) z_t, the v-prediction of Salimans & Ho (2022, appendix D):
+    with v = 0 this already is the best linear guess for latents of deviation 1; the blocks learn what differs from it.
+    The buffers `latent_mean` and `latent_std` (D,) hold the statistics of the training latents.
     """
 
-    def __init__(self, latent_dim: int = 16, hidden_dim: int = 256, num_classes: int = 10) -> None:
+    def __init__(
+        self, latent_dim: int = 16, hidden_dim: int = 256, num_classes: int = 10, schedules: Schedules | None = None
+    ) -> None:
         super().__init__()
         self.latent_dim, self.null_label = latent_dim, num_classes
+        schedules = schedules or precompute_schedules()
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_std", torch.ones(latent_dim))
+        self.register_buffer("signal", schedules.sqrt_alpha_bar.clone())  # (T,)
+        self.register_buffer("noise", schedules.sqrt_one_minus_alpha_bar.clone())  # (T,)
         self.time_mlp = TimeMLP()
         self.label_embedding = nn.Embedding(num_classes + 1, TIME_DIM)
-        self.film = nn.Linear(TIME_DIM, BLOCKS * 2 * hidden_dim)  # gamma and beta of all blocks in one product
-        self.enter = nn.Linear(latent_dim, hidden_dim)
+        nn.init.normal_(self.label_embedding.weight, std=0.1)
+        self.enter = scaled_linear(latent_dim, hidden_dim, GAIN, std=1)
         self.blocks = nn.ModuleList(FiLMCondMLP(hidden_dim) for _ in range(BLOCKS))
-        self.norm = nn.LayerNorm(hidden_dim)
-        self.leave = nn.Linear(hidden_dim, latent_dim)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        self.norm = nn.LayerNorm(hidden_dim, elementwise_affine=False)
+        self.leave = scaled_linear(hidden_dim, latent_dim, GAIN, std=0)
 
     def standardise(self, z: torch.Tensor) -> torch.Tensor:
         """The autoencoder's latents (B, D) -> mean 0, deviation 1 in every dimension."""
@@ -68,23 +80,35 @@ class LatentDenoiser(nn.Module):
 
     def forward(self, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """z (B, D), t (B,) in [0, T), labels (B,) -> epsilon (B, D)."""
-        return self._denoise(z, self.film(self.time_mlp(t) + self.label_embedding(labels)))  # (B, D)
+        cond = self.time_mlp(t) + self.label_embedding(labels)  # (B, 256)
+        films = [block.film(cond) for block in self.blocks]  # (B, 2H) each
+        return self._mix(z, films, self.signal[t, None], self.noise[t, None])  # (B, D)
 
-    def _denoise(self, z: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+    def _mix(self, z: torch.Tensor, films: list[torch.Tensor], signal: torch.Tensor, noise: torch.Tensor):
         h = self.enter(z)  # (B, H)
-        for block, params in zip(self.blocks, film.chunk(BLOCKS, dim=1), strict=True):
-            h = block(h, *params.chunk(2, dim=1))  # (B, H)
-        return self.leave(self.norm(h))  # (B, D)
+        for block, film in zip(self.blocks, films, strict=True):
+            h = block(h, film)  # (B, H)
+        v = self.leave(self.norm(h))  # (B, D)
+        return signal * v + noise * z  # (B, D)
 
-    def predictor(self, T: int) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
+    @torch.no_grad()
+    def predictor(self) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
         """epsilon(z (B, D), t, labels (B,)) for rows that share a timestep, as they do in sampling.
 
         FiLM is linear in time embedding + label embedding, so the gamma and beta of all T timesteps and of all labels
         are computed once, and a step only adds two rows.
         """
-        times = self.film(self.time_mlp(torch.arange(T, device=self.film.weight.device)))  # (T, blocks * 2H)
-        labels = F.linear(self.label_embedding.weight, self.film.weight)  # (classes + 1, blocks * 2H)
-        return lambda z, t, wanted: self._denoise(z, times[t] + labels[wanted])
+        times = self.time_mlp(torch.arange(len(self.signal), device=self.signal.device))  # (T, 256)
+        by_time = [block.film(times) for block in self.blocks]  # (T, 2H) each
+        by_label = [
+            block.film(self.label_embedding.weight) - block.film.layer.bias for block in self.blocks
+        ]  # (11, 2H)
+
+        def predict(z: torch.Tensor, t: int, labels: torch.Tensor) -> torch.Tensor:
+            films = [time[t] + label[labels] for time, label in zip(by_time, by_label, strict=True)]  # (B, 2H) each
+            return self._mix(z, films, self.signal[t], self.noise[t])  # (B, D)
+
+        return predict
 
 
 def load_for_drawing(
@@ -101,7 +125,8 @@ def load_for_drawing(
     if model != "lddpm":
         raise Exit(MODEL_MISMATCH, f"{path} holds a model of type {model}; latent diffusion (lddpm) is needed here")
     trained = state["args"]
-    net = LatentDenoiser(trained["ae_latent_dim"], trained["hidden_dim"])
+    schedules = precompute_schedules(trained["T"], trained["beta_start"], trained["beta_end"], device)
+    net = LatentDenoiser(trained["ae_latent_dim"], trained["hidden_dim"], schedules=schedules)
     try:
         averaged = {name.removeprefix("module."): value for name, value in state["ema"].items() if name != "n_averaged"}
         net.load_state_dict(averaged)
@@ -112,7 +137,6 @@ def load_for_drawing(
         other = ae_data["args"]["latent_dim"]
         raise Exit(MODEL_MISMATCH, f"{ae_ckpt} has latent dimension {other}, the denoiser has {net.latent_dim}")
     autoencoder = build_autoencoder(ae_data, device)
-    schedules = precompute_schedules(trained["T"], trained["beta_start"], trained["beta_end"], device)
     return partial(generate_images, net.to(device).eval().requires_grad_(False), autoencoder, schedules), state
 
 
@@ -120,7 +144,7 @@ def load_for_drawing(
 def generate_images(
     net: LatentDenoiser,
     autoencoder: nn.Module,
-    schedules,
+    schedules: Schedules,
     *,
     labels: list[int] | None = None,
     count: int = 16,
@@ -139,7 +163,7 @@ def generate_images(
     if labels is None:
         labels = [net.null_label] * count
     wanted = torch.tensor(labels, device=device)  # (N,)
-    predict = guided(net.predictor(schedules.T), wanted, net.null_label, guidance)
+    predict = guided(net.predictor(), wanted, net.null_label, guidance)
     noise = noise_source(seed, (len(labels), net.latent_dim), device)
     z = sample(predict, noise, reverse_steps(schedules, steps, sampler), callback)  # (N, D)
     return autoencoder.decode(net.restore(z)).clamp(0, 1)  # (N, 1, 28, 28)

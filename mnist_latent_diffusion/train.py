@@ -14,7 +14,7 @@ from common.evaluate import score_epoch
 from common.session import open_session
 
 EVAL_IMAGES = 1000  # for --eval-every
-LABEL_DROPOUT = 0.1  # how often the denoiser does not see the label, so that it can also draw without one
+LABEL_DROPOUT = 0.3  # how often the denoiser does not see the label, so that it can also draw without one
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -24,7 +24,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     parser.flag("place", "--ae-ckpt-dir", metavar="DIR", help="use the newest autoencoder in this folder")
     parser.flag("shape", "--hidden-dim", type=number(int, 1), default=256, help="denoiser width (default: 256)")
     add_diffusion_arguments(parser)
-    add_training_arguments(parser, epochs=30)
+    add_training_arguments(parser, epochs=30, lr_scheduler="cosine")
     args = parser.parse(argv)
     check_betas(parser, args)
     args.derive(model="lddpm", ae_model=None, ae_latent_dim=None, ae_only_digit=None)
@@ -100,11 +100,11 @@ def main(argv: list[str] | None = None) -> None:
         latent_statistics = {"latent/mean": mean.mean().item(), "latent/std": std.mean().item()}
 
         # Model
-        net = LatentDenoiser(args.ae_latent_dim, args.hidden_dim)
+        schedules = precompute_schedules(args.T, args.beta_start, args.beta_end, session.device)
+        net = LatentDenoiser(args.ae_latent_dim, args.hidden_dim, schedules=schedules)
         net.latent_mean.copy_(mean)
         net.latent_std.copy_(std)
-        session.attach(net, steps_per_epoch=len(train), ema=0.999)
-        schedules = precompute_schedules(args.T, args.beta_start, args.beta_end, session.device)
+        session.attach(net, steps_per_epoch=len(train), warmup=200, ema=0.9995, weight_decay=0.0)
 
         def loss_of(net, batch, rng):
             z, labels = batch
