@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.nn.functional import mse_loss
 
 from common.args import SAMPLERS
 from common.rng import generator
@@ -62,6 +64,27 @@ def draw_timesteps(count: int, T: int, rng: torch.Generator) -> torch.Tensor:
     strata = (torch.arange(count) + torch.rand(count, generator=rng)) / count  # (count,) in [0, 1)
     shuffled = strata[torch.randperm(count, generator=rng)]
     return (shuffled * T).long().clamp_(max=T - 1)
+
+
+def epsilon_loss(
+    net: nn.Module,
+    x0: torch.Tensor,
+    labels: torch.Tensor,
+    schedules: Schedules,
+    rng: torch.Generator,
+    label_dropout: float = 0.0,
+) -> torch.Tensor:
+    """Mean squared error of the predicted noise (Ho et al. 2020, equation 14): a scalar.
+
+    net(x_t (B, ...), t (B,), labels (B,)) -> epsilon; x0: (B, ...); labels: (B,). With probability `label_dropout` a
+    row's label becomes `net.null_label`, so that the net also learns to draw without one (Ho & Salimans 2022,
+    algorithm 1). All draws come from `rng`, on the CPU.
+    """
+    t = draw_timesteps(len(x0), schedules.T, rng).to(x0.device)  # (B,)
+    epsilon = torch.randn(x0.shape, generator=rng).to(x0.device)  # (B, ...)
+    dropped = (torch.rand(len(x0), generator=rng) < label_dropout).to(x0.device)  # (B,)
+    labels = labels.masked_fill(dropped, net.null_label)  # (B,)
+    return mse_loss(net(q_sample(x0, t, epsilon, schedules), t, labels), epsilon)
 
 
 class ReverseStep(NamedTuple):

@@ -9,11 +9,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.args import Args, Parser, add_diffusion_arguments, add_training_arguments, check_betas, number
 from common.autoencoder import OWN_RUNS, build_autoencoder, find_autoencoder, read_autoencoder
 from common.data import HF_MNIST, make_mnist_loader, split_train_val
+from common.drawing import preview_and_scored
 from common.error_codes import NO_AE_CHECKPOINT, Exit, run_main
 from common.evaluate import score_epoch
 from common.session import open_session
 
-EVAL_IMAGES = 1000  # for --eval-every
 LABEL_DROPOUT = 0.3  # how often the denoiser does not see the label, so that it can also draw without one
 
 
@@ -75,10 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with open_session(args, experiment_name, models=("lddpm",), settle=choose_autoencoder) as session:
         import torch
-        from torch.nn.functional import mse_loss
 
-        from common.diffusion import draw_timesteps
-        from model import LatentDenoiser, generate_images, precompute_schedules, q_sample
+        from common.diffusion import epsilon_loss
+        from model import LatentDenoiser, generate_images, precompute_schedules
 
         # The frozen autoencoder: from the checkpoint when resuming, so that moved files change nothing
         ae_data = session.resumed["ae_ckpt_data"] if session.resumed else read_autoencoder(args.ae_ckpt)
@@ -108,35 +107,21 @@ def main(argv: list[str] | None = None) -> None:
 
         def loss_of(net, batch, rng):
             z, labels = batch
-            z0 = net.standardise(z)  # (B, D)
-            t = draw_timesteps(len(z0), args.T, rng).to(z0.device)  # (B,)
-            epsilon = torch.randn(z0.shape, generator=rng).to(z0.device)  # (B, D)
-            dropped = (torch.rand(len(z0), generator=rng) < LABEL_DROPOUT).to(z0.device)  # (B,)
-            labels = labels.masked_fill(dropped, net.null_label)
-            return mse_loss(net(q_sample(z0, t, epsilon, schedules), t, labels), epsilon)
+            return epsilon_loss(net, net.standardise(z), labels, schedules, rng, LABEL_DROPOUT)
 
-        def draw(labels=None, count=None):
-            options = {"labels": labels, "count": count, "seed": args.seed, "callback": session.poll}
-            return generate_images(session.best_net, autoencoder, schedules, **options)
+        def draw(**what):
+            return generate_images(
+                session.best_net, autoencoder, schedules, seed=args.seed, callback=session.poll, **what
+            )
 
-        def digits_in_turn(count):
-            return [i * 10 // count if args.only_digit is None else args.only_digit for i in range(count)]
-
-        def preview():
-            return draw(digits_in_turn(args.samples_per_epoch))
-
-        labels = digits_in_turn(EVAL_IMAGES)
-        shown = {
-            "": lambda: (draw(count=EVAL_IMAGES).cpu(), None),
-            "_labelled": lambda: (draw(labels).cpu(), torch.tensor(labels)),
-        }
+        preview, scored = preview_and_scored(args, draw)
 
         # Training
         for epoch in session.epochs():
             for batch in session.batches(train):
                 session.step(loss_of, batch)
             val_loss = session.validate(val, loss_of)
-            session.end_epoch(val_loss, preview, latent_statistics | score_epoch(args, epoch, shown))
+            session.end_epoch(val_loss, preview, latent_statistics | score_epoch(args, epoch, scored))
 
 
 if __name__ == "__main__":
