@@ -196,6 +196,15 @@ def load_checkpoint(
     return state
 
 
+def load_averaged(net: Any, state: State, path: str | Path) -> None:
+    """Give `net` the EMA weights of a checkpoint's state. Raises UnreadableCheckpoint if they do not fit."""
+    averaged = {key.removeprefix("module."): value for key, value in state["ema"].items() if key != "n_averaged"}
+    try:
+        net.load_state_dict(averaged)
+    except RuntimeError as error:
+        raise UnreadableCheckpoint(path, f"its weights do not fit: {str(error).splitlines()[0]}") from None
+
+
 def is_complete(state: State) -> bool:
     """Was this saved at the end of its epoch (not within it)?"""
     return state.get("val_loss") is not None

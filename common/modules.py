@@ -13,6 +13,7 @@ MODULE_FILES = {
     "ae-mlp": "mnist_ae/model.py",
     "ae-conv": "mnist_ae/model_conv.py",
     "lddpm": "mnist_latent_diffusion/model.py",
+    "ddpm": "mnist_single_digit/model.py",
 }
 
 

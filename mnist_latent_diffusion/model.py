@@ -127,11 +127,7 @@ def load_for_drawing(
     trained = state["args"]
     schedules = precompute_schedules(trained["T"], trained["beta_start"], trained["beta_end"], device)
     net = LatentDenoiser(trained["ae_latent_dim"], trained["hidden_dim"], schedules=schedules)
-    try:
-        averaged = {name.removeprefix("module."): value for name, value in state["ema"].items() if name != "n_averaged"}
-        net.load_state_dict(averaged)
-    except RuntimeError as error:
-        raise ckpt.UnreadableCheckpoint(path, f"its weights do not fit: {str(error).splitlines()[0]}") from None
+    ckpt.load_averaged(net, state, path)
     ae_data = read_autoencoder(ae_ckpt) if ae_ckpt else state["ae_ckpt_data"]
     if ae_data["args"]["latent_dim"] != net.latent_dim:
         other = ae_data["args"]["latent_dim"]

@@ -38,16 +38,15 @@ def cache(fetched) -> Path:
 @pytest.fixture(scope="session")
 def tiny(cache) -> tuple:
     """Flags of a training run that takes a second: the 450 embedded threes."""
-    return ("--data", "embedded", "--cache-dir", cache, "--only-digit", 3, "--batch-size", 64, "--device", "cpu")
+    rate = ("--lr", 1e-3, "--lr-scheduler", "none")
+    return ("--data", "embedded", "--cache-dir", cache, "--only-digit", 3, "--batch-size", 64, "--device", "cpu", *rate)
 
 
 @pytest.fixture(scope="session")
 def ae_run(tmp_path_factory, tiny) -> Path:
     """The run folder of an MLP autoencoder: the real script, 2 epochs."""
     outdir = tmp_path_factory.mktemp("ae")
-    result = run(
-        AE, "train.py", "--model", "mlp", "--epochs", 2, "--generate-images", "--outdir", outdir, "--lr", 1e-3, *tiny
-    )
+    result = run(AE, "train.py", "--model", "mlp", "--epochs", 2, "--generate-images", "--outdir", outdir, *tiny)
     assert result.code == 0, result.text
     return only_run(outdir)
 
@@ -71,9 +70,7 @@ def tiny_latent(tiny, ae_run) -> tuple:
 def latent_run(tmp_path_factory, tiny_latent) -> Path:
     """The run folder of a latent diffusion: the real script, 2 epochs."""
     outdir = tmp_path_factory.mktemp("latent")
-    result = run(
-        LATENT, "train.py", "--epochs", 2, "--generate-images", "--outdir", outdir, "--amp", "--lr", 1e-3, *tiny_latent
-    )
+    result = run(LATENT, "train.py", "--epochs", 2, "--generate-images", "--outdir", outdir, "--amp", *tiny_latent)
     assert result.code == 0, result.text
     return only_run(outdir)
 

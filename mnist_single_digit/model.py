@@ -1,0 +1,174 @@
+"""The pixel-space denoiser: a U-Net of FiLM-conditioned blocks."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common import ckpt
+from common.diffusion import Schedules, guided, noise_source, precompute_schedules, q_sample, reverse_steps, sample
+from common.error_codes import MODEL_MISMATCH, Exit
+from common.layers import Scaled, scaled_linear
+from common.time_embedding import TIME_DIM, TimeMLP
+
+__all__ = ["Denoiser", "FiLMCond", "TimeMLP", "generate_images", "precompute_schedules", "q_sample"]
+
+GAIN = 4.0  # see common.layers.Scaled
+Film = Callable[["FiLMCond"], torch.Tensor]  # the gamma and beta (B, 2C) of a layer
+
+
+def _conv(inputs: int, outputs: int, std: float = 1.0) -> Scaled:
+    return Scaled(nn.Conv2d(inputs, outputs, 3, padding=1), 9 * inputs, GAIN, std)
+
+
+class FiLMCond(nn.Module):
+    """Conv2d(SiLU((1 + gamma) * GroupNorm(x) + beta)) (FiLM: Perez et al. 2018); gamma, beta = Linear(time_emb)."""
+
+    def __init__(self, inputs: int, outputs: int, std: float = 1.0) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, inputs, affine=False)  # FiLM scales and shifts
+        self.film = scaled_linear(TIME_DIM, 2 * inputs, GAIN, std=0.3)
+        self.conv = _conv(inputs, outputs, std)
+
+    def forward(self, x: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+        gamma, beta = film[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
+        return self.conv(F.silu(torch.addcmul(beta, self.norm(x), 1 + gamma)))  # (B, C', H, W)
+
+
+class ResBlock(nn.Module):
+    """x + two FiLM-conditioned convolutions (He et al. 2016), with a 1 x 1 convolution where the widths differ."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.first, self.second = FiLMCond(inputs, outputs, std=1.4), FiLMCond(outputs, outputs, std=0.5)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: torch.Tensor, film: Film) -> torch.Tensor:
+        h = self.first(x, film(self.first))  # (B, C', H, W)
+        return self.skip(x) + self.second(h, film(self.second))  # (B, C', H, W)
+
+
+class Attention(nn.Module):
+    """x + self-attention over all positions (as in the U-Net of Ho et al. 2020, appendix B)."""
+
+    def __init__(self, channels: int, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1))  # (B, 3, heads, C/heads, HW)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, HW, C/heads) each
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C/heads)
+        return x + self.out(h.transpose(-1, -2).reshape(x.shape))  # (B, C, H, W)
+
+
+class Denoiser(nn.Module):
+    """Predicts the noise in an image x_t (scaled to [-1, 1]) from x_t, the timestep and the digit.
+
+    28 x 28 is folded to 14 x 14 at once (space to depth), so no convolution runs at full resolution; 7 x 7, with
+    attention, gets most of the work. Labels are 0 to num_classes - 1, or `null_label` for "not told". Like the latent
+    denoiser it mixes the network's output v and x_t to epsilon (v-prediction, Salimans & Ho 2022, appendix D).
+    """
+
+    def __init__(self, base_ch: int = 32, num_classes: int = 10, schedules: Schedules | None = None) -> None:
+        super().__init__()
+        self.null_label = num_classes
+        schedules = schedules or precompute_schedules()
+        self.register_buffer("signal", schedules.sqrt_alpha_bar.clone())  # (T,)
+        self.register_buffer("noise", schedules.sqrt_one_minus_alpha_bar.clone())  # (T,)
+        self.time_mlp = TimeMLP()
+        self.label_embedding = nn.Embedding(num_classes + 1, TIME_DIM)
+        nn.init.normal_(self.label_embedding.weight, std=0.1)
+        few, many = base_ch, 2 * base_ch
+        self.stem = nn.Sequential(nn.PixelUnshuffle(2), _conv(4, few))
+        self.enter = ResBlock(few, few)
+        self.down = Scaled(nn.Conv2d(few, many, 3, stride=2, padding=1), 9 * few, GAIN, std=1)
+        self.before, self.attention, self.after = ResBlock(many, many), Attention(many), ResBlock(many, many)
+        self.up = nn.Sequential(nn.Upsample(scale_factor=2), _conv(many, few))
+        self.leave = ResBlock(2 * few, few)
+        self.norm = nn.GroupNorm(8, few)
+        self.head = nn.Sequential(nn.SiLU(), _conv(few, 4, std=0), nn.PixelShuffle(2))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """x (B, 1, 28, 28), t (B,) in [0, T), labels (B,) -> epsilon (B, 1, 28, 28)."""
+        cond = self.time_mlp(t) + self.label_embedding(labels)  # (B, 256)
+        signal, noise = (values[t].view(-1, 1, 1, 1) for values in (self.signal, self.noise))
+        return self._mix(x, lambda layer: layer.film(cond), signal, noise)  # (B, 1, 28, 28)
+
+    def _mix(self, x: torch.Tensor, film: Film, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        wide = self.enter(self.stem(x), film)  # (B, C, 14, 14)
+        h = self.before(self.down(wide), film)  # (B, 2C, 7, 7)
+        h = self.after(self.attention(h), film)  # (B, 2C, 7, 7)
+        h = self.leave(torch.cat([self.up(h), wide], dim=1), film)  # (B, C, 14, 14)
+        v = self.head(self.norm(h))  # (B, 1, 28, 28)
+        return signal * v + noise * x  # (B, 1, 28, 28)
+
+    @torch.no_grad()
+    def predictor(self) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
+        """epsilon(x (B, 1, 28, 28), t, labels (B,)) for rows that share a timestep: FiLM comes from tables."""
+        times = self.time_mlp(torch.arange(len(self.signal), device=self.signal.device))  # (T, 256)
+        layers = [module for module in self.modules() if isinstance(module, FiLMCond)]
+        by_time = {layer: layer.film(times) for layer in layers}  # (T, 2C) each
+        embedding = self.label_embedding.weight  # (11, 256)
+        by_label = {layer: layer.film(embedding) - layer.film.layer.bias for layer in layers}  # (11, 2C) each
+
+        def predict(x: torch.Tensor, t: int, labels: torch.Tensor) -> torch.Tensor:
+            return self._mix(
+                x, lambda layer: by_time[layer][t] + by_label[layer][labels], self.signal[t], self.noise[t]
+            )
+
+        return predict
+
+
+def load_for_drawing(path: str | Path, device: torch.device | str = "cpu") -> tuple[Callable[..., torch.Tensor], dict]:
+    """(draw, the checkpoint's state); `draw` is `generate_images` with everything filled in that the checkpoint knows.
+
+    Raises Exit(MODEL_MISMATCH) if the checkpoint holds another kind of model.
+    """
+    path = ckpt.resolve_checkpoint(path)
+    state = ckpt.read_checkpoint(path)
+    model = ckpt.infer_model_from_checkpoint(state)
+    if model != "ddpm":
+        raise Exit(MODEL_MISMATCH, f"{path} holds a model of type {model}; pixel diffusion (ddpm) is needed here")
+    trained = state["args"]
+    schedules = precompute_schedules(trained["T"], trained["beta_start"], trained["beta_end"], device)
+    net = Denoiser(trained["base_ch"], schedules=schedules)
+    ckpt.load_averaged(net, state, path)
+    return partial(generate_images, net.to(device).eval().requires_grad_(False), schedules), state
+
+
+@torch.no_grad()
+def generate_images(
+    net: Denoiser,
+    schedules: Schedules,
+    *,
+    labels: list[int] | None = None,
+    count: int = 16,
+    guidance: float = 1.0,
+    seed: int = 42,
+    sampler: str = "ddpm",
+    steps: int | None = None,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Draw (N, 1, 28, 28) images in [0, 1].
+
+    labels: the digit of each image, or None to draw `count` images unconditionally. The rest: see common/diffusion.py;
+    the same seed draws the same images on every device.
+    """
+    device = net.signal.device
+    if labels is None:
+        labels = [net.null_label] * count
+    predict = guided(net.predictor(), torch.tensor(labels, device=device), net.null_label, guidance)
+    noise = noise_source(seed, (len(labels), 1, 28, 28), device)
+    x = sample(predict, noise, reverse_steps(schedules, steps, sampler), callback)  # (N, 1, 28, 28)
+    return x.add(1).div(2).clamp(0, 1)  # (N, 1, 28, 28)

@@ -1,0 +1,75 @@
+"""Train a diffusion model on pixels (DDPM, Ho et al. 2020): `python train.py --only-digit 5`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common.args import Args, Parser, add_diffusion_arguments, add_training_arguments, check_betas, number
+from common.data import HF_MNIST, make_mnist_loader, split_train_val
+from common.drawing import preview_and_scored
+from common.error_codes import run_main
+from common.evaluate import score_epoch
+from common.session import open_session
+
+LABEL_DROPOUT = 0.1  # how often the denoiser does not see the label, so that it can also draw without one
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """This trainer's flags."""
+    parser = Parser("Train pixel-space diffusion on MNIST.", "python train.py --only-digit 5 --generate-images")
+    width = number(int, 8)
+    parser.flag("shape", "--base-ch", type=width, default=32, help="U-Net width, a multiple of 8 (default: 32)")
+    add_diffusion_arguments(parser)
+    add_training_arguments(parser, epochs=30, workers=4)
+    args = parser.parse(argv)
+    check_betas(parser, args)
+    if args.base_ch % 8:
+        parser.error(f"--base-ch {args.base_ch} is not a multiple of 8")
+    args.derive(model="ddpm")
+    return args
+
+
+def experiment_name(args: Args) -> str:
+    """The run's name up to its timestamp."""
+    digit = "all" if args.only_digit is None else args.only_digit
+    return f"ddpm-d{digit}-bs{args.batch_size}-lr{args.lr:g}-T{args.T}-seed{args.seed}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with open_session(args, experiment_name, models=("ddpm",)) as session:
+        from common.diffusion import epsilon_loss
+        from model import Denoiser, generate_images, precompute_schedules
+
+        # Data
+        digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
+        args.derive(data=digits.source)
+        train_set, val_set = split_train_val(digits, args.seed)
+        workers = args.num_workers if args.given("num_workers") else 0
+        train = make_mnist_loader(train_set, args.batch_size, seed=args.seed, num_workers=workers)
+        val = make_mnist_loader(val_set, args.batch_size, shuffle=False)
+
+        # Model
+        schedules = precompute_schedules(args.T, args.beta_start, args.beta_end, session.device)
+        net = Denoiser(args.base_ch, schedules=schedules)
+        session.attach(net, steps_per_epoch=len(train), warmup=100, ema=0.9995, weight_decay=0.0)
+
+        def loss_of(net, batch, rng):
+            images, labels = batch
+            return epsilon_loss(net, 2 * images - 1, labels, schedules, rng, LABEL_DROPOUT)
+
+        def draw(**what):
+            return generate_images(session.best_net, schedules, seed=args.seed, callback=session.poll, **what)
+
+        preview, scored = preview_and_scored(args, draw)
+
+        # Training
+        for epoch in session.epochs():
+            for batch in session.batches(train):
+                session.step(loss_of, batch)
+            session.end_epoch(session.validate(val, loss_of), preview, score_epoch(args, epoch, scored))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
