@@ -123,9 +123,10 @@ class Denoiser(nn.Module):
         by_label = {layer: layer.film(embedding) - layer.film.layer.bias for layer in layers}  # (11, 2C) each
 
         def predict(x: torch.Tensor, t: int, labels: torch.Tensor) -> torch.Tensor:
-            return self._mix(
-                x, lambda layer: by_time[layer][t] + by_label[layer][labels], self.signal[t], self.noise[t]
-            )
+            def film(layer: FiLMCond) -> torch.Tensor:
+                return by_time[layer][t] + by_label[layer][labels]  # (B, 2C)
+
+            return self._mix(x, film, self.signal[t], self.noise[t])  # (B, 1, 28, 28)
 
         return predict
 
