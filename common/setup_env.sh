@@ -1,6 +1,6 @@
 # Source this to have a Python with this project's packages as `python`:
 #
-#     source common/setup_env.sh [more requirement files]
+#     source common/setup_env.sh requirements.txt [more requirement files, relative to the repository]
 #
 # It takes the active virtual environment, else ~/venv/ddpm, which it creates on first use, and installs the
 # requirements once (again when they change). Set PYTHON to choose the interpreter a new environment is made with.
@@ -19,10 +19,10 @@ _ddpm_setup() {
         echo "error: $(python --version) in $(command -v python) is too old; Python 3.11 or newer is needed" >&2
         return 1
     }
-    stamp="$(python -c 'import sys; print(sys.prefix)')/.ddpm-$(cat "$root/requirements.txt" "$@" | cksum | tr ' ' -)"
+    stamp="$(python -c 'import sys; print(sys.prefix)')/.ddpm-$(cd "$root" && cat "$@" | cksum | tr ' ' -)"
     if [ ! -e "$stamp" ]; then
         echo "installing the requirements (once; a few minutes)"
-        python -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" "${@/#/-r}" || return 1
+        (cd "$root" && python -m pip install --quiet --disable-pip-version-check "${@/#/-r}") || return 1
         touch "$stamp" 2>/dev/null || true
     fi
 }

@@ -4,7 +4,7 @@
 set -euo pipefail
 [ $# -eq 0 ] || { echo "error: run.sh takes no arguments" >&2; exit 2; }
 cd "$(dirname "${BASH_SOURCE[0]}")"
-source ../common/setup_env.sh
+source ../common/setup_env.sh requirements.txt
 
 cache="${SLURM_TMPDIR:-$PWD/hf_cache}"
 found="$(cd .. && python -m common.data --cache-dir "$cache")"

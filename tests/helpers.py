@@ -117,6 +117,20 @@ def newest_state(folder: Path) -> dict:
     return ckpt.read_checkpoint(ckpt.run_checkpoints(folder)[0][1])
 
 
+def state_of(epoch: int, *, time: str = "2026-01-01T00:00:00+00:00", val_loss: float | None = 0.5, **other) -> dict:
+    """A small checkpoint's state."""
+    keys = {"format": ckpt.FORMAT, "exp_name": "ae-mlp-x", "args": {"model": "ae-mlp"}, "batch": 3, "global_step": 3}
+    model = {"weight": torch.arange(4000.0) * epoch}
+    return {**keys, "epoch": epoch, "timestamp": time, "val_loss": val_loss, "best": None, "model": model, **other}
+
+
+def make_run(folder, epochs=(1, 2, 3), **options):
+    """A run folder with small checkpoints; returns it."""
+    for epoch in epochs:
+        ckpt.save_checkpoint_and_link_latest(folder, state_of(epoch, **options))
+    return folder
+
+
 def assert_same(a: object, b: object, where: str = "") -> None:
     """Nested containers are equal, tensors bit for bit."""
     assert type(a) is type(b), where
