@@ -127,6 +127,17 @@ def set_aside(folder: str | Path, after: int) -> list[Path]:
     return renamed
 
 
+def relink(folder: str | Path, state: State) -> None:
+    """Point latest.pt and best.pt to what `state`, the checkpoint just resumed from, knows as newest and best."""
+    best = (state.get("best") or {}).get("epoch")
+    for name, epoch in ((LATEST, state["epoch"]), (BEST, best)):
+        target = Path(folder) / NAME.format(epoch=epoch or 0)
+        if target.is_file():
+            link(target, name)
+        else:
+            (Path(folder) / name).unlink(missing_ok=True)
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +300,7 @@ def resolve_resume_path(
     """
     if resume is None:
         return find_latest_checkpoint(directory, prefix, warn) if auto_resume else None
-    path = resolve_checkpoint(resume, warn)
+    path = resolve_checkpoint(Path(resume).absolute(), warn)
     path = path.resolve() if path.is_symlink() else path  # latest.pt moves on; its target does not
     newest = newest_readable(path.parent, warn) if auto_resume and _NAME.fullmatch(path.name) else None
     return newest[0] if newest else path

@@ -83,7 +83,7 @@ class Learner:
 
     def step(self, loss: torch.Tensor, number: int) -> float:
         """Backward and update from a scalar loss, as step `number` of the run; returns the learning rate used."""
-        from torch.nn.utils import clip_grad_norm_
+        from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
         lr = self.lr_at(number)
         for group in self.optimizer.param_groups:
@@ -92,7 +92,9 @@ class Learner:
         self.scaler.scale(loss).backward()
         if self.grad_clip:
             self.scaler.unscale_(self.optimizer)
-            clip_grad_norm_(self.parameters, self.grad_clip)
+            norm = get_total_norm([weight.grad for weight in self.parameters if weight.grad is not None])
+            if norm > self.grad_clip:  # else the gradients would be read and written once more for nothing
+                clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:

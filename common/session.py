@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -142,6 +143,8 @@ class Session:
         self._loss_sum, self._loss_rows, self._seconds = state["running"]
         for path in ckpt.set_aside(self.run.checkpoints, after=self.epoch):
             self.log.warning(f"set aside a checkpoint of a later epoch as {path.name}")
+        with contextlib.suppress(OSError):  # the next save links anew
+            ckpt.relink(self.run.checkpoints, state)
         planned = state["args"]["epochs"]
         if planned != self.args.epochs and self.args.lr_scheduler != "none":
             self.log.info(f"--epochs {planned} -> {self.args.epochs}: the {self.args.lr_scheduler} curve is re-drawn")
@@ -225,7 +228,8 @@ class Session:
         """Learn one batch. Raises Exit(NON_FINITE_LOSS) before a bad loss could reach the weights."""
         import torch
 
-        torch.manual_seed(derive_seed(self.args.seed, "step", self.global_step))  # for layers that draw, e.g. dropout
+        reseed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
+        reseed(derive_seed(self.args.seed, "step", self.global_step))  # for layers that draw, e.g. dropout
         with self.learner.autocast():
             loss = loss_of(self.net, batch, self.rng("train", self.global_step))
         value = loss.item()
@@ -236,14 +240,14 @@ class Session:
                 f"Resume from the last checkpoint in {self.run.checkpoints} with a smaller --lr",
             )
         lr = self.learner.step(loss, self.global_step)
+        if self.batch and self.global_step % STEP_SCALARS_EVERY == 0:  # at the step's own index: below any purge_step
+            self.record.scalars({"loss/step": value, "lr": lr}, self.global_step)
         rows = _rows(batch)
         self._loss_sum += value * rows
         self._loss_rows += rows
         self.global_step += 1
         self.batch += 1
         self._unsaved = True
-        if self.global_step % STEP_SCALARS_EVERY == 0 and self.batch < self.steps_per_epoch:
-            self.record.scalars({"loss/step": value, "lr": lr}, self.global_step)
 
     def validate(self, loader: DataLoader, loss_of: LossFn) -> float:
         """Mean loss per row over `loader`, with the weights that are drawn with; the same noise every epoch."""

@@ -29,9 +29,10 @@ def parse_args(argv=None):
 
 
 def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+
     import torch
 
-    args = parse_args(argv)
     set_threads()
     device = get_device(args.device)
     data = read_autoencoder(args.ckpt)

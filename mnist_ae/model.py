@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.layers import Scaled, scaled_linear
 
 PIXEL_MEAN, PIXEL_STD = 0.13, 0.31  # of MNIST in [0, 1]
-WIDE, NARROW = 768, 384
+WIDE, NARROW = 512, 256
 GAIN = 16.0
 
 

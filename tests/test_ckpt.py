@@ -1,0 +1,155 @@
+"""Checkpoints: written so that no crash loses one, found by what they recorded."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from helpers import AE, LATENT, REPO, call, make_run, newest_state, state_of
+
+from common import ckpt
+from common.error_codes import MODEL_MISMATCH
+
+# --- writing ---
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 704 vs 598")])
+def test_a_write_that_fails_midway_leaves_the_old_file_and_no_other(tmp_path, error):
+    path = tmp_path / "file.pt"
+    path.write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"half of the n")
+        raise error
+
+    with pytest.raises(OSError):  # noqa: PT011 - any OSError is what callers handle
+        ckpt.atomic_write(path, fail)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file.pt"]
+
+
+def test_no_reader_takes_a_temporary_file_for_a_checkpoint(tmp_path):
+    during = []
+    ckpt.atomic_write(tmp_path / "checkpoint_epoch_000001.pt", lambda _: during.extend(os.listdir(tmp_path)))
+    assert len(during) == 1
+    shutil.copy(make_run(tmp_path / "real", [1]) / "checkpoint_epoch_000001.pt", tmp_path / during[0])
+    (tmp_path / "checkpoint_epoch_000001.pt").unlink()
+    assert ckpt.run_checkpoints(tmp_path) == []
+
+
+def test_latest_and_best_are_relative_symlinks_that_move_with_the_tree(tmp_path):
+    run = tmp_path / "run"
+    for epoch, best in ((1, 1), (2, 2), (3, 2)):
+        state = state_of(epoch, best={"epoch": best, "val_loss": 0.1})
+        ckpt.save_checkpoint_and_link_latest(run, state)
+    assert os.readlink(run / "latest.pt") == "checkpoint_epoch_000003.pt"
+    assert os.readlink(run / "best.pt") == "checkpoint_epoch_000002.pt"
+    moved = run.rename(tmp_path / "elsewhere")
+    for name, epoch in {"latest": 3, "latest.pt": 3, "best": 2, "best.pt": 2, "": 3}.items():
+        assert ckpt.load_checkpoint(moved / name)["epoch"] == epoch, name
+
+
+def test_latest_is_a_copy_where_symlinks_are_not_allowed(tmp_path, monkeypatch):
+    def forbidden(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "symlink", forbidden)
+    make_run(tmp_path / "run")
+    assert not (tmp_path / "run" / "latest.pt").is_symlink()
+    assert ckpt.read_checkpoint(tmp_path / "run" / "latest.pt")["epoch"] == 3
+
+
+def test_nothing_loads_without_weights_only():
+    sources = [path for folder in ("common", AE, LATENT) for path in (REPO / folder).rglob("*.py")]
+    assert not [path for path in sources if "weights_only=False" in path.read_text()]
+
+
+def test_prune_keeps_every_nth_the_best_and_the_newest(tmp_path):
+    run = make_run(tmp_path / "run", range(1, 9))
+    ckpt.prune(run, keep_every=3, best_epoch=4)
+    assert [epoch for epoch, _ in ckpt.run_checkpoints(run)] == [8, 6, 4, 3]
+
+
+def test_set_aside_renames_later_epochs_and_clears_leftovers(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / ".checkpoint_epoch_000004.pt.ab.tmp").write_bytes(b"left by a kill")
+    aside = ckpt.set_aside(run, after=1)
+    assert [epoch for epoch, _ in ckpt.run_checkpoints(run)] == [1]
+    assert sorted(ckpt.read_file(path)["epoch"] for path in aside) == [2, 3]
+    assert not list(run.glob(".*.tmp"))
+
+
+def test_a_trained_checkpoint_holds_what_design_names(ae_run, latent_run):
+    keys = {"model", "ema", "optimizer", "scaler", "epoch", "global_step", "batch", "args", "exp_name", "timestamp"}
+    keys |= {"train_loss", "val_loss", "best", "format"}
+    for run, model in ((ae_run, "ae-mlp"), (latent_run, "lddpm")):
+        state = torch.load(run / "latest.pt", weights_only=True)
+        assert keys <= state.keys()
+        assert state["args"]["model"] == model == ckpt.infer_model_from_checkpoint(run)
+        assert (state["epoch"], state["exp_name"]) == (2, run.name)
+        assert ckpt.is_complete(state)
+    assert {"ae_model", "ae_latent_dim", "ae_only_digit", "ae_ckpt"} <= state["args"].keys()
+    assert os.path.isabs(state["args"]["ae_ckpt"])
+    assert state["ae_ckpt_data"]["args"]["model"] == "ae-mlp"
+
+
+# --- finding ---
+
+
+def test_newest_by_recorded_time_not_by_mtime(tmp_path):
+    for name, day in (("run-s1-a", 3), ("run-s1-b", 1), ("run-s2-c", 9)):
+        make_run(tmp_path / name, [1], time=f"2026-01-0{day}T00:00:00+00:00")
+    for age, name in enumerate(("run-s1-b", "run-s2-c", "run-s1-a")):  # the oldest by content is the youngest file
+        for path in (tmp_path / name).iterdir():
+            os.utime(path, (1e9 - age * 1e6,) * 2, follow_symlinks=False)
+    found = {prefix: ckpt.find_latest_checkpoint(tmp_path, prefix) for prefix in ("run-s1-", "run-*-", "", "run-s3-")}
+    names = {prefix: path and path.parent.name for prefix, path in found.items()}
+    assert names == {"run-s1-": "run-s1-a", "run-*-": "run-s2-c", "": "run-s2-c", "run-s3-": None}
+
+
+def test_dangling_and_cyclic_latest(tmp_path):
+    for target in ("checkpoint_epoch_000009.pt", "latest.pt"):
+        run = make_run(tmp_path / target)
+        (run / "latest.pt").unlink()
+        (run / "latest.pt").symlink_to(target)
+        assert ckpt.resolve_checkpoint(run).name == "checkpoint_epoch_000003.pt"
+        assert ckpt.find_latest_checkpoint(tmp_path, target).name == "checkpoint_epoch_000003.pt"
+        with pytest.raises(ckpt.UnreadableCheckpoint):
+            ckpt.resolve_checkpoint(run / "latest.pt")
+
+
+def test_resume_path(tmp_path):
+    run = make_run(tmp_path / "checkpoints" / "run-a")
+    other = make_run(tmp_path / "checkpoints" / "run-b", time="2026-02-02T00:00:00+00:00")
+    first, last = run / "checkpoint_epoch_000001.pt", run / "checkpoint_epoch_000003.pt"
+
+    def resolve(resume, auto, prefix="run-"):
+        return ckpt.resolve_resume_path(resume and str(resume), auto, run.parent, prefix)
+
+    assert resolve(None, False) is None
+    assert resolve(None, True) == other / "checkpoint_epoch_000003.pt"
+    assert resolve(None, True, "nothing-") is None
+    assert resolve(first, False) == first
+    assert resolve(first, True) == last  # a requeued job with both flags goes on, not back
+    assert resolve(run, False) == last
+    assert resolve(run / "latest.pt", False) == last
+    with pytest.raises(ckpt.UnreadableCheckpoint):
+        resolve(tmp_path / "nowhere", False)
+    with pytest.raises(ckpt.UnreadableCheckpoint):
+        resolve(tmp_path / "nowhere", True)
+
+
+def test_the_other_kind_of_model_is_refused(ae_run, latent_run, tiny, tmp_path):
+    places = (*tiny, "--outdir", tmp_path)
+    for folder, script, args in (
+        (LATENT, "infer.py", ("--ckpt", ae_run)),
+        (LATENT, "infer.py", ("--ckpt", latent_run, "--ae-ckpt", latent_run)),
+        (LATENT, "train.py", ("--ae-ckpt", latent_run, *places)),
+        (LATENT, "train.py", ("--resume", ae_run, "--epochs", 9)),
+        (AE, "infer.py", ("--ckpt", latent_run)),
+        (AE, "train.py", ("--resume", latent_run, "--epochs", 9)),
+        (AE, "train.py", ("--resume", latent_run, "--model", "mlp", "--epochs", 9)),
+    ):
+        result = call(folder, script, *args)
+        assert (result.code, len(result.errors)) == (MODEL_MISMATCH, 1), (args, result.text)
+    assert newest_state(latent_run)["epoch"] == 2

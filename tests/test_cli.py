@@ -1,0 +1,246 @@
+"""The command line: wrong input is one clear line and a documented exit code; help is quick."""
+
+import re
+import sys
+
+import pytest
+from helpers import AE, LATENT, REPO, call, environment, finish, inside, recipe, run, start
+
+from common import error_codes, slurm
+from common.args import Parser, add_training_arguments
+from common.error_codes import (
+    BAD_CHECKPOINT,
+    BAD_OUTPUT,
+    NO_AE_CHECKPOINT,
+    NO_DEVICE,
+    NO_MODEL_SPECIFIED,
+    USAGE,
+    Exit,
+    run_main,
+)
+
+SCRIPTS = [(AE, "train.py"), (AE, "infer.py"), (LATENT, "train.py"), (LATENT, "infer.py")]
+TOOLS = ["common.data", "common.find_best_ckpt", "common.inspect_ckpt", "common.evaluate"]
+
+WRONG = [
+    # (folder, script, flags, exit code, what the line names)
+    (AE, "train.py", "", NO_MODEL_SPECIFIED, "--model"),
+    (AE, "train.py", "--model vae", NO_MODEL_SPECIFIED, "vae"),
+    (AE, "train.py", "--model mlp --only-digit 10", USAGE, "10"),
+    (AE, "train.py", "--model mlp --only-digit -1", USAGE, "--only-digit"),
+    (AE, "train.py", "--model mlp --epochs 0", USAGE, "--epochs"),
+    (AE, "train.py", "--model mlp --epochs 2.5", USAGE, "--epochs"),
+    (AE, "train.py", "--model mlp --batch-size 0", USAGE, "--batch-size"),
+    (AE, "train.py", "--model mlp --batch-size -5", USAGE, "--batch-size"),
+    (AE, "train.py", "--model mlp --latent-dim 0", USAGE, "--latent-dim"),
+    (AE, "train.py", "--model mlp --lr 0", USAGE, "--lr"),
+    (AE, "train.py", "--model mlp --lr nan", USAGE, "--lr"),
+    (AE, "train.py", "--model mlp --lr inf", USAGE, "--lr"),
+    (AE, "train.py", "--model mlp --lr fast", USAGE, "fast"),
+    (AE, "train.py", "--model mlp --lr-scheduler linear", USAGE, "linear"),
+    (AE, "train.py", "--model mlp --num-workers -1", USAGE, "--num-workers"),
+    (AE, "train.py", "--model mlp --seed -1", USAGE, "--seed"),
+    (AE, "train.py", "--model mlp --data mnist", USAGE, "mnist"),
+    (AE, "train.py", "--model mlp --epoch 3", USAGE, "--epoch"),  # no abbreviations
+    (AE, "train.py", "--model mlp --device cuda", NO_DEVICE, "cuda"),
+    (AE, "train.py", "--model mlp --device cuda:7", NO_DEVICE, "cuda:7"),
+    (AE, "train.py", "--model mlp --device gpu", NO_DEVICE, "gpu"),
+    (AE, "train.py", "--model mlp --device meta", NO_DEVICE, "meta"),
+    (AE, "train.py", "--model mlp --outdir {file}/out", BAD_OUTPUT, "{file}"),
+    (AE, "train.py", "--model mlp --outdir {file}", BAD_OUTPUT, "{file}"),
+    (AE, "train.py", "--model mlp --outdir /proc/out", BAD_OUTPUT, "/proc/out"),
+    (AE, "train.py", "--model mlp --logdir {file}/logs", BAD_OUTPUT, "{file}"),
+    (AE, "train.py", "--resume {tmp}/nothing.pt", BAD_CHECKPOINT, "nothing.pt"),
+    (AE, "train.py", "--resume {file}", BAD_CHECKPOINT, "{file}"),
+    (AE, "train.py", "--resume {tmp}", BAD_CHECKPOINT, "{tmp}"),
+    (AE, "infer.py", "", USAGE, "--ckpt"),
+    (AE, "infer.py", "--ckpt {file}", BAD_CHECKPOINT, "{file}"),
+    (AE, "infer.py", "--ckpt {tmp}/nothing.pt", BAD_CHECKPOINT, "nothing.pt"),
+    (AE, "infer.py", "--ckpt {ae} --num-images 0", USAGE, "--num-images"),
+    (AE, "infer.py", "--ckpt {ae} --device cuda", NO_DEVICE, "cuda"),
+    (LATENT, "train.py", "--T 0", USAGE, "--T"),
+    (LATENT, "train.py", "--hidden-dim 0", USAGE, "--hidden-dim"),
+    (LATENT, "train.py", "--beta-start 0.02 --beta-end 0.02", USAGE, "--beta-start"),
+    (LATENT, "train.py", "--beta-start 0.5", USAGE, "--beta-start"),
+    (LATENT, "train.py", "--beta-start 0", USAGE, "--beta-start"),
+    (LATENT, "train.py", "--beta-end 1", USAGE, "--beta-end"),
+    (LATENT, "train.py", "--outdir {tmp}/fresh", NO_AE_CHECKPOINT, "--ae-ckpt"),
+    (LATENT, "train.py", "--ae-ckpt-dir {tmp}", NO_AE_CHECKPOINT, "{tmp}"),
+    (LATENT, "train.py", "--auto-resume --outdir {tmp}/fresh", NO_AE_CHECKPOINT, "--ae-ckpt"),
+    (LATENT, "train.py", "--ae-ckpt {tmp}/nothing.pt", BAD_CHECKPOINT, "nothing.pt"),
+    (LATENT, "train.py", "--ae-ckpt {file}", BAD_CHECKPOINT, "{file}"),
+    (LATENT, "train.py", "--ae-ckpt {ae} --device cuda", NO_DEVICE, "cuda"),
+    (LATENT, "infer.py", "", USAGE, "--ckpt"),
+    (LATENT, "infer.py", "--ckpt {file}", BAD_CHECKPOINT, "{file}"),
+    (LATENT, "infer.py", "--ckpt {latent} --num-images 0", USAGE, "--num-images"),
+    (LATENT, "infer.py", "--ckpt {latent} --digit 10", USAGE, "--digit"),
+    (LATENT, "infer.py", "--ckpt {latent} --digit 3 --guidance -1", USAGE, "--guidance"),
+    (LATENT, "infer.py", "--ckpt {latent} --sampler euler", USAGE, "euler"),
+    (LATENT, "infer.py", "--ckpt {latent} --steps 0", USAGE, "--steps"),
+    (LATENT, "infer.py", "--ckpt {latent} --device cuda", NO_DEVICE, "cuda"),
+    (LATENT, "infer.py", "--ckpt {latent} --ae-ckpt {file}", BAD_CHECKPOINT, "{file}"),
+]
+
+
+@pytest.mark.parametrize(("folder", "script", "flags", "code", "named"), WRONG, ids=lambda value: str(value))
+def test_wrong_input(folder, script, flags, code, named, tmp_path, ae_run, latent_run, cache, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "a-file").write_text("not a checkpoint\n")
+    places = {"file": tmp_path / "a-file", "tmp": tmp_path, "ae": ae_run, "latent": latent_run}
+    given = [word.format(**places) for word in flags.split()]
+    if script == "train.py" and "--outdir" not in given:
+        given += ["--outdir", tmp_path / "out"]
+    result = call(folder, script, *given, *(("--cache-dir", cache) if script == "train.py" else ()))
+    assert result.code == code, result.text
+    assert len(result.errors) == 1, result.text
+    assert len(result.text.splitlines()) <= (2 if "--auto-resume" in flags else 1), result.text
+    assert named.format(**places) in result.errors[0]
+    assert "Traceback" not in result.text
+    assert not list(tmp_path.glob("*/checkpoints/*/*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "flags", "code"),
+    [(AE, ("--device", "cuda", "--model", "mlp"), NO_DEVICE), (LATENT, ("--T", "0"), USAGE)],
+)
+def test_wrong_input_in_a_real_process(folder, flags, code, tmp_path):
+    result = run(folder, "train.py", *flags, "--outdir", tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert (result.code, len(result.text.splitlines()), len(result.errors)) == (code, 1, 1), result.text
+
+
+def test_exit_codes_are_small_distinct_and_listed():
+    codes = {name: value for name, value in vars(error_codes).items() if name.isupper() and isinstance(value, int)}
+    assert len(set(codes.values())) == len(codes)
+    assert all(0 < code < 128 for name, code in codes.items() if name not in ("OK", "INTERRUPTED"))
+    listed = dict(re.findall(r"\| (\d+) \| `(\w+)`", (REPO / "CLAUDE.md").read_text()))
+    assert {name: int(code) for code, name in listed.items()} == codes
+
+
+def test_run_main_shows_an_exit_once_and_hides_no_bug(capsys):
+    def end():
+        raise Exit(7, "the reason")
+
+    assert run_main(end) == 7
+    assert capsys.readouterr().err == "error: the reason\n"
+
+    def bug():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_main(bug)
+
+
+# --- help ---
+
+HELP = """
+import runpy, sys
+try:
+    {start}
+except SystemExit as end:
+    assert end.code == 0, end.code
+heavy = {{"torch", "torchvision", "numpy", "datasets", "tensorboard", "sklearn", "matplotlib"}} & sys.modules.keys()
+assert not heavy, f"--help imported {{heavy}}"
+"""
+
+
+@pytest.mark.parametrize(("folder", "script"), SCRIPTS)
+def test_help_of_a_script_imports_nothing_heavy(folder, script):
+    path = str(REPO / folder / script)
+    code = f"sys.argv = [{path!r}, '--help']; runpy.run_path({path!r}, run_name='__main__')"
+    result = finish(start(folder, "-c", HELP.format(start=code)))
+    assert result.code == 0, result.text
+    assert "usage:" in result.text
+    assert "--device" in result.text
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_of_a_tool_imports_nothing_heavy(tool):
+    code = f"sys.argv = [{tool!r}, '--help']; runpy.run_module({tool!r}, run_name='__main__')"
+    result = finish(start(".", "-c", HELP.format(start=code)))
+    assert result.code == 0, result.text
+    assert "usage:" in result.text
+
+
+def test_help_shows_every_flag_of_the_specification():
+    shared = "--cache-dir --outdir --logdir --device --num-workers --resume --auto-resume --debug --only-digit --seed"
+    shared += " --batch-size --epochs --lr --lr-scheduler --grad-clip --early-stopping-patience --amp --generate-images"
+    shared += " --ckpt-every-sec --ckpt-save-every --data"
+    own = {AE: "--model --latent-dim", LATENT: "--ae-ckpt --ae-ckpt-dir --T --beta-start --beta-end --hidden-dim"}
+    for folder, flags in own.items():
+        text = call(folder, "train.py", "--help").text
+        assert [
+            flag for flag in f"{shared} {flags}".split() if f"  {flag}" not in text and f", {flag}" not in text
+        ] == []
+
+
+# --- flags ---
+
+
+def test_defaults_of_the_trainers():
+    with inside(AE):
+        args = recipe(AE, "train.py").parse_args([])
+    assert (args.epochs, args.batch_size, args.lr, args.latent_dim, args.seed) == (25, 128, 2e-4, 16, 42)
+    assert (args.cache_dir, args.outdir, args.num_workers, args.only_digit) == ("./hf_cache", "./outputs", 1, None)
+    with inside(LATENT):
+        args = recipe(LATENT, "train.py").parse_args([])
+    assert (args.epochs, args.T, args.beta_start, args.beta_end, args.hidden_dim) == (30, 1000, 1e-4, 2e-2, 256)
+
+
+def parse_training(*argv):
+    parser = Parser("test")
+    add_training_arguments(parser, epochs=3)
+    return parser.parse(list(argv))
+
+
+def test_the_clusters_variables_are_defaults_that_flags_override(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("SLURM_TMPDIR", "/local")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    args = parse_training()
+    assert (args.outdir, args.cache_dir, args.num_workers) == ("/scratch/me", "/local", 6)
+    assert args.given("outdir")
+    args = parse_training("--outdir", "here", "--num-workers", "0")
+    assert (args.outdir, args.num_workers, args.origin["outdir"], args.origin["lr"]) == ("here", 0, "flag", "default")
+    monkeypatch.setenv("SCRATCH", "")
+    assert parse_training().outdir == "./outputs"
+
+
+@pytest.mark.parametrize("word", ["all", "none", "All"])
+def test_only_digit_all(word):
+    assert parse_training("--only-digit", word).only_digit is None
+
+
+def test_adopting_a_checkpoints_flags():
+    recorded = {"lr": 0.5, "epochs": 9, "seed": 1, "outdir": "/there", "batch_size": 8, "data": "embedded"}
+    args = parse_training("--epochs", "12", "--data", "auto")
+    assert args.adopt(recorded) == ["--epochs 9 -> 12"]
+    assert (args.lr, args.epochs, args.seed, args.outdir, args.batch_size) == (0.5, 12, 1, "./outputs", 8)
+    assert args.data == "embedded"
+    with pytest.raises(Exit, match=r"--batch-size 16 .* 8"):
+        parse_training("--batch-size", "16").adopt(recorded)
+
+
+def test_a_second_ctrl_c_leaves_at_once_but_a_second_sigterm_does_not():
+    import signal
+
+    before = slurm.install_signal_handlers()
+    try:
+        assert not slurm.stop_requested()
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.raise_signal(number)
+            assert slurm.stop_requested()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        slurm.restore_signal_handlers(before)
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_output_may_be_piped_and_cut_off(latent_run):
+    import subprocess
+
+    command = f"{sys.executable} -m common.inspect_ckpt {latent_run} | true"
+    result = subprocess.run(command, shell=True, cwd=REPO, env=environment(), capture_output=True, text=True)
+    assert result.stderr == ""

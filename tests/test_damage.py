@@ -1,0 +1,148 @@
+"""Checkpoints are read without trust: damaged, foreign and hostile files."""
+
+import os
+import pickle
+import random
+import zipfile
+
+import pytest
+import torch
+from helpers import AE, call, make_run, state_of
+
+from common import ckpt
+from common.error_codes import BAD_CHECKPOINT, Exit
+
+
+def flip(path, offset: int) -> None:
+    """Invert one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x10
+    path.write_bytes(data)
+
+
+def offset_in_tensor(path) -> int:
+    """Where in the file the first tensor's data lies."""
+    with zipfile.ZipFile(path) as archive:
+        part = max(archive.infolist(), key=lambda info: info.file_size)
+        return path.read_bytes().index(archive.read(part)[:64]) + part.file_size // 2
+
+
+class Hostile:
+    """Touches a file if it is ever unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def damage(kind: str, path, tmp_path) -> None:
+    """Make `path`, a good checkpoint, bad in one way."""
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-500])
+    elif kind == "half":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == "flipped":
+        flip(path, offset_in_tensor(path))
+    elif kind == "text":
+        path.write_text("#!/bin/sh\ntouch touched\n")
+    elif kind == "foreign zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("word/document.xml", "<xml/>")
+    elif kind == "plain weights":
+        torch.save({"layer.weight": torch.ones(3)}, path)
+    elif kind == "a tensor":
+        torch.save(torch.ones(3), path)
+    elif kind == "future format":
+        torch.save(state_of(1) | {"format": 999}, path)
+    elif kind == "hostile":
+        torch.save(state_of(1) | {"extra": Hostile(tmp_path / "touched")}, path)
+    elif kind == "hostile pickle":
+        path.write_bytes(pickle.dumps(Hostile(tmp_path / "touched")))
+    elif kind == "hostile legacy":
+        torch.save({"x": Hostile(tmp_path / "touched")}, path, _use_new_zipfile_serialization=False)
+    elif kind == "missing":
+        path.unlink()
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+
+
+KINDS = ["empty", "truncated", "half", "flipped", "text", "foreign zip", "plain weights", "a tensor", "future format"]
+KINDS += ["hostile", "hostile pickle", "hostile legacy", "missing", "folder"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_file_is_one_clear_line_and_nothing_of_it_runs(tmp_path, kind):
+    path = make_run(tmp_path / "run", [1]) / "checkpoint_epoch_000001.pt"
+    damage(kind, path, tmp_path)
+    for read in (ckpt.read_checkpoint, ckpt.load_checkpoint, ckpt.infer_model_from_checkpoint):
+        if kind == "flipped" and read is ckpt.infer_model_from_checkpoint:
+            continue  # a quick look does not read the tensors
+        with pytest.raises(Exit) as caught:
+            read(path)
+        assert caught.value.code == BAD_CHECKPOINT
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "touched").exists()
+    result = call(AE, "infer.py", "--ckpt", path, "--output", tmp_path / "x.png")
+    assert (result.code, len(result.text.splitlines())) == (BAD_CHECKPOINT, 1), result.text
+
+
+def test_no_flipped_bit_anywhere_changes_what_is_read(tmp_path):
+    """Wherever a bit flips, the file is refused or reads as it was written."""
+    path = make_run(tmp_path / "run", [1]) / "checkpoint_epoch_000001.pt"
+    good, rng = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(150):
+        path.write_bytes(good)
+        flip(path, rng.randrange(len(good)))
+        try:
+            state = ckpt.read_checkpoint(path)
+        except ckpt.UnreadableCheckpoint:
+            refused += 1
+        else:
+            assert torch.equal(state["model"]["weight"], torch.arange(4000.0))
+            assert state["epoch"] == 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "flipped", "hostile", "plain weights"])
+def test_the_next_older_checkpoint_is_used_and_the_damaged_one_named(tmp_path, kind):
+    run, warnings = make_run(tmp_path / "checkpoints" / "run-a"), []
+    damage(kind, run / "checkpoint_epoch_000003.pt", tmp_path)
+    wanted = run / "checkpoint_epoch_000002.pt"
+    path, state = ckpt.newest_readable(run, warnings.append)
+    assert (path, state["epoch"]) == (wanted, 2)
+    assert len(warnings) == 1
+    assert "checkpoint_epoch_000003.pt" in warnings[0]
+    assert ckpt.resolve_checkpoint(run) == wanted
+    assert ckpt.find_latest_checkpoint(run.parent, "run-") == wanted
+    for resume in (None, str(run), str(run / "latest.pt")):
+        assert ckpt.resolve_resume_path(resume, True, run.parent, "run-", warnings.append) == wanted, resume
+
+
+def test_all_damaged_means_none(tmp_path):
+    run = make_run(tmp_path / "run")
+    for _, path in ckpt.run_checkpoints(run):
+        path.write_bytes(b"")
+    assert ckpt.newest_readable(run, lambda _: None) is None
+    assert ckpt.find_latest_checkpoint(tmp_path) is None
+    with pytest.raises(ckpt.UnreadableCheckpoint, match="no readable checkpoint"):
+        ckpt.resolve_checkpoint(run)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    path = make_run(tmp_path / "run", [1]) / "latest.pt"
+    with pytest.raises(ckpt.UnreadableCheckpoint, match="does not fit"):
+        ckpt.load_checkpoint(path, model=torch.nn.Linear(3, 3))
+
+
+def test_short_model_names_are_understood():
+    for recorded, model in {"mlp": "ae-mlp", "conv": "ae-conv", "ae-conv": "ae-conv", "lddpm": "lddpm"}.items():
+        assert ckpt.infer_model_from_checkpoint(state_of(1, args={"model": recorded})) == model
+    with pytest.raises(ckpt.UnreadableCheckpoint, match="gan"):
+        ckpt.infer_model_from_checkpoint(state_of(1, args={"model": "gan"}))

@@ -1,0 +1,187 @@
+"""The digits: where they come from, what they look like, and in which order they are served."""
+
+import itertools
+import shutil
+import time
+
+import pytest
+import torch
+from helpers import CLOSED_PORT, LATENT, call, run
+
+from common import data
+from common.data import HF_MNIST, make_mnist_loader, split_train_val
+from common.error_codes import NO_DATA, Exit
+
+
+@pytest.fixture(scope="module")
+def train(cache) -> HF_MNIST:
+    return HF_MNIST("train", cache, source="embedded")
+
+
+@pytest.fixture(scope="module")
+def test(cache) -> HF_MNIST:
+    return HF_MNIST("test", cache, source="embedded")
+
+
+def flat(batches) -> list[float]:
+    return list(itertools.chain.from_iterable(batches))
+
+
+def order_of(loader, epoch: int, start: int = 0) -> list[list[float]]:
+    """What identifies each image, batch by batch."""
+    loader.sampler.epoch, loader.sampler.start = epoch, start
+    return [images.sum((1, 2, 3)).tolist() for images, _ in loader]
+
+
+def test_embedded_splits_are_whole_and_disjoint(train, test):
+    assert (len(train), len(test)) == (4500, 500)
+    assert (train.source, test.source) == ("embedded", "embedded")
+    assert train.labels.bincount().tolist() == [450] * 10
+    assert test.labels.bincount().tolist() == [50] * 10
+    seen = {image.numpy().tobytes() for image in train.images}
+    assert not seen & {image.numpy().tobytes() for image in test.images}
+
+
+def test_an_item_and_a_batch(train):
+    image, label = train[7]
+    assert (image.shape, image.dtype, type(label)) == ((1, 28, 28), torch.float32, int)
+    for index in (torch.tensor([7, 8, 9]), [7, 8, 9]):
+        images, labels = train[index]
+        assert (images.shape, images.dtype) == ((3, 1, 28, 28), torch.float32)
+        assert (labels.shape, labels.dtype) == ((3,), torch.int64)
+        assert torch.equal(images[0], image)
+        assert labels[0] == label
+    everything, _ = train[torch.arange(len(train))]
+    assert (everything.min(), everything.max()) == (0, 1)
+    assert everything.mean().item() == pytest.approx(0.13, abs=0.01)  # ink is bright, paper dark
+    assert torch.equal((everything * 255).round().byte().squeeze(1), train.images)
+
+
+def test_only_digit(cache, train):
+    threes = HF_MNIST("train", cache, only_digit=3, source="embedded")
+    assert len(threes) == 450
+    assert threes.labels.eq(3).all()
+    assert torch.equal(threes.images, train.images[train.labels == 3])
+    assert threes[0][1] == 3
+
+
+def test_validation_is_a_seeded_tenth(train):
+    parts = {seed: split_train_val(train, seed) for seed in (1, 2)}
+    again = split_train_val(train, 1)
+    for learned, held_back in parts.values():
+        assert (len(learned), len(held_back)) == (4050, 450)
+        rows = torch.cat([learned.images, held_back.images]).flatten(1)
+        assert sorted(map(bytes, rows.numpy())) == sorted(map(bytes, train.images.flatten(1).numpy()))
+        assert held_back.labels.unique().numel() == 10
+    assert torch.equal(parts[1][1].images, again[1].images)
+    assert not torch.equal(parts[1][1].images, parts[2][1].images)
+
+
+def test_too_few_digits_to_split(train):
+    with pytest.raises(Exit) as caught:
+        split_train_val(train.subset(torch.arange(3)), 1)
+    assert caught.value.code == NO_DATA
+
+
+def test_the_order_is_a_function_of_seed_and_epoch(train):
+    small = train.subset(torch.arange(100))
+    loader = make_mnist_loader(small, 32, seed=1)
+    first, second = order_of(loader, 1), order_of(loader, 2)
+    assert [len(batch) for batch in first] == [32, 32, 32, 4]
+    assert first == order_of(make_mnist_loader(small, 32, seed=1), 1)
+    assert first != second
+    assert first != order_of(make_mnist_loader(small, 32, seed=2), 1)
+    in_place = small[torch.arange(100)][0].sum((1, 2, 3)).tolist()
+    assert sorted(flat(first)) == sorted(flat(second)) == sorted(in_place)
+    assert flat(order_of(make_mnist_loader(small, 32, shuffle=False), 1)) == in_place
+
+
+def test_start_continues_the_epoch_exactly(train):
+    loader = make_mnist_loader(train.subset(torch.arange(100)), 32, seed=1)
+    whole = order_of(loader, 3)
+    for start in range(5):
+        assert order_of(loader, 3, start) == whole[start:]
+        assert len(loader.sampler) == 4 - start
+
+
+def test_workers_change_nothing(train):
+    small = train.subset(torch.arange(100))
+    assert order_of(make_mnist_loader(small, 32, num_workers=2), 2) == order_of(make_mnist_loader(small, 32), 2)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+def test_a_damaged_decoded_cache_is_made_anew(tmp_path, cache, test, damage):
+    file = shutil.copytree(cache, tmp_path / "cache") / "decoded" / "embedded-test.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content if damage == "flip" else content[:-100])
+    assert torch.equal(HF_MNIST("test", tmp_path / "cache", source="embedded").images, test.images)
+    assert torch.equal(data.read_file(file)["images"], test.images)
+
+
+def test_the_decoded_cache_is_used(cache, monkeypatch):
+    monkeypatch.setattr(data, "_embedded", lambda *_: pytest.fail("decoded again"))
+    assert len(HF_MNIST("test", cache, source="embedded")) == 500
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert len(HF_MNIST("test", tmp_path / "file" / "cache", source="embedded")) == 500
+    assert "cannot keep the decoded digits" in capsys.readouterr().err
+
+
+def test_full_mnist_from_the_datasets_cache(full_mnist, monkeypatch):
+    monkeypatch.setattr(data, "_from_hub", lambda *_: pytest.fail("asked the network"))
+    train = HF_MNIST("train", full_mnist)
+    assert (len(train), train.source) == (60_000, "hub")
+    pixels = train.images.double() / 255
+    assert pixels.mean().item() == pytest.approx(0.1307, abs=5e-5)
+    assert pixels.std().item() == pytest.approx(0.3081, abs=5e-5)
+    assert train.labels.bincount()[[0, 5]].tolist() == [5923, 5421]
+    assert len(HF_MNIST("test", full_mnist, only_digit=0, source="hub")) == 980
+    monkeypatch.setattr(data, "_from_datasets_cache", lambda *_: pytest.fail("decoded again"))
+    assert torch.equal(HF_MNIST("train", full_mnist, source="hub").images, train.images)
+
+
+def test_hub_without_a_hub_fails_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", CLOSED_PORT)
+    began = time.monotonic()
+    result = run(".", "-m common.data", "--data", "hub", "--cache-dir", tmp_path)
+    assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text
+    assert "--data embedded" in result.text  # tells a way out
+    assert time.monotonic() - began < 15
+    result = call(
+        "mnist_ae", "train.py", "--model", "mlp", "--data", "hub", "--cache-dir", tmp_path, "--outdir", tmp_path
+    )
+    assert (result.code, len(result.errors)) == (NO_DATA, 1), result.text
+
+
+def test_auto_reaches_the_embedded_digits_soon_and_says_so(tmp_path):
+    warnings, began = [], time.monotonic()
+    digits = HF_MNIST("train", tmp_path, warn=warnings.append)
+    assert time.monotonic() - began < 10
+    assert digits.source == "embedded"
+    assert len(warnings) == 1
+    assert "5,000 EMBEDDED DIGITS" in warnings[0]
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
+def test_offline_variables_are_obeyed(cache, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_args, **_kwargs: pytest.fail("asked the network"))
+    assert HF_MNIST("test", cache, warn=lambda _: None).source == "embedded"
+
+
+def test_fetch_ahead_of_time(fetched):
+    cache, said = fetched
+    assert "train: 4,500 digits (embedded)" in said
+    assert "test: 500 digits (embedded)" in said
+    assert len(list((cache / "decoded").glob("*.pt"))) == 2
+
+
+def test_the_checkpoint_remembers_which_digits(latent_run, tmp_path):
+    """A run on embedded digits does not continue on full MNIST."""
+    result = call(LATENT, "train.py", "--resume", latent_run, "--epochs", 3, "--data", "hub", "--cache-dir", tmp_path)
+    assert result.code != 0
+    assert "embedded" in result.errors[0]
+    assert "hub" in result.errors[0]

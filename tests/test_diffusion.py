@@ -1,0 +1,187 @@
+"""The diffusion mathematics against plain float64 arithmetic and against diffusers."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from common import diffusion
+from common.rng import generator
+
+BETAS = {"beta_start": 1e-4, "beta_end": 2e-2}
+SHAPES = [(3, 16), (2, 1, 28, 28)]
+
+
+def float64_schedule(T, beta_start=1e-4, beta_end=2e-2):
+    """(beta, alpha_bar) computed one by one in float64."""
+    beta = np.array([beta_start + (beta_end - beta_start) * i / (T - 1) for i in range(T)]) if T > 1 else [beta_start]
+    return np.asarray(beta), np.cumprod(1 - np.asarray(beta))
+
+
+def noise_of(*shape, seed=0):
+    return torch.randn(shape, generator=generator(seed, "test"))
+
+
+@pytest.mark.parametrize(
+    ("T", "start", "end"), [(1000, 1e-4, 2e-2), (20, 1e-4, 2e-2), (50, 1e-3, 0.5), (1, 1e-4, 2e-2)]
+)
+def test_every_schedule_entry(T, start, end):
+    schedules = diffusion.precompute_schedules(T, start, end)
+    beta, alpha_bar = float64_schedule(T, start, end)
+    wanted = (beta, 1 - beta, alpha_bar, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
+    assert schedules.T == T
+    for name, got, exact in zip(schedules._fields, schedules, wanted, strict=True):
+        assert got.dtype == torch.float32, name
+        np.testing.assert_allclose(got.numpy(), exact, rtol=2e-7, err_msg=name)  # one rounding to float32
+
+
+def test_schedule_agrees_with_diffusers():
+    theirs = DDPMScheduler(1000, **BETAS, beta_schedule="linear")
+    ours = diffusion.precompute_schedules(1000, **BETAS)
+    torch.testing.assert_close(ours.beta, theirs.betas, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.alpha_bar, theirs.alphas_cumprod, rtol=1e-4, atol=0)  # theirs: a float32 product
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_q_sample_agrees_with_diffusers(shape):
+    x0, epsilon = noise_of(4, *shape[1:]), noise_of(4, *shape[1:], seed=1)
+    t = torch.tensor([0, 17, 500, 999])
+    wanted = DDPMScheduler(1000, **BETAS).add_noise(x0, epsilon, t)
+    ours = diffusion.q_sample(x0, t, epsilon, diffusion.precompute_schedules(1000, **BETAS))
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [0, 1, 2, 10, 250, 998, 999])
+def test_one_reverse_step_agrees_with_diffusers(t, monkeypatch):
+    x, epsilon, z = (noise_of(3, 16, seed=seed) for seed in range(3))
+    theirs = DDPMScheduler(1000, **BETAS, variance_type="fixed_small", clip_sample=False)
+    theirs.alphas_cumprod = (1 - theirs.betas.double()).cumprod(0)  # in float32 theirs loses 1 - alpha_bar at small t
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_args, **_kwargs: z)
+    wanted = theirs.step(epsilon, t, x).prev_sample
+    step = diffusion.reverse_steps(diffusion.precompute_schedules(1000, **BETAS))[999 - t]
+    assert step.t == t
+    ours = step.x_scale * x + step.epsilon_scale * epsilon + step.noise_scale * z
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_whole_loop_against_float64(shape):
+    """Equations 7 and 11 of the paper, spelt out in float64, with a predictor that depends on x and t."""
+    T = 50
+    beta, alpha_bar = float64_schedule(T)
+    noise = diffusion.noise_source(7, shape)
+    x = noise(0).double().numpy()
+    for t in reversed(range(T)):
+        epsilon = np.tanh(x) * (t + 1) / T
+        mean = (x - beta[t] / np.sqrt(1 - alpha_bar[t]) * epsilon) / np.sqrt(1 - beta[t])
+        variance = beta[t] * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) if t else 0.0
+        x = mean + np.sqrt(variance) * noise(T - t).double().numpy()
+    plan = diffusion.reverse_steps(diffusion.precompute_schedules(T, **BETAS))
+    ours = diffusion.sample(lambda x, t: torch.tanh(x) * (t + 1) / T, noise, plan)
+    np.testing.assert_allclose(ours.numpy(), x, rtol=1e-4, atol=1e-5)
+
+
+def test_ddim_agrees_with_diffusers():
+    T = 100
+    theirs = DDIMScheduler(T, **BETAS, clip_sample=False, set_alpha_to_one=True)
+    theirs.set_timesteps(T)
+    noise = diffusion.noise_source(3, (4, 16))
+    wanted = noise(0)
+    for t in theirs.timesteps:
+        wanted = theirs.step(torch.tanh(wanted) * 0.9, int(t), wanted, eta=0.0).prev_sample
+    plan = diffusion.reverse_steps(diffusion.precompute_schedules(T, **BETAS), sampler="ddim")
+    assert all(step.noise_scale == 0 for step in plan)
+    ours = diffusion.sample(lambda x, _t: torch.tanh(x) * 0.9, noise, plan)
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("T", [2, 20, 999])
+def test_any_number_of_steps_visits_distinct_timesteps(T, sampler):
+    schedules = diffusion.precompute_schedules(T, **BETAS)
+    for steps in {1, 2, T // 3 + 1, T - 1, T}:
+        plan = diffusion.reverse_steps(schedules, steps, sampler)
+        visited = [step.t for step in plan]
+        assert len(visited) == steps
+        assert visited == sorted(set(visited), reverse=True)
+        assert visited[0] == T - 1
+        assert steps == 1 or visited[-1] == 0
+        assert plan[-1].noise_scale == 0
+        # a perfect prediction of the noise leads exactly to x_0 in the last step: x_0 = (x - sqrt(1-abar) e)/sqrt(abar)
+        alpha_bar = schedules.alpha_bar[visited[-1]].item()
+        assert plan[-1].x_scale == pytest.approx(alpha_bar**-0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "sampler"), [(0, "ddpm"), (21, "ddpm"), (5, "euler")])
+def test_impossible_plans_are_refused(steps, sampler):
+    with pytest.raises(ValueError, match="must be"):
+        diffusion.reverse_steps(diffusion.precompute_schedules(20), steps, sampler)
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", None), ("ddim", None), ("ddpm", 100), ("ddim", 100)])
+def test_the_perfect_denoiser_draws_the_data(sampler, steps):
+    """For data N(mean, deviation^2) the best predictor is known; what is drawn must have that mean and deviation."""
+    mean, deviation, T = 0.5, 0.3, 200
+    schedules = diffusion.precompute_schedules(T, 1e-4, 0.1)
+
+    def best(x, t):
+        abar = schedules.alpha_bar[t].double().item()
+        return (x - abar**0.5 * mean) * (1 - abar) ** 0.5 / (abar * deviation**2 + 1 - abar)
+
+    plan = diffusion.reverse_steps(schedules, steps, sampler)
+    drawn = diffusion.sample(best, diffusion.noise_source(1, (20_000, 1)), plan)
+    assert drawn.mean().item() == pytest.approx(mean, abs=0.02)
+    assert drawn.std().item() == pytest.approx(deviation, rel=0.1)
+
+
+def test_draw_timesteps_is_uniform_in_range_and_shuffled():
+    T, counts, first = 20, torch.zeros(20), torch.zeros(20)
+    for index in range(2000):
+        t = diffusion.draw_timesteps(7, T, generator(index, "t"))
+        assert t.dtype == torch.int64
+        assert t.min() >= 0
+        assert t.max() < T
+        counts += torch.bincount(t, minlength=T)
+        first[t[0]] += 1  # a row's own timestep must be uniform too, not only the batch's
+    assert (counts / counts.sum() * T - 1).abs().max() < 0.15
+    assert (first / first.sum() * T - 1).abs().max() < 0.4
+    assert torch.equal(diffusion.draw_timesteps(64, T, generator(1)), diffusion.draw_timesteps(64, T, generator(1)))
+
+
+@pytest.mark.parametrize(("scale", "wanted"), [(0.0, 10.0), (1.0, 3.0), (2.0, -4.0), (0.5, 6.5)])
+def test_guidance(scale, wanted):
+    """predict returns its label, null is 10 and the label 3: null + scale * (label - null)."""
+    calls = []
+
+    def predict(x, t, labels):
+        calls.append(len(x))
+        return x * 0 + labels[:, None]
+
+    guided = diffusion.guided(predict, torch.tensor([3, 3]), 10, scale)
+    torch.testing.assert_close(guided(torch.ones(2, 4), 5), torch.full((2, 4), wanted))
+    assert calls == ([2] if scale in (0, 1) else [4])
+
+
+def test_callback_sees_every_step_in_order_and_can_stop():
+    T, seen = 12, []
+    noise = diffusion.noise_source(0, (2, 4))
+    plan = diffusion.reverse_steps(diffusion.precompute_schedules(T))
+    x0 = diffusion.sample(lambda x, _t: x * 0.1, noise, plan, lambda left, x: seen.append((left, x.clone())))
+    assert [left for left, _ in seen] == list(range(T, -1, -1))
+    assert torch.equal(seen[0][1], noise(0))
+    assert torch.equal(seen[-1][1], x0)
+
+    def stop(left, _x):
+        if left == 5:
+            raise InterruptedError
+
+    evaluated = []
+    with pytest.raises(InterruptedError):
+        diffusion.sample(lambda x, t: evaluated.append(t) or x, noise, plan, stop)
+    assert evaluated == list(range(T - 1, 4, -1))
+
+
+def test_noise_is_a_function_of_seed_and_step():
+    assert torch.equal(diffusion.noise_source(1, (5,))(3), diffusion.noise_source(1, (5,))(3))
+    draws = [diffusion.noise_source(seed, (5,))(step) for seed in (1, 2) for step in (0, 1)]
+    assert len({tuple(draw.tolist()) for draw in draws}) == 4

@@ -1,0 +1,224 @@
+"""A run that was stopped or killed and resumed repeats an uninterrupted one, bit for bit, in everything it leaves."""
+
+import os
+import random
+import re
+import signal
+import time
+
+import pytest
+import torch
+from helpers import (
+    AE,
+    LATENT,
+    assert_same_training,
+    call,
+    finish,
+    metrics,
+    newest_state,
+    only_run,
+    run,
+    scalars,
+    start,
+)
+
+from common import ckpt
+from common.error_codes import STOPPED_EARLY
+from common.session import Session
+
+EPOCHS = 5
+STEPS = 26  # an epoch: 405 threes in batches of 16
+
+
+@pytest.fixture(scope="module")
+def flags(tiny, ae_run):
+    """flags(folder) -> flags of a run of EPOCHS epochs of STEPS steps, under a learning rate that moves."""
+    common = (*tiny, "--batch-size", 16, "--epochs", EPOCHS, "--lr-scheduler", "cosine")
+    own = {AE: ("--model", "mlp"), LATENT: ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16)}
+    return lambda folder, *more: (*own[folder], *common, *more)
+
+
+@pytest.fixture(scope="module")
+def references(flags, tmp_path_factory):
+    """The uninterrupted runs, by experiment folder."""
+    outdirs = {folder: tmp_path_factory.mktemp(f"reference-{folder}") for folder in (AE, LATENT)}
+    for folder, outdir in outdirs.items():
+        result = call(folder, "train.py", *flags(folder, "--outdir", outdir))
+        assert result.code == 0, result.text
+    return {folder: only_run(outdir) for folder, outdir in outdirs.items()}
+
+
+def send_at(monkeypatch, method: str, when: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """This process gets a signal right after the `when`-th call of a Session method."""
+    original, calls = getattr(Session, method), []
+
+    def counted(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == when:
+            os.kill(os.getpid(), number)
+        return result
+
+    monkeypatch.setattr(Session, method, counted)
+
+
+def log_of(folder):
+    """The text of a run's log file."""
+    return (folder.parent.parent / "logs" / f"{folder.name}.log").read_text()
+
+
+def assert_same_record(folder, reference) -> None:
+    """Log, TensorBoard and pictures tell the story once, without gaps."""
+    lines = re.findall(r" epoch +(\d+)/\d+ +train_loss", log_of(folder))
+    assert lines == [str(epoch) for epoch in range(1, EPOCHS + 1)]
+    assert scalars(folder) == scalars(reference)
+    assert [epoch for epoch, _ in ckpt.run_checkpoints(folder)] == list(range(EPOCHS, 0, -1))
+    assert not [path for path in folder.iterdir() if path.name.endswith((".tmp",)) or "aside" in path.name]
+
+
+def test_the_reference_has_full_curves(references):
+    for folder in references.values():
+        curves = scalars(folder)
+        ends = [STEPS * epoch for epoch in range(1, EPOCHS + 1)]
+        for tag in ("loss/train", "loss/validation"):
+            assert [step for step, _ in curves[tag]] == ends
+        for tag, points in curves.items():
+            steps = [step for step, _ in points]
+            assert steps == sorted(set(steps)), tag
+        assert [row["epoch"] for row in metrics(folder)] == list(range(1, EPOCHS + 1))
+
+
+# --- stops at chosen moments, in this process ---
+
+MOMENTS = {
+    "in the middle of the first epoch": ("step", 7),
+    "where TensorBoard has a point": ("step", 50),
+    "before the last batch": ("step", 2 * STEPS - 1),
+    "after the last batch": ("step", 2 * STEPS),
+    "at the end of an epoch": ("end_epoch", 3),
+    "before anything is learned": ("attach", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_stopped_and_resumed(moment, flags, references, tmp_path, monkeypatch):
+    given = flags(LATENT, "--outdir", tmp_path, "--auto-resume")
+    with monkeypatch.context() as patch:
+        send_at(patch, *MOMENTS[moment])
+        stopped = call(LATENT, "train.py", *given)
+    assert stopped.code == STOPPED_EARLY, stopped.text
+    assert "SIGTERM" in stopped.text
+    assert re.search(r"go on with: .*--resume", stopped.text)
+    assert newest_state(only_run(tmp_path))["epoch"] < EPOCHS
+    resumed = call(LATENT, "train.py", *given)
+    assert resumed.code == 0, resumed.text
+    assert_same_training(only_run(tmp_path), references[LATENT])
+    assert_same_record(only_run(tmp_path), references[LATENT])
+
+
+def test_stopped_while_a_preview_is_drawn(flags, references, tmp_path, monkeypatch):
+    given = flags(LATENT, "--outdir", tmp_path, "--generate-images")
+    with monkeypatch.context() as patch:
+        send_at(patch, "validate", 2)
+        stopped = call(LATENT, "train.py", *given)
+    assert stopped.code == STOPPED_EARLY, stopped.text
+    folder = only_run(tmp_path)
+    assert not ckpt.is_complete(newest_state(folder))
+    assert call(LATENT, "train.py", "--resume", folder, *given[4:]).code == 0
+    assert_same_training(folder, references[LATENT])
+    pictures = sorted(path.name for path in (tmp_path / "samples" / folder.name).iterdir())
+    assert pictures == [f"epoch_{epoch:06d}.png" for epoch in range(1, EPOCHS + 1)]
+
+
+def test_stopped_at_every_epoch_again_and_again(flags, references, tmp_path, monkeypatch):
+    given = flags(AE, "--outdir", tmp_path, "--auto-resume")
+    codes = []
+    for _ in range(8):
+        with monkeypatch.context() as patch:
+            send_at(patch, "step", STEPS - 3, signal.SIGUSR2)
+            codes.append(call(AE, "train.py", *given).code)
+        if codes[-1] == 0:
+            break
+    assert codes[:-1] == [STOPPED_EARLY] * (len(codes) - 1)
+    assert codes[-1] == 0
+    assert len(codes) == 6
+    assert_same_training(only_run(tmp_path), references[AE])
+    assert_same_record(only_run(tmp_path), references[AE])
+
+
+# --- real processes ---
+
+
+def wait_for(process, condition, what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, f"ended before {what}: {process.communicate()[0]}"
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(("folder", "number"), [(AE, signal.SIGUSR1), (LATENT, signal.SIGTERM)])
+def test_a_real_process_stopped_from_outside(folder, number, flags, references, tmp_path):
+    given = flags(folder, "--outdir", tmp_path, "--auto-resume")
+    process = start(folder, "train.py", *given)
+    wait_for(process, lambda: list(tmp_path.glob("checkpoints/*/checkpoint_epoch_000001.pt")), "the first checkpoint")
+    process.send_signal(number)
+    stopped = finish(process)
+    assert stopped.code == STOPPED_EARLY, stopped.text
+    assert number.name in stopped.text
+    assert stopped.errors == []
+    resumed = run(folder, "train.py", *given)
+    assert resumed.code == 0, resumed.text
+    assert_same_training(only_run(tmp_path), references[folder])
+    assert_same_record(only_run(tmp_path), references[folder])
+
+
+@pytest.mark.parametrize("folder", [AE, LATENT])
+def test_a_real_process_killed_at_any_moment(folder, flags, references, tmp_path):
+    """SIGKILL twice, at random moments after training has begun, with saves within the epochs."""
+    given = flags(folder, "--outdir", tmp_path, "--auto-resume", "--ckpt-every-sec", 0.02)
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    for attempt in range(2):
+        process = start(folder, "train.py", *given)
+        newest = max(tmp_path.glob("checkpoints/*/checkpoint_*.pt"), default=None)
+        before = newest and newest.stat().st_mtime_ns
+
+        def has_saved(before=before):
+            stamps = [path.stat().st_mtime_ns for path in tmp_path.glob("checkpoints/*/checkpoint_*.pt")]
+            return stamps and max(stamps) != before
+
+        wait_for(process, has_saved, f"checkpoint in attempt {attempt} (seed {seed})")
+        time.sleep(rng.uniform(0, 0.15))
+        process.kill()
+        assert finish(process).code == -signal.SIGKILL, "finished before it could be killed"
+    resumed = call(folder, "train.py", *given)
+    assert resumed.code == 0, f"seed {seed}: {resumed.text}"
+    assert "resumed from" in resumed.text
+    assert_same_training(only_run(tmp_path), references[folder])
+    assert_same_record(only_run(tmp_path), references[folder])
+
+
+# --- what must not matter ---
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [("--generate-images",), ("--num-workers", 2), ("--ckpt-every-sec", 0.001), ("--ckpt-save-every", 3), ("--debug",)],
+    ids=lambda extra: extra[0],
+)
+def test_flags_that_change_no_weight(extra, flags, references, tmp_path):
+    result = call(LATENT, "train.py", *flags(LATENT, "--outdir", tmp_path, *extra))
+    assert result.code == 0, result.text
+    folder = only_run(tmp_path)
+    assert_same_training(folder, references[LATENT])
+    assert (tmp_path / "samples" / folder.name).is_dir() == ("--generate-images" in extra)
+    if "--ckpt-save-every" in extra:
+        best = newest_state(folder)["best"]["epoch"]
+        assert {epoch for epoch, _ in ckpt.run_checkpoints(folder)} == {3, best, EPOCHS}
+
+
+def test_another_seed_does_change_the_weights(flags, references, tmp_path):
+    assert call(LATENT, "train.py", *flags(LATENT, "--outdir", tmp_path, "--seed", 1)).code == 0
+    mine, theirs = newest_state(only_run(tmp_path))["model"], newest_state(references[LATENT])["model"]
+    assert any(not torch.equal(mine[name], theirs[name]) for name in theirs)

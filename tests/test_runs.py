@@ -1,0 +1,213 @@
+"""Which run a start means: resumed, extended, taken over, or new."""
+
+import json
+import os
+import shutil
+
+import pytest
+from helpers import (
+    AE,
+    LATENT,
+    assert_same_training,
+    call,
+    inside,
+    metrics,
+    newest_state,
+    only_run,
+    recipe,
+)
+
+from common import ckpt
+from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, run_main
+
+
+@pytest.fixture
+def train(tiny_latent, tmp_path):
+    """train(flags) -> the result of a latent training of 2 epochs in this test's output folder."""
+
+    def train(*flags, **_):
+        return call(LATENT, "train.py", *tiny_latent, "--epochs", 2, "--outdir", tmp_path / "out", *flags)
+
+    return train
+
+
+def runs(outdir) -> list[str]:
+    return sorted(path.name for path in (outdir / "checkpoints").iterdir())
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(latent_run, copy_of, tiny_latent):
+    folder = copy_of(latent_run)
+    before = {path: path.read_bytes() for path in folder.glob("*.pt")}
+    outdir = folder.parent.parent
+    flags = (*tiny_latent, "--epochs", 2, "--outdir", outdir, "--auto-resume")
+    for _ in range(2):
+        result = call(LATENT, "train.py", *flags)
+        assert result.code == 0, result.text
+        assert "already finished" in result.text
+    assert {path: path.read_bytes() for path in folder.glob("*.pt")} == before
+    assert runs(outdir) == [folder.name]
+
+
+def test_more_epochs_extend_a_finished_run(train, tmp_path, latent_run, cache, copy_of):
+    """Without a scheduler, 2 + 1 epochs are the same as 3."""
+    folder = copy_of(latent_run)
+    result = call(LATENT, "train.py", "--resume", folder / "latest.pt", "--epochs", 3, "--cache-dir", cache)
+    assert result.code == 0, result.text
+    assert train("--epochs", 3).code == 0
+    assert_same_training(folder, only_run(tmp_path / "out"))
+    starts = json.loads((folder / "config.json").read_text())["starts"]
+    assert [entry["resumed_from"] is None for entry in starts] == [True, False]
+    assert starts[0].keys() >= {"time", "command", "torch", "threads", "python", "git_commit", "device"}
+
+
+def test_extending_under_a_curve_says_that_it_is_redrawn(train, tmp_path):
+    assert train("--lr-scheduler", "cosine").code == 0
+    result = train("--auto-resume", "--lr-scheduler", "cosine", "--epochs", 3)
+    assert result.code == 0, result.text
+    assert "re-drawn" in result.text
+
+
+def test_resuming_an_older_epoch_sets_the_later_files_aside(ae_run, copy_of, cache):
+    folder = copy_of(ae_run)
+    later = (folder / "checkpoint_epoch_000002.pt").read_bytes()
+    assert os.readlink(folder / "best.pt") == "checkpoint_epoch_000002.pt"
+    first = folder / "checkpoint_epoch_000001.pt"
+    # a learning rate of almost nothing: the first epoch stays the best
+    result = call(AE, "train.py", "--resume", first, "--epochs", 2, "--lr", 1e-30, "--cache-dir", cache)
+    assert result.code == 0, result.text
+    (aside,) = [path for path in folder.iterdir() if "aside" in path.name]
+    assert aside.read_bytes() == later
+    assert aside.name in result.text
+    assert [epoch for epoch, _ in ckpt.run_checkpoints(folder)] == [2, 1]
+    assert [row["epoch"] for row in metrics(folder)] == [1, 2]
+    assert newest_state(folder)["best"]["epoch"] == 1
+    assert os.readlink(folder / "latest.pt") == "checkpoint_epoch_000002.pt"
+    assert os.readlink(folder / "best.pt") == "checkpoint_epoch_000001.pt"  # not the epoch that was set aside
+
+
+def test_auto_resume_with_nothing_to_resume_starts_and_says_so(train, tmp_path):
+    result = train("--auto-resume")
+    assert result.code == 0, result.text
+    assert "nothing to resume" in result.text
+
+
+def test_auto_resume_takes_no_other_experiments_run(train, tmp_path, cache):
+    """Another seed, digit, batch size or T in the same folder is another experiment."""
+    assert train().code == 0
+    (first,) = runs(tmp_path / "out")
+    for count, other in enumerate((("--seed", 4), ("--T", 21), ("--only-digit", 4), ("--batch-size", 65)), 2):
+        result = train("--auto-resume", *other)
+        assert result.code == 0, result.text
+        assert "resumed" not in result.text
+        assert len(runs(tmp_path / "out")) == count
+    assert "already finished" in train("--auto-resume").text
+    without_ae = ("--T", 20, "--only-digit", 3, "--batch-size", 64, "--lr", 1e-3, "--cache-dir", cache, "--epochs", 2)
+    result = call(LATENT, "train.py", "--auto-resume", "--outdir", tmp_path / "out", *without_ae)
+    assert result.code == 0, result.text
+    assert f"{first} is already finished" in result.text  # seed 4 is newer, and 42 is not a beginning of it
+
+
+@pytest.mark.parametrize(
+    ("flag", "there", "given"), [("--latent-dim", 16, 8), ("--only-digit", 3, 5), ("--seed", 42, 7)]
+)
+def test_a_contradiction_shows_both_values(ae_run, flag, there, given):
+    result = call(AE, "train.py", "--resume", ae_run, "--epochs", 9, flag, given)
+    assert (result.code, len(result.errors)) == (MODEL_MISMATCH, 1), result.text
+    assert f"{flag} {given}" in result.errors[0]
+    assert f"{there}" in result.errors[0].replace(str(ae_run), "")
+    same = call(AE, "train.py", "--resume", ae_run, flag, there)
+    assert same.code == 0, same.text
+
+
+def test_places_and_bookkeeping_may_change(latent_run, copy_of, cache, tmp_path):
+    folder = copy_of(latent_run)
+    result = call(
+        LATENT,
+        "train.py",
+        *("--resume", folder, "--epochs", 3, "--cache-dir", cache, "--logdir", tmp_path / "logs"),
+        *("--num-workers", 1, "--ckpt-save-every", 2, "--outdir", tmp_path / "unused"),
+    )
+    assert result.code == 0, result.text
+    assert (tmp_path / "logs" / f"{folder.name}.log").is_file()
+    assert newest_state(folder)["epoch"] == 3  # in its own folder
+    assert not (tmp_path / "unused" / "checkpoints").exists()
+
+
+def test_a_killed_runs_empty_folder_is_taken_over(train, tmp_path, tiny_latent):
+    assert train().code == 0
+    outdir = tmp_path / "out"
+    folder = only_run(outdir)
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    assert train("--auto-resume").code == 0
+    assert runs(outdir) == [folder.name]
+    assert newest_state(folder)["epoch"] == 2
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert train().code == 0
+    assert len(runs(outdir)) == 2  # without --auto-resume nothing is taken over
+
+
+def test_a_damaged_newest_checkpoint_costs_one_epoch(latent_run, copy_of, tiny_latent):
+    folder = copy_of(latent_run)
+    newest = folder / "checkpoint_epoch_000002.pt"
+    good = newest.read_bytes()
+    damaged = bytearray(good)
+    damaged[len(good) // 2] ^= 1
+    newest.write_bytes(damaged)
+    flags = (*tiny_latent, "--epochs", 2, "--outdir", folder.parent.parent, "--auto-resume")
+    result = call(LATENT, "train.py", *flags)
+    assert result.code == 0, result.text
+    assert "checkpoint_epoch_000002.pt" in result.text  # named
+    assert_same_training(folder, latent_run)
+
+
+def test_a_moved_and_a_deleted_autoencoder_change_nothing(ae_run, copy_of, tiny, tmp_path, latent_run, cache):
+    source, outdir = copy_of(ae_run), tmp_path / "out"
+    flags = ("--ae-ckpt", source / "latest.pt", "--T", 20, "--hidden-dim", 16, *tiny, "--outdir", outdir)
+    assert call(LATENT, "train.py", *flags, "--epochs", 1).code == 0
+    shutil.rmtree(source)
+    folder = only_run(outdir)
+    resumed = call(LATENT, "train.py", "--resume", folder, "--epochs", 2, "--cache-dir", cache)
+    assert resumed.code == 0, resumed.text
+    assert_same_training(folder, latent_run)
+    again = call(LATENT, "train.py", "--auto-resume", *flags[2:], "--epochs", 2)
+    assert again.code == 0, again.text
+    assert "already finished" in again.text
+    drawn = call(LATENT, "infer.py", "--ckpt", folder, "--n", 2, "--output", tmp_path / "x.png")
+    assert drawn.code == 0, drawn.text
+
+
+def test_a_copied_checkpoint_goes_on_as_a_new_run(latent_run, tmp_path, cache):
+    copied = shutil.copy(latent_run / "checkpoint_epoch_000001.pt", tmp_path / "mine.pt")
+    flags = ("--resume", copied, "--epochs", 2, "--outdir", tmp_path / "out", "--cache-dir", cache)
+    result = call(LATENT, "train.py", *flags)
+    assert result.code == 0, result.text
+    folder = only_run(tmp_path / "out")
+    assert folder.name.rsplit("-", 2)[0] == latent_run.name.rsplit("-", 2)[0]
+    for key in ("model", "ema", "optimizer"):
+        assert str(newest_state(folder)[key]) == str(newest_state(latent_run)[key])
+
+
+def test_a_path_relative_to_the_run_folder_means_that_run(latent_run, copy_of, cache, tmp_path):
+    folder = copy_of(latent_run)
+    with inside(LATENT):
+        script = recipe(LATENT, "train.py")
+        os.chdir(folder)
+        flags = ["--resume", "checkpoint_epoch_000002.pt", "--epochs", "3", "--cache-dir", str(cache)]
+        run_main(lambda: script.main([*flags, "--outdir", str(tmp_path / "out")]))
+    assert newest_state(folder)["epoch"] == 3
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_early_stopping_counts_epochs_without_a_better_loss(train, tmp_path):
+    flags = ("--epochs", 50, "--lr", 1e-30, "--early-stopping-patience", 2)
+    result = train(*flags)
+    assert result.code == 0, result.text
+    assert "early stopping" in result.text
+    assert newest_state(only_run(tmp_path / "out"))["epoch"] == 3
+    assert "already finished" in train(*flags, "--auto-resume").text
+
+
+def test_a_resume_of_what_is_not_there(tmp_path):
+    result = call(LATENT, "train.py", "--resume", tmp_path / "nothing.pt")
+    assert (result.code, len(result.errors)) == (BAD_CHECKPOINT, 1), result.text

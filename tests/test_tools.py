@@ -1,0 +1,153 @@
+"""The command-line tools: what is in a checkpoint, and which one is best."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers import finish, run, start
+
+from common import ckpt, find_best_ckpt, inspect_ckpt
+from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, USAGE, Exit, run_main
+
+
+def save(folder, epoch: int, **values) -> None:
+    """A small checkpoint whose state holds `values`."""
+    state = {"format": ckpt.FORMAT, "exp_name": folder.name, "epoch": epoch, "args": {"model": "ae-mlp"}}
+    state |= {
+        "model": {"weight": torch.ones(3, 4)},
+        "timestamp": "2026-01-01T00:00:00+00:00",
+        "val_loss": 1.0,
+        **values,
+    }
+    state |= {"global_step": 10 * epoch, "batch": 0, "best": None}
+    ckpt.save_checkpoint_and_link_latest(folder, state)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two runs: a is best at epoch 2 by val_loss and at 3 by train_loss; b holds a partial file and a NaN."""
+    checkpoints = tmp_path / "checkpoints"
+    for epoch, val_loss in ((1, 0.3), (2, 0.1), (3, 0.2)):
+        save(checkpoints / "a", epoch, val_loss=val_loss, train_loss=1 / epoch)
+    save(checkpoints / "b", 1, val_loss=0.15, train_loss=0.9)
+    save(checkpoints / "b", 2, val_loss=math.nan, train_loss=0.8)
+    save(checkpoints / "b", 9, val_loss=None, train_loss=0.01)  # saved within its epoch
+    return checkpoints
+
+
+def best(*argv, capsys) -> tuple[int, str, str]:
+    """(code, stdout, stderr) of find_best_ckpt."""
+    code = run_main(lambda: find_best_ckpt.main([str(arg) for arg in argv]))
+    said = capsys.readouterr()
+    return code, said.out.strip(), said.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ((), "a/checkpoint_epoch_000002.pt"),
+        (("--metric", "val_loss", "--mode", "min"), "a/checkpoint_epoch_000002.pt"),
+        (("--metric", "val_loss", "--mode", "max"), "a/checkpoint_epoch_000001.pt"),
+        (("--metric", "train_loss"), "a/checkpoint_epoch_000003.pt"),
+        (("--metric", "epoch"), "a/checkpoint_epoch_000003.pt"),  # grows unless told otherwise
+        (("--metric", "epoch", "--mode", "min"), "a/checkpoint_epoch_000001.pt"),
+    ],
+)
+def test_the_best(tree, flags, wanted, capsys):
+    code, path, _ = best(tree, *flags, "--print-path-only", capsys=capsys)
+    assert (code, path) == (0, str(tree / wanted))
+
+
+def test_the_table_names_what_it_passes_over(tree, capsys):
+    (tree / "a" / "checkpoint_epoch_000004.pt").write_bytes(b"damaged")
+    code, table, warnings = best(tree, "--top", 2, capsys=capsys)
+    assert code == 0
+    rows = [line.split() for line in table.splitlines()[1:3]]
+    assert [(row[0], row[1], row[2]) for row in rows] == [("1", "0.1", "2"), ("2", "0.15", "1")]
+    assert "checkpoint_epoch_000004.pt" in warnings
+    assert "NaN" in warnings
+    assert "checkpoint_epoch_000009.pt" not in table + warnings  # partial, not damaged
+    assert len(table.splitlines()) == 4
+
+
+def test_copying_the_best(tree, tmp_path, capsys):
+    target = tmp_path / "new" / "best_model.pt"
+    assert best(tree, "--copy-to", target, capsys=capsys)[0] == 0
+    assert target.read_bytes() == (tree / "a" / "checkpoint_epoch_000002.pt").read_bytes()
+    assert best(tree, "--copy-to", target, "--metric", "epoch", capsys=capsys)[0] == BAD_OUTPUT
+    assert ckpt.read_checkpoint(target)["epoch"] == 2
+    assert best(tree, "--copy-to", target, "--metric", "epoch", "--force", capsys=capsys)[0] == 0
+    assert ckpt.read_checkpoint(target)["epoch"] == 3
+
+
+def test_nothing_to_find(tree, tmp_path, capsys):
+    for folder, metric in ((tmp_path / "nowhere", "val_loss"), (tree, "beauty"), (tmp_path / "empty", "val_loss")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        code, out, err = best(folder, "--metric", metric, capsys=capsys)
+        assert (code, out) == (BAD_CHECKPOINT, "")
+        assert err.splitlines()[-1].startswith("error:")
+
+
+def test_metrics_and_logs_fill_what_checkpoints_lack(tree, capsys):
+    (tree / "a" / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"epoch": epoch, "latent/std": value}) + "\n" for epoch, value in ((1, 5.0), (2, 4.0), (3, 9.0))
+        )
+        + '{"epoch": 4, "torn'
+    )
+    find_best_ckpt._written_figures.cache_clear()
+    code, path, _ = best(tree, "--metric", "latent/std", "--mode", "max", "--print-path-only", capsys=capsys)
+    assert (code, path) == (0, str(tree / "a" / "checkpoint_epoch_000003.pt"))
+
+
+def test_the_best_of_real_runs_by_its_log_alone(latent_run, copy_of, capsys):
+    """images_per_second stands in no checkpoint; without metrics.jsonl it is taken from the log's lines."""
+    folder = copy_of(latent_run)
+    wanted = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["train_loss"]
+    (folder / "metrics.jsonl").unlink()
+    find_best_ckpt._written_figures.cache_clear()
+    figures = find_best_ckpt._written_figures(folder)
+    assert figures[1]["train_loss"] == pytest.approx(wanted, abs=1e-6)
+    assert set(figures) == {1, 2}
+
+
+def test_find_best_as_a_process(latent_run):
+    """stdout is the path and nothing else, for use in scripts; folders above and the run itself both do."""
+    for folder in (latent_run, latent_run.parent):
+        result = run(".", "-m common.find_best_ckpt", folder, "--print-path-only")
+        path = latent_run / (latent_run / "best.pt").readlink()
+        assert (result.code, result.text) == (0, f"{path}\n")
+
+
+def test_inspect(latent_run, ae_run, capsys):
+    inspect_ckpt.main([str(latent_run), str(ae_run / "best")])
+    text = capsys.readouterr().out
+    for word in (latent_run.name, ae_run.name, "lddpm", "ae-mlp", "2 (complete)", "hidden_dim=16", "T=20"):
+        assert word in text, word
+    inspect_ckpt.main([str(latent_run), str(ae_run / "checkpoint_epoch_000001.pt"), "--json"])
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["model"], first["epoch"], first["autoencoder"]) == ("lddpm", 2, ae_run.name)
+    assert (second["model"], second["epoch"], second["complete"]) == ("ae-mlp", 1, True)
+    assert first["parameters"] == sum(math.prod(shape) for shape in first["tensors"].values())
+
+
+def test_inspect_of_a_partial_checkpoint(tmp_path, capsys):
+    save(tmp_path / "run", 3, val_loss=None, batch=7)
+    inspect_ckpt.main([str(tmp_path / "run")])
+    assert "partial" in capsys.readouterr().out
+
+
+def test_wrong_input_of_the_tools(tmp_path, capsys):
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes(b"")
+    assert run_main(lambda: inspect_ckpt.main([str(bad)])) == BAD_CHECKPOINT
+    said = capsys.readouterr()
+    assert (said.out, len(said.err.splitlines())) == ("", 1)
+    with pytest.raises(SystemExit) as caught:
+        find_best_ckpt.main([str(tmp_path), "--top", "0"])
+    assert caught.value.code == USAGE
+    with pytest.raises(Exit):
+        find_best_ckpt.main([str(bad)])
+    result = finish(start(".", "-m common.inspect_ckpt", tmp_path / "nothing"))
+    assert (result.code, len(result.text.splitlines())) == (BAD_CHECKPOINT, 1), result.text
