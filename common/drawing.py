@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from common import emoji
-from common.args import Args, Parser, add_sampling_arguments, check_sampling, number, wanted_labels
+from common.args import DEFAULT_GUIDANCE, Args, Parser, add_sampling_arguments, check_sampling, number, wanted_labels
 from common.device import get_device, set_threads
 from common.images import save_output
 
@@ -59,10 +59,10 @@ def preview_and_scored(args: Args, draw: Draw) -> tuple[Callable, dict[str, Call
     import torch
 
     def preview() -> torch.Tensor:
-        return draw(labels=digits_in_turn(args.samples_per_epoch, args.only_digit))
+        return draw(labels=digits_in_turn(args.samples_per_epoch, args.only_digit), guidance=DEFAULT_GUIDANCE)
 
     def with_labels() -> tuple[torch.Tensor, torch.Tensor]:
         labels = digits_in_turn(EVAL_IMAGES, args.only_digit)
-        return draw(labels=labels).cpu(), torch.tensor(labels)
+        return draw(labels=labels, guidance=DEFAULT_GUIDANCE).cpu(), torch.tensor(labels)
 
     return preview, {"": lambda: (draw(count=EVAL_IMAGES).cpu(), None), "_labelled": with_labels}

@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     only = trained["args"]["only_digit"]
     real, classifier, accuracy = _judges(args, args.digit or ([] if only is None else [only]))
     if model.startswith("ae-"):
-        if args.digit or args.guidance != 1.0 or args.steps:
+        if args.digit or args.guidance or args.steps:
             raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
         images, labels, seconds = _reconstruct(path, real, args.n, device)
     else:

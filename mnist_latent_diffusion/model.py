@@ -20,25 +20,20 @@ from common.time_embedding import TIME_DIM, TimeMLP
 
 __all__ = ["FiLMCondMLP", "LatentDenoiser", "TimeMLP", "generate_images", "precompute_schedules", "q_sample"]
 
-BLOCKS = 4
+BLOCKS, WIDEN = 2, 2
 GAIN = 4.0  # see common.layers.Scaled
 
 
 class FiLMCondMLP(nn.Module):
-    """Residual block: h + Linear(SiLU(Linear((1 + gamma) * LayerNorm(h) + beta))) (FiLM: Perez et al. 2018).
+    """Residual block: h + Linear(SiLU(Linear((1 + gamma) * LayerNorm(h) + beta))) (FiLM: Perez et al. 2018)."""
 
-    gamma and beta are linear in the conditioning vector: `film` computes them, `forward` applies them.
-    """
-
-    def __init__(self, dim: int, cond_dim: int = TIME_DIM) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)  # FiLM scales and shifts
-        self.film = scaled_linear(cond_dim, 2 * dim, GAIN, std=0.3)
-        self.up = scaled_linear(dim, dim, GAIN)
-        self.down = scaled_linear(dim, dim, GAIN, std=0.5)
+        self.up = scaled_linear(dim, WIDEN * dim, GAIN)
+        self.down = scaled_linear(WIDEN * dim, dim, GAIN, std=0.5)
 
-    def forward(self, h: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
-        gamma, beta = film.chunk(2, dim=1)  # (B, H) each
+    def forward(self, h: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
         x = torch.addcmul(beta, self.norm(h), 1 + gamma)  # (B, H)
         return h + self.down(F.silu(self.up(x)))  # (B, H)
 
@@ -65,6 +60,7 @@ class LatentDenoiser(nn.Module):
         self.time_mlp = TimeMLP()
         self.label_embedding = nn.Embedding(num_classes + 1, TIME_DIM)
         nn.init.normal_(self.label_embedding.weight, std=0.1)
+        self.film = scaled_linear(TIME_DIM, BLOCKS * 2 * hidden_dim, GAIN, std=0.3)  # gamma and beta of all blocks
         self.enter = scaled_linear(latent_dim, hidden_dim, GAIN, std=1)
         self.blocks = nn.ModuleList(FiLMCondMLP(hidden_dim) for _ in range(BLOCKS))
         self.norm = nn.LayerNorm(hidden_dim, elementwise_affine=False)
@@ -80,14 +76,14 @@ class LatentDenoiser(nn.Module):
 
     def forward(self, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """z (B, D), t (B,) in [0, T), labels (B,) -> epsilon (B, D)."""
-        cond = self.time_mlp(t) + self.label_embedding(labels)  # (B, 256)
-        films = [block.film(cond) for block in self.blocks]  # (B, 2H) each
-        return self._mix(z, films, self.signal[t, None], self.noise[t, None])  # (B, D)
+        film = self.film(self.time_mlp(t) + self.label_embedding(labels))  # (B, blocks * 2H)
+        return self._mix(z, film, self.signal[t, None], self.noise[t, None])  # (B, D)
 
-    def _mix(self, z: torch.Tensor, films: list[torch.Tensor], signal: torch.Tensor, noise: torch.Tensor):
+    def _mix(self, z: torch.Tensor, film: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         h = self.enter(z)  # (B, H)
-        for block, film in zip(self.blocks, films, strict=True):
-            h = block(h, film)  # (B, H)
+        params = film.chunk(2 * BLOCKS, dim=1)  # (B, H) each
+        for block, gamma, beta in zip(self.blocks, params[::2], params[1::2], strict=True):
+            h = block(h, gamma, beta)  # (B, H)
         v = self.leave(self.norm(h))  # (B, D)
         return signal * v + noise * z  # (B, D)
 
@@ -98,17 +94,11 @@ class LatentDenoiser(nn.Module):
         FiLM is linear in time embedding + label embedding, so the gamma and beta of all T timesteps and of all labels
         are computed once, and a step only adds two rows.
         """
-        times = self.time_mlp(torch.arange(len(self.signal), device=self.signal.device))  # (T, 256)
-        by_time = [block.film(times) for block in self.blocks]  # (T, 2H) each
-        by_label = [
-            block.film(self.label_embedding.weight) - block.film.layer.bias for block in self.blocks
-        ]  # (11, 2H)
-
-        def predict(z: torch.Tensor, t: int, labels: torch.Tensor) -> torch.Tensor:
-            films = [time[t] + label[labels] for time, label in zip(by_time, by_label, strict=True)]  # (B, 2H) each
-            return self._mix(z, films, self.signal[t], self.noise[t])  # (B, D)
-
-        return predict
+        by_time = self.film(
+            self.time_mlp(torch.arange(len(self.signal), device=self.signal.device))
+        )  # (T, blocks * 2H)
+        by_label = self.film(self.label_embedding.weight) - self.film.layer.bias  # (classes + 1, blocks * 2H)
+        return lambda z, t, labels: self._mix(z, by_time[t] + by_label[labels], self.signal[t], self.noise[t])
 
 
 def load_for_drawing(
