@@ -1,0 +1,123 @@
+"""The figures of sample quality: right on cases with a known answer, and written where the tools look for them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import AE, LATENT, call, newest_state, only_run, run
+from scipy.linalg import sqrtm
+
+from common import metrics
+from common.classifier import judge, load_classifier, train_classifier
+from common.data import HF_MNIST
+from common.error_codes import MODEL_MISMATCH, USAGE
+from common.evaluate import score
+from common.rng import generator
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def judged(cache):
+    """(classifier trained on the embedded digits, its accuracy, the held-out digits)."""
+    net, accuracy = load_classifier(cache, "embedded")
+    return net, accuracy, HF_MNIST("test", cache, source="embedded")
+
+
+def test_frechet_distance_of_known_gaussians():
+    first, second = RNG.normal(size=(4000, 5)), RNG.normal(size=(3000, 5)) @ RNG.normal(size=(5, 5)) + 2
+    one, two = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    wanted = ((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(one + two - 2 * sqrtm(one @ two).real)
+    assert metrics.frechet_distance(first, second) == pytest.approx(wanted, rel=1e-6)
+    assert metrics.frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
+    assert metrics.frechet_distance(first, first + 3) == pytest.approx(5 * 9, rel=1e-6)
+
+
+def test_the_manifold_against_a_plain_loop():
+    support, queries = RNG.normal(size=(60, 4)), 2 * RNG.normal(size=(80, 4))
+    radii = [sorted(np.linalg.norm(support - point, axis=1))[3] for point in support]
+    wanted = [any(np.linalg.norm(q - s) <= r for s, r in zip(support, radii, strict=True)) for q in queries]
+    found = metrics.covered(support, queries, k=3)
+    assert found.tolist() == wanted
+    assert 0 < found.mean() < 1
+
+
+def test_imbalance_and_bootstrap():
+    assert metrics.imbalance(np.array([0, 1]), np.array([1, 0])) == 0
+    assert metrics.imbalance(np.array([0, 0]), np.array([1, 1])) == 1
+    coins = RNG.integers(0, 2, 1000)
+    error = metrics.bootstrap(lambda rows: rows.mean(), coins, repeats=400)
+    assert error == pytest.approx(0.5 / 1000**0.5, rel=0.15)
+    assert error == metrics.bootstrap(lambda rows: rows.mean(), coins, repeats=400)  # a fixed seed
+
+
+def test_the_classifier_reads_digits_and_is_kept(judged, cache):
+    net, accuracy, test = judged
+    assert accuracy > 0.97
+    _, probabilities = judge(net, test[torch.arange(len(test))][0])
+    assert (probabilities.argmax(1) == test.labels).float().mean().item() == pytest.approx(accuracy)
+    again, same = load_classifier(cache, "embedded", progress=lambda text: pytest.fail(f"not from the cache: {text}"))
+    assert same == accuracy
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+
+
+def test_the_classifier_is_a_function_of_its_seed(cache):
+    few = HF_MNIST("test", cache, source="embedded")
+    a, b, c = (train_classifier(few, seed, epochs=1, min_steps=3) for seed in (0, 0, 1))
+    torch.rand(3)
+    assert torch.equal(a.head.weight, b.head.weight)
+    assert not torch.equal(a.head.weight, c.head.weight)
+
+
+def test_worse_pictures_score_worse(judged):
+    net, _, test = judged
+    images, labels = HF_MNIST.subset(test, torch.arange(250))[torch.arange(250)]
+    noisy = (images + 0.5 * torch.randn(images.shape, generator=generator(0, "noise"))).clamp(0, 1)
+    real, bad, wrong = (
+        score(x, y, test, net) for x, y in ((images, labels), (noisy, labels), (images, labels.flip(0)))
+    )
+    assert bad["fid"]["value"] > 2 * real["fid"]["value"]
+    assert bad["precision"]["value"] < real["precision"]["value"]
+    assert wrong["agreement"]["value"] < 0.5 < real["agreement"]["value"]
+    assert real["fid"]["floor"] == bad["fid"]["floor"] > 0
+    assert all({"value", "error", "floor"} <= row.keys() for row in bad.values())
+
+
+def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
+    folder = copy_of(latent_run)
+    flags = ("--n", 200, "--data", "embedded", "--cache-dir", cache)
+    plain = run(".", "-m common.evaluate", "--ckpt", folder, *flags)
+    assert plain.code == 0, plain.text
+    assert "not Inception figures" in plain.text
+    labelled = run(".", "-m common.evaluate", "--ckpt", folder, *flags, "--digit", 3, "--sampler", "ddim", "--steps", 5)
+    assert labelled.code == 0, labelled.text
+    written = json.loads((folder / "checkpoint_epoch_000002.scores.json").read_text())
+    assert {"fid", "precision", "recall", "fid_labelled", "agreement_labelled"} <= written.keys()
+    assert written["details_labelled"]["settings"]["steps"] == 5
+    best = run(".", "-m common.find_best_ckpt", folder, "--metric", "fid", "--print-path-only")
+    assert str(folder / "checkpoint_epoch_000002.pt") in best.text
+
+
+def test_scoring_an_autoencoder(ae_run, copy_of, cache, judged):
+    folder = copy_of(ae_run)
+    flags = ("--ckpt", folder, "--data", "embedded", "--cache-dir", cache, "--n", 200)
+    result = run(".", "-m common.evaluate", *flags)
+    assert result.code == 0, result.text
+    assert "reconstructions" in result.text
+    wrong = run(".", "-m common.evaluate", *flags, "--digit", 3)
+    assert wrong.code == MODEL_MISMATCH
+    assert len(wrong.errors) == 1
+    assert run(".", "-m common.evaluate", "--ckpt", folder, "--n", 3).code == USAGE
+
+
+@pytest.mark.parametrize("folder", [AE, LATENT])
+def test_scores_during_training(folder, tiny, tiny_latent, judged, tmp_path):
+    own = ("--model", "mlp", *tiny) if folder == AE else tiny_latent
+    result = call(folder, "train.py", *own, "--epochs", 2, "--eval-every", 2, "--outdir", tmp_path)
+    assert result.code == 0, result.text
+    rows = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    wanted = {"fid"} if folder == AE else {"fid", "fid_labelled", "agreement_labelled"}
+    assert not wanted & rows[0].keys()
+    assert wanted <= rows[1].keys()
+    assert newest_state(only_run(tmp_path))["scores"]["fid"] == rows[1]["fid"]

@@ -1,0 +1,156 @@
+"""The pixel experiment: its network, its recipe, its drawing, and the job that a cluster runs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import REPO, assert_same_training, call, finish, newest_state, only_run, run, scalars, start
+from PIL import Image
+
+from common.diffusion import precompute_schedules, reverse_steps
+from common.error_codes import MODEL_MISMATCH, STOPPED_EARLY, USAGE
+from common.modules import module_of
+from common.rng import generator
+
+PIXEL = "mnist_single_digit"
+
+
+@pytest.fixture(scope="module")
+def flags(tiny):
+    """Flags of a small pixel run."""
+    return (*tiny, "--batch-size", 32, "--epochs", 2, "--base-ch", 8, "--T", 20, "--samples-per-epoch", 4)
+
+
+@pytest.fixture(scope="module")
+def pixel_run(flags, tmp_path_factory):
+    """A whole run of the real script."""
+    outdir = tmp_path_factory.mktemp("pixel")
+    result = run(PIXEL, "train.py", *flags, "--generate-images", "--outdir", outdir)
+    assert result.code == 0, result.text
+    return only_run(outdir, "ddpm-d3-bs32-lr*-T20-seed42-*")
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    net = module_of("ddpm").Denoiser(base_ch=8, schedules=precompute_schedules(50)).eval()
+    for weight in net.parameters():  # the output starts at zero, which would hide everything
+        torch.nn.init.normal_(weight, std=0.05)
+    return net
+
+
+def noise(*shape):
+    return torch.randn(shape, generator=generator(0, "pixel test"))
+
+
+def test_the_denoiser(net):
+    x, t, labels = noise(4, 1, 28, 28), torch.tensor([7, 7, 7, 7]), torch.tensor([3, 10, 0, 9])
+    with torch.no_grad():
+        epsilon = net(x, t, labels)
+        assert epsilon.shape == x.shape
+        torch.testing.assert_close(net.predictor()(x, 7, labels), epsilon, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(net(x, t, labels.flip(0)), epsilon)
+        assert not torch.allclose(net(x, t + 20, labels), epsilon)
+
+
+def test_generate_images_is_ancestral_sampling_in_float64(net):
+    """The recomputation draws the same noise and follows Ho et al. 2020, algorithm 2, with the posterior variance."""
+    T, seed = 50, 5
+    beta = torch.linspace(1e-4, 2e-2, T, dtype=torch.float64)
+    alpha_bar = (1 - beta).cumprod(0)
+    z = [torch.randn(2, 1, 28, 28, generator=generator(seed, "sample", i)).double() for i in range(T + 1)]
+    x, labels = z[0], torch.tensor([3, 8])
+    with torch.no_grad():
+        for done, t in enumerate(range(T - 1, -1, -1)):
+            epsilon = net(x.float(), torch.full((2,), t), labels).double()
+            x = (x - beta[t] / (1 - alpha_bar[t]).sqrt() * epsilon) / (1 - beta[t]).sqrt()
+            if t:
+                x = x + (beta[t] * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t])).sqrt() * z[done + 1]
+    images = module_of("ddpm").generate_images(net, precompute_schedules(T), labels=[3, 8], guidance=1.0, seed=seed)
+    torch.testing.assert_close(images.double(), ((x + 1) / 2).clamp(0, 1), rtol=0, atol=1e-4)
+    assert len(reverse_steps(precompute_schedules(T))) == T
+
+
+def test_a_run_leaves_everything(pixel_run):
+    state = newest_state(pixel_run)
+    assert state["args"]["model"] == "ddpm"
+    assert state["val_loss"] is not None
+    assert {"loss/train", "loss/validation", "lr"} <= scalars(pixel_run).keys()
+    samples = pixel_run.parent.parent / "samples" / pixel_run.name
+    assert Image.open(samples / "epoch_000001.png").size == (62, 62)
+
+
+def test_stopped_and_resumed(pixel_run, flags, tmp_path):
+    process = start(PIXEL, "train.py", *flags, "--no-generate-images", "--outdir", tmp_path)
+    while not list(tmp_path.glob("checkpoints/*/config.json")):
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    stopped = finish(process)
+    assert stopped.code in (STOPPED_EARLY, 0), stopped.text
+    again = call(PIXEL, "train.py", *flags, "--auto-resume", "--outdir", tmp_path)
+    assert again.code == 0, again.text
+    assert_same_training(only_run(tmp_path), pixel_run)
+
+
+def test_drawing(pixel_run, latent_run, tmp_path):
+    first, second, third = (tmp_path / f"{name}.png" for name in "abc")
+    assert call(PIXEL, "infer.py", "--checkpoint", pixel_run, "--n", 5, "--out", first).code == 0
+    assert call(PIXEL, "infer.py", "--checkpoint", pixel_run, "--n", 5, "--out", second).code == 0
+    assert call(PIXEL, "infer.py", "--checkpoint", pixel_run, "--n", 5, "--out", third, "--seed", 1).code == 0
+    assert first.read_bytes() == second.read_bytes() != third.read_bytes()
+    assert Image.open(first).size == (92, 62)
+    wrong = call(PIXEL, "infer.py", "--checkpoint", latent_run, "--out", first)
+    assert wrong.code == MODEL_MISMATCH
+    assert len(wrong.errors) == 1
+
+
+def test_wrong_widths(flags):
+    assert call(PIXEL, "train.py", *flags, "--base-ch", 12).code == USAGE
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
+@pytest.mark.parametrize("scontrol", [True, False])
+def test_the_job_saves_and_requeues(scontrol, tiny, tmp_path):
+    """job.sh under a stand-in for Slurm: the time-limit signal goes to the batch shell alone."""
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    if scontrol:
+        (binaries / "scontrol").write_text("#!/bin/bash\necho REQUEUED $@\n")
+        (binaries / "scontrol").chmod(0o755)
+    (tmp_path / "scratch").mkdir()
+    prefix = os.path.dirname(os.path.dirname(sys.executable))
+    environment = {
+        "HOME": str(tmp_path),
+        "PATH": f"{binaries}:{os.path.dirname(sys.executable)}:/usr/bin:/bin",
+        "VIRTUAL_ENV": prefix,
+        "SCRATCH": str(tmp_path / "scratch"),
+        "SLURM_JOB_ID": "7",
+        "SLURM_SUBMIT_DIR": str(REPO / PIXEL),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = ["bash", REPO / PIXEL / "job.sh", *map(str, tiny), "--base-ch", "8", "--epochs=500"]
+    job = subprocess.Popen(
+        command, env=environment, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("scratch/ddpm-output/checkpoints/ddpm-d3-*/*.pt")):
+            assert time.monotonic() < deadline, job.communicate(timeout=10)[0]
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.2)
+        job.send_signal(signal.SIGUSR1)
+        text, _ = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert "stopped by SIGUSR1" in text, text
+    if scontrol:
+        assert "REQUEUED requeue 7" in text
+        assert job.returncode == 0
+    else:
+        assert "NO scontrol" in text
+        assert job.returncode == STOPPED_EARLY
