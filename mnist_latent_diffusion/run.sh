@@ -10,17 +10,17 @@ cache="${SLURM_TMPDIR:-$PWD/hf_cache}"
 found="$(cd .. && python -m common.data --cache-dir "$cache")"
 echo "$found"
 if [[ "$found" == *"(hub)"* ]]; then
-    data=hub ae_epochs=10 epochs=10
+    flags=(--data hub --generate-images) ae_epochs=10 epochs=12
 else
-    data=embedded ae_epochs=80 epochs=120
+    flags=(--data embedded) ae_epochs=60 epochs=200 # 4,050 digits instead of 54,000: epochs are short
 fi
-common=(--cache-dir "$cache" --data "$data" --auto-resume --generate-images)
+flags+=(--cache-dir "$cache" --auto-resume --ckpt-save-every 10 --lr 4e-4)
 
 # Each trainer ends with the line "checkpoints: FOLDER"
-train() { python train.py "${common[@]}" "$@" | tee /dev/stderr | sed -n 's/^checkpoints: //p'; }
+train() { python train.py "${flags[@]}" "$@" | tee /dev/stderr | sed -n 's/^checkpoints: //p'; }
 
-autoencoder="$(cd ../mnist_ae && train --model mlp --lr 1e-3 --epochs "$ae_epochs" --ckpt-save-every 10)"
-run="$(train --ae-ckpt "$autoencoder" --lr 1e-3 --lr-scheduler cosine --epochs "$epochs" --ckpt-save-every 10)"
+autoencoder="$(cd ../mnist_ae && train --model mlp --epochs "$ae_epochs")"
+run="$(train --ae-ckpt "$autoencoder" --epochs "$epochs")"
 python infer.py --ckpt "$run" --digit 0 1 2 3 4 5 6 7 8 9 --num-images 100 --output generated.png
 
 root="${run%/checkpoints/*}"
