@@ -17,7 +17,7 @@ fi
 flags+=(--cache-dir "$cache" --auto-resume --ckpt-save-every 10 --lr 4e-4)
 
 # Each trainer ends with the line "checkpoints: FOLDER"
-train() { python train.py "${flags[@]}" "$@" | tee /dev/stderr | sed -n 's/^checkpoints: //p'; }
+train() { python train.py "${flags[@]}" "$@" | tee >(cat >&2) | sed -n 's/^checkpoints: //p'; }
 
 autoencoder="$(cd ../mnist_ae && train --model mlp --epochs "$ae_epochs")"
 run="$(train --ae-ckpt "$autoencoder" --epochs "$epochs")"
