@@ -10,11 +10,11 @@ cache="${SLURM_TMPDIR:-$PWD/hf_cache}"
 found="$(cd .. && python -m common.data --cache-dir "$cache")"
 echo "$found"
 if [[ "$found" == *"(hub)"* ]]; then
-    flags=(--data hub --generate-images) ae_epochs=10 epochs=12
+    flags=(--data hub --lr 4e-4 --generate-images) ae_epochs=10 epochs=12
 else
     flags=(--data embedded) ae_epochs=60 epochs=200 # 4,050 digits instead of 54,000: epochs are short
 fi
-flags+=(--cache-dir "$cache" --auto-resume --ckpt-save-every 10 --lr 4e-4)
+flags+=(--cache-dir "$cache" --auto-resume --ckpt-save-every 10)
 
 # Each trainer ends with the line "checkpoints: FOLDER"
 train() { python train.py "${flags[@]}" "$@" | tee >(cat >&2) | sed -n 's/^checkpoints: //p'; }
