@@ -86,10 +86,13 @@ def link(target: Path, name: str) -> None:
     """Make `name`, beside `target`, a relative symlink to it (a copy where symlinks are not allowed)."""
     temporary = target.parent / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        os.symlink(target.name, temporary)
-    except OSError:
-        shutil.copyfile(target, temporary)
-    os.replace(temporary, target.parent / name)
+        try:
+            os.symlink(target.name, temporary)
+        except OSError:
+            shutil.copyfile(target, temporary)
+        os.replace(temporary, target.parent / name)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint_and_link_latest(folder: str | Path, state: State) -> Path:

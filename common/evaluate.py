@@ -35,6 +35,18 @@ MEANING = {
 }
 
 
+def _halves(real: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(indices of the reference digits, of the spare ones): a fixed random split.
+
+    In MNIST's own order the first half of the test digits is the cleaner one.
+    """
+    import torch
+
+    from common.rng import generator
+
+    return torch.randperm(len(real), generator=generator(0, "evaluation halves")).tensor_split(2)
+
+
 def score(
     images: torch.Tensor, wanted: torch.Tensor | None, real: Any, classifier: Any, *, errors: bool = True
 ) -> dict[str, dict[str, float]]:
@@ -43,22 +55,19 @@ def score(
     images (N, 1, 28, 28) in [0, 1]; wanted (N,) labels, None if none were asked for. real: held-out digits (HF_MNIST);
     one half is the reference, the other sets the floor, cut to N digits if it has more.
     """
-    import torch
-
     from common.classifier import judge
     from common.metrics import bootstrap, covered, frechet_distance, imbalance
-    from common.rng import generator
 
-    order = torch.randperm(len(real), generator=generator(0, "evaluation halves"))
-    pictures, labels = real[order]
-    half = len(real) // 2
-    reference = judge(classifier, pictures[:half])[0].numpy()
-    spare = slice(half, half + len(images))
+    first, second = _halves(real)
+    reference_images, reference_labels = real[first]
+    reference = judge(classifier, reference_images)[0].numpy()
+    half = len(reference)
+    spare_images, spare_labels = real[second[: len(images)]]
     found: dict[str, dict[str, float]] = {}
-    for column, shown, asked in (("floor", pictures[spare], labels[spare]), ("value", images, wanted)):
+    for column, shown, asked in (("floor", spare_images, spare_labels), ("value", images, wanted)):
         features, probabilities = (part.numpy() for part in judge(classifier, shown))
         predicted = probabilities.argmax(1)
-        balance = (labels[:half] if asked is None else asked).numpy()
+        balance = (reference_labels if asked is None else asked).numpy()
         size = min(len(features), half)  # precision and recall want sets of equal size
         samples: dict[str, tuple[Callable[..., float], Any]] = {
             "fid": (lambda rows: frechet_distance(rows, reference), features),
@@ -129,13 +138,13 @@ def _draw(args: Any, path: Path, model: str, device: torch.device) -> tuple[torc
 
 
 def _reconstruct(path: Path, real: Any, count: int, device: torch.device) -> tuple[torch.Tensor, list[int], float]:
-    """(images, their labels, seconds): the reconstructions of the first `count` of `real`."""
+    """(images, their labels, seconds): the reconstructions of `count` of the digits that set the floor."""
     import torch
 
     from common.autoencoder import build_autoencoder, read_autoencoder
 
     autoencoder = build_autoencoder(read_autoencoder(path), device)
-    images, labels = real[torch.arange(min(count, len(real)))]
+    images, labels = real[_halves(real)[1][:count]]
     started = time.perf_counter()
     with torch.no_grad():
         rebuilt = torch.cat([autoencoder(part.to(device)).cpu() for part in images.split(CHUNK)])

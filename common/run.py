@@ -16,7 +16,7 @@ from typing import IO, Any
 from common import ckpt
 from common.args import Args
 from common.device import make_output_directories
-from common.error_codes import MODEL_MISMATCH, RUN_LOCKED, Exit
+from common.error_codes import MODEL_MISMATCH, RUN_LOCKED, STOPPED_EARLY, Exit
 from common.slurm import stop_requested
 
 LOCK_PATIENCE = 20.0  # seconds; a requeued job may overlap its predecessor's end
@@ -138,7 +138,10 @@ def _lock(folder: Path, patience: float) -> IO[str]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() < deadline and not stop_requested():
+            if stop_requested():
+                file.close()
+                raise Exit(STOPPED_EARLY, f"stopped while waiting for {folder.name}; nothing was changed") from None
+            if time.monotonic() < deadline:
                 time.sleep(0.5)
                 continue
             file.seek(0)

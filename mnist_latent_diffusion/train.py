@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.args import Args, Parser, add_diffusion_arguments, add_training_arguments, check_betas, number
 from common.autoencoder import OWN_RUNS, build_autoencoder, find_autoencoder, read_autoencoder
+from common.ckpt import UnreadableCheckpoint
 from common.data import HF_MNIST, make_mnist_loader, split_train_val
 from common.drawing import preview_and_scored
 from common.error_codes import NO_AE_CHECKPOINT, Exit, run_main
@@ -51,13 +52,20 @@ def choose_autoencoder(args: Args, fresh: bool) -> None:
         if not args.ae_ckpt_dir and not args.given("outdir"):
             folders.append(OWN_RUNS)
         path = find_autoencoder(folders, logging.getLogger("train").warning)
+        if path is None and not fresh:
+            return
         if path is None:
             where = " or ".join(map(str, folders))
             raise Exit(NO_AE_CHECKPOINT, f"no autoencoder in {where}; train one in mnist_ae, or give --ae-ckpt PATH")
-    data = read_autoencoder(path)
+    args.ae_ckpt = str(Path(path).absolute())
+    try:
+        data = read_autoencoder(path)
+    except UnreadableCheckpoint:
+        if fresh or not (args.resume or args.auto_resume):
+            raise
+        return  # a run that is resumed carries its autoencoder: the file may be gone
     digit = data["args"]["only_digit"]
     args.derive(ae_model=data["args"]["model"], ae_latent_dim=data["args"]["latent_dim"], ae_only_digit=digit)
-    args.ae_ckpt = str(Path(path).absolute())
     if args.only_digit is None and digit is not None:
         args.derive(only_digit=digit)
 

@@ -173,6 +173,10 @@ def test_a_moved_and_a_deleted_autoencoder_change_nothing(ae_run, copy_of, tiny,
     again = call(LATENT, "train.py", "--auto-resume", *flags[2:], "--epochs", 2)
     assert again.code == 0, again.text
     assert "already finished" in again.text
+    requeued = call(LATENT, "train.py", "--auto-resume", *flags, "--epochs", 2)  # a job's flags still name the file
+    assert requeued.code == 0, requeued.text
+    assert "already finished" in requeued.text
+    assert call(LATENT, "train.py", *flags, "--epochs", 2).code == BAD_CHECKPOINT
     drawn = call(LATENT, "infer.py", "--ckpt", folder, "--n", 2, "--output", tmp_path / "x.png")
     assert drawn.code == 0, drawn.text
 
