@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt
-from common.error_codes import MODEL_MISMATCH, Exit
 from common.modules import ROOT, module_of
 
 if TYPE_CHECKING:
@@ -24,10 +23,7 @@ def read_autoencoder(path: str | Path) -> dict[str, Any]:
     holds another kind of model, UnreadableCheckpoint if it cannot be read.
     """
     path = ckpt.resolve_checkpoint(path)
-    state = ckpt.read_checkpoint(path)
-    model = ckpt.infer_model_from_checkpoint(state)
-    if model not in AUTOENCODERS:
-        raise Exit(MODEL_MISMATCH, f"{path} holds a {model} model, not an autoencoder (ae-mlp or ae-conv)")
+    state = ckpt.read_model(path, AUTOENCODERS)
     kept = {key: state.get(key) for key in ("model", "args", "exp_name", "epoch", "val_loss")}
     return kept | {"path": str(path.absolute())}
 

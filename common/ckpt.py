@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
-from common.error_codes import BAD_CHECKPOINT, Exit
+from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, Exit
 
 FORMAT = 1
 NAME = "checkpoint_epoch_{epoch:06d}.pt"
@@ -207,6 +207,18 @@ def load_checkpoint(
                 target.load_state_dict(state[name])
             except (RuntimeError, ValueError, KeyError) as error:
                 raise UnreadableCheckpoint(path, f"its {name} does not fit: {str(error).splitlines()[0]}") from None
+    return state
+
+
+def read_model(path: str | Path, types: tuple[str, ...]) -> State:
+    """The state of the checkpoint that `path` means (see `resolve_checkpoint`), which holds one of the model `types`.
+
+    Raises Exit(MODEL_MISMATCH) if it holds another kind of model, UnreadableCheckpoint if it cannot be read.
+    """
+    path = resolve_checkpoint(path)
+    state = read_checkpoint(path)
+    if (model := infer_model_from_checkpoint(state)) not in types:
+        raise Exit(MODEL_MISMATCH, f"{path} holds a model of type {model}; {' or '.join(types)} is needed here")
     return state
 
 

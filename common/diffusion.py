@@ -171,3 +171,29 @@ def guided(predict: Callable[..., torch.Tensor], labels: torch.Tensor, null_labe
         return torch.lerp(without, with_label, scale)
 
     return predict_guided
+
+
+def draw(
+    net: nn.Module,
+    shape: tuple[int, ...],
+    schedules: Schedules,
+    *,
+    labels: list[int] | None = None,
+    count: int = 16,
+    guidance: float = 1.0,
+    seed: int = 42,
+    sampler: str = "ddpm",
+    steps: int | None = None,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Draw x_0 (N, *shape), not clamped, from a net that offers `null_label` and `predictor()`.
+
+    labels: the class of each row, or None to draw `count` rows unconditionally. guidance: see `guided`; sampler and
+    steps: see `reverse_steps`; callback: see `sample`. The same seed draws the same rows on every device.
+    """
+    device = schedules.beta.device
+    if labels is None:
+        labels = [net.null_label] * count
+    predict = guided(net.predictor(), torch.tensor(labels, device=device), net.null_label, guidance)
+    noise = noise_source(seed, (len(labels), *shape), device)
+    return sample(predict, noise, reverse_steps(schedules, steps, sampler), callback)

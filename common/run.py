@@ -16,7 +16,7 @@ from typing import IO, Any
 from common import ckpt
 from common.args import Args
 from common.device import make_output_directories
-from common.error_codes import MODEL_MISMATCH, RUN_LOCKED, STOPPED_EARLY, Exit
+from common.error_codes import RUN_LOCKED, STOPPED_EARLY, Exit
 from common.slurm import stop_requested
 
 LOCK_PATIENCE = 20.0  # seconds; a requeued job may overlap its predecessor's end
@@ -83,11 +83,7 @@ def open_run(
 
 def _resume(args: Args, source: Path, models: tuple[str, ...], warn: Callable[[str], None]) -> Run:
     folder = source.parent
-    state = ckpt.read_checkpoint(source)
-    if (model := ckpt.infer_model_from_checkpoint(state)) not in models:
-        raise Exit(
-            MODEL_MISMATCH, f"{source} holds a model of type {model}; this trainer resumes {' or '.join(models)}"
-        )
+    state = ckpt.read_model(source, models)
     if folder.parent.name == "checkpoints":  # go on in the file's own run folder, wherever --outdir points
         outdir, run_name = folder.parent.parent, folder.name
         if args.origin["outdir"] == "flag" and outdir.resolve() != Path(args.outdir).resolve():

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
 from common.autoencoder import build_autoencoder, read_autoencoder
-from common.diffusion import Schedules, guided, noise_source, precompute_schedules, q_sample, reverse_steps, sample
+from common.diffusion import Schedules, draw, precompute_schedules, q_sample
 from common.error_codes import MODEL_MISMATCH, Exit
 from common.layers import scaled_linear
 from common.time_embedding import TIME_DIM, TimeMLP
@@ -109,11 +110,7 @@ def load_for_drawing(
     The denoiser gets its EMA weights; the autoencoder is the one inside the checkpoint, or `ae_ckpt`'s.
     Raises Exit(MODEL_MISMATCH) if a checkpoint holds another kind of model or another latent dimension.
     """
-    path = ckpt.resolve_checkpoint(path)
-    state = ckpt.read_checkpoint(path)
-    model = ckpt.infer_model_from_checkpoint(state)
-    if model != "lddpm":
-        raise Exit(MODEL_MISMATCH, f"{path} holds a model of type {model}; latent diffusion (lddpm) is needed here")
+    state = ckpt.read_model(path, ("lddpm",))
     trained = state["args"]
     schedules = precompute_schedules(trained["T"], trained["beta_start"], trained["beta_end"], device)
     net = LatentDenoiser(trained["ae_latent_dim"], trained["hidden_dim"], schedules=schedules)
@@ -131,25 +128,8 @@ def generate_images(
     net: LatentDenoiser,
     autoencoder: nn.Module,
     schedules: Schedules,
-    *,
-    labels: list[int] | None = None,
-    count: int = 16,
-    guidance: float = 1.0,
-    seed: int = 42,
-    sampler: str = "ddpm",
-    steps: int | None = None,
-    callback: Callable[[int, torch.Tensor], None] | None = None,
+    **how: Any,
 ) -> torch.Tensor:
-    """Draw latents, decode them: (N, 1, 28, 28) images in [0, 1].
-
-    labels: the digit of each image, or None to draw `count` images unconditionally. The rest: see common/diffusion.py;
-    the same seed draws the same images on every device.
-    """
-    device = net.latent_mean.device
-    if labels is None:
-        labels = [net.null_label] * count
-    wanted = torch.tensor(labels, device=device)  # (N,)
-    predict = guided(net.predictor(), wanted, net.null_label, guidance)
-    noise = noise_source(seed, (len(labels), net.latent_dim), device)
-    z = sample(predict, noise, reverse_steps(schedules, steps, sampler), callback)  # (N, D)
+    """Draw latents and decode them: (N, 1, 28, 28) images in [0, 1]. `how`: see `common.diffusion.draw`."""
+    z = draw(net, (net.latent_dim,), schedules, **how)  # (N, D)
     return autoencoder.decode(net.restore(z)).clamp(0, 1)  # (N, 1, 28, 28)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
-from common.diffusion import Schedules, guided, noise_source, precompute_schedules, q_sample, reverse_steps, sample
-from common.error_codes import MODEL_MISMATCH, Exit
+from common.diffusion import Schedules, draw, precompute_schedules, q_sample
 from common.layers import Scaled, scaled_linear
 from common.time_embedding import TIME_DIM, TimeMLP
 
@@ -136,11 +136,7 @@ def load_for_drawing(path: str | Path, device: torch.device | str = "cpu") -> tu
 
     Raises Exit(MODEL_MISMATCH) if the checkpoint holds another kind of model.
     """
-    path = ckpt.resolve_checkpoint(path)
-    state = ckpt.read_checkpoint(path)
-    model = ckpt.infer_model_from_checkpoint(state)
-    if model != "ddpm":
-        raise Exit(MODEL_MISMATCH, f"{path} holds a model of type {model}; pixel diffusion (ddpm) is needed here")
+    state = ckpt.read_model(path, ("ddpm",))
     trained = state["args"]
     schedules = precompute_schedules(trained["T"], trained["beta_start"], trained["beta_end"], device)
     net = Denoiser(trained["base_ch"], schedules=schedules)
@@ -152,24 +148,8 @@ def load_for_drawing(path: str | Path, device: torch.device | str = "cpu") -> tu
 def generate_images(
     net: Denoiser,
     schedules: Schedules,
-    *,
-    labels: list[int] | None = None,
-    count: int = 16,
-    guidance: float = 1.0,
-    seed: int = 42,
-    sampler: str = "ddpm",
-    steps: int | None = None,
-    callback: Callable[[int, torch.Tensor], None] | None = None,
+    **how: Any,
 ) -> torch.Tensor:
-    """Draw (N, 1, 28, 28) images in [0, 1].
-
-    labels: the digit of each image, or None to draw `count` images unconditionally. The rest: see common/diffusion.py;
-    the same seed draws the same images on every device.
-    """
-    device = net.signal.device
-    if labels is None:
-        labels = [net.null_label] * count
-    predict = guided(net.predictor(), torch.tensor(labels, device=device), net.null_label, guidance)
-    noise = noise_source(seed, (len(labels), 1, 28, 28), device)
-    x = sample(predict, noise, reverse_steps(schedules, steps, sampler), callback)  # (N, 1, 28, 28)
+    """Draw (N, 1, 28, 28) images in [0, 1]. `how`: see `common.diffusion.draw`."""
+    x = draw(net, (1, 28, 28), schedules, **how)  # (N, 1, 28, 28)
     return x.add(1).div(2).clamp(0, 1)  # (N, 1, 28, 28)
