@@ -173,9 +173,7 @@ def add_device_argument(parser: Parser) -> None:
     parser.flag("place", "--device", help="cuda, cuda:N, mps or cpu (default: the best there is)")
 
 
-def add_training_arguments(
-    parser: Parser, *, epochs: int, workers: int = 1, lr_scheduler: str = "none", grad_clip: float = 1.0
-) -> None:
+def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_scheduler: str = "none") -> None:
     """The flags of every trainer; the keywords are the defaults in which trainers differ."""
     add_data_arguments(parser)
     add_device_argument(parser)
@@ -220,8 +218,8 @@ def add_training_arguments(
         training,
         "--grad-clip",
         type=number(float, 0),
-        default=grad_clip,
-        help=f"largest gradient norm, 0 for no limit (default: {grad_clip})",
+        default=1.0,
+        help="largest gradient norm, 0 for no limit (default: 1.0)",
     )
     parser.flag(
         training,

@@ -42,7 +42,7 @@ class Record:
         self._failed: set[str] = set()
 
     def start(self, args: Args, device: torch.device) -> None:
-        """Write config.json; on resume, drop what was recorded after the checkpoint and note what changed."""
+        """Write config.json; on resume, note what changed."""
         import torch
 
         path = self.run.checkpoints / CONFIG
@@ -70,9 +70,10 @@ class Record:
         }
         content = {"exp_name": self.run.name, "flags": flags, "starts": [*starts, now]}
         self._try("config.json", lambda: write_text(path, json.dumps(content, indent=1, default=str) + "\n"))
-        self._rewind(self.run.state or {"epoch": 1, "global_step": 0, "val_loss": None})
 
-    def _rewind(self, state: dict[str, Any]) -> None:
+    def rewind(self) -> None:
+        """Drop what was recorded after the checkpoint that the run resumes from."""
+        state = self.run.state or {"epoch": 1, "global_step": 0, "val_loss": None}
         done = state["epoch"] if state["val_loss"] is not None else state["epoch"] - 1
         # An epoch's own figures stand at its last step: a checkpoint within the epoch does not count them as done.
         self._purge_step = state["global_step"] + (1 if state["val_loss"] is not None else 0)

@@ -1,6 +1,6 @@
 """The training session: the mechanism behind every train.py, which keeps only its recipe.
 
-    with open_session(args, experiment_name) as session:
+    with open_session(args, experiment_name, models=("ddpm",)) as session:
         session.attach(net, steps_per_epoch=len(train))
         for epoch in session.epochs():
             for batch in session.batches(train):
@@ -53,15 +53,17 @@ def open_session(
     """
     handlers = slurm.install_signal_handlers()  # before the slow imports
     log = setup_component_logger("train", debug=args.debug)
-    session = None
+    run = record = None
     try:
         device.set_threads()
         where = device.get_device(args.device)
         run = open_run(args, name, settle, models, log.warning)
+        raise_if_finished(args, run, log)
+        record = Record(run, log.warning)
+        record.rewind()  # replaces the log file, so before it is opened
         log = setup_component_logger("train", run.log_file, args.debug)
-        session = Session(args, run, where, log)
-        session.raise_if_finished()
-        yield session
+        record.warn = log.warning
+        yield Session(args, run, record, where, log)
     except Exit as end:
         (log.error if end.code not in (OK, STOPPED_EARLY) else log.info)(str(end))
         end.shown = True
@@ -70,21 +72,39 @@ def open_session(
         log.error("interrupted a second time: leaving at once; what was saved is safe")
         raise
     finally:
-        if session is not None:
-            session.record.close()
-            session.run.lock.close()
+        if record is not None:
+            record.close()
+        if run is not None:
+            run.lock.close()
         close_handlers(log)
         slurm.restore_signal_handlers(handlers)
+
+
+def why_ended(args: Args, epoch: int, best: dict[str, Any]) -> str:
+    """Why training ends after this epoch; "" if it goes on."""
+    patience = args.early_stopping_patience
+    if epoch >= args.epochs:
+        return f"epoch {epoch} of {args.epochs} is done"
+    if patience is not None and epoch - best["epoch"] >= patience:
+        return f"early stopping, no better val_loss for {patience} epochs"
+    return ""
+
+
+def raise_if_finished(args: Args, run: Run, log: Any) -> None:
+    """Raises Exit(OK) if the run to be resumed has nothing left to train; nothing of it has been touched then."""
+    state = run.state
+    if state is not None and ckpt.is_complete(state) and (end := why_ended(args, state["epoch"], state["best"])):
+        log.info(f"checkpoints: {run.checkpoints.resolve()}")
+        raise Exit(OK, f"{run.name} is already finished: {end}; raise --epochs to extend it")
 
 
 class Session:
     """Drives one run. Attributes for recipes: `args`, `device`, `log`, `epoch`, `global_step`, `net`, `best_net`."""
 
-    def __init__(self, args: Args, run: Run, where: torch.device, log: Any) -> None:
-        self.args, self.run, self.device, self.log = args, run, where, log
+    def __init__(self, args: Args, run: Run, record: Record, where: torch.device, log: Any) -> None:
+        self.args, self.run, self.record, self.device, self.log = args, run, record, where, log
         self.resumed = run.state
-        self.record = Record(run, log.warning)
-        self.record.start(args, where)
+        record.start(args, where)
         device.seed_everything(args.seed)
         self.epoch, self.batch, self.global_step = 1, 0, 0
         self.best: dict[str, Any] | None = None
@@ -158,10 +178,10 @@ class Session:
     def epochs(self) -> Iterator[int]:
         """The epochs still to be trained, counted from 1; after the last one, what a finished run leaves behind."""
         yield self.epoch
-        while not self._end(self.epoch, self.best):
+        while not (end := why_ended(self.args, self.epoch, self.best)):
             self._begin_epoch(self.epoch + 1)
             yield self.epoch
-        self.log.info(f"the end: {self._end(self.epoch, self.best)}")
+        self.log.info(f"the end: {end}")
         if self._unsaved:
             self._save(final=True)
         self.record.hyperparameters(self.args, {"hparam/best_val_loss": self.best["val_loss"]}, self.global_step)
@@ -172,22 +192,6 @@ class Session:
         self.epoch, self.batch = epoch, 0
         self.train_loss, self.val_loss, self.scores = None, None, {}
         self._loss_sum, self._loss_rows, self._seconds = 0.0, 0, 0.0
-
-    def _end(self, epoch: int, best: dict[str, Any]) -> str:
-        """Why training ends after this epoch; "" if it goes on."""
-        patience = self.args.early_stopping_patience
-        if epoch >= self.args.epochs:
-            return f"epoch {epoch} of {self.args.epochs} is done"
-        if patience is not None and epoch - best["epoch"] >= patience:
-            return f"early stopping, no better val_loss for {patience} epochs"
-        return ""
-
-    def raise_if_finished(self) -> None:
-        """Raises Exit(OK) if the run to be resumed has nothing left to train."""
-        state = self.resumed
-        if state is not None and ckpt.is_complete(state) and (end := self._end(state["epoch"], state["best"])):
-            self.log.info(f"checkpoints: {self.run.checkpoints.resolve()}")
-            raise Exit(OK, f"{self.run.name} is already finished: {end}; raise --epochs to extend it")
 
     def batches(self, loader: DataLoader) -> Iterator[Any]:
         """The epoch's batches from where it stands, on the device; between them, saves when due and obeys stops."""

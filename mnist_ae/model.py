@@ -20,7 +20,7 @@ def _dense(inputs: int, outputs: int) -> tuple[Scaled, nn.Module]:
 
 
 class Autoencoder(nn.Module):
-    """784 -> 768 -> 384 -> latent_dim -> 384 -> 768 -> 784: few, wide layers keep a processor busy.
+    """784 -> 512 -> 256 -> latent_dim -> 256 -> 512 -> 784: few, wide layers keep a processor busy.
 
     use_sigmoid: let `decode` end in [0, 1]; without, in logits.
     """

@@ -83,6 +83,20 @@ def test_resuming_an_older_epoch_sets_the_later_files_aside(ae_run, copy_of, cac
     assert newest_state(folder)["best"]["epoch"] == 1
     assert os.readlink(folder / "latest.pt") == "checkpoint_epoch_000002.pt"
     assert os.readlink(folder / "best.pt") == "checkpoint_epoch_000001.pt"  # not the epoch that was set aside
+    log = (folder.parent.parent / "logs" / f"{folder.name}.log").read_text()
+    assert [log.count(f"epoch {epoch:>3}/2  train_loss") for epoch in (1, 2)] == [1, 1]
+    assert log.rstrip().endswith(f"checkpoints: {folder.resolve()}")  # what was logged after the cut is there
+
+
+def test_a_finished_run_keeps_its_record_when_an_older_epoch_is_resumed_for_nothing(ae_run, copy_of, cache):
+    folder = copy_of(ae_run)
+    before = metrics(folder)
+    first = folder / "checkpoint_epoch_000001.pt"
+    result = call(AE, "train.py", "--resume", first, "--epochs", 1, "--cache-dir", cache)
+    assert result.code == 0, result.text
+    assert "already finished" in result.text
+    assert metrics(folder) == before
+    assert [epoch for epoch, _ in ckpt.run_checkpoints(folder)] == [2, 1]
 
 
 def test_auto_resume_with_nothing_to_resume_starts_and_says_so(train, tmp_path):
