@@ -3,38 +3,41 @@
 #     source ../common/slurm_job.sh
 #     train_and_requeue --epochs=100 --auto-resume "$@"
 #
-# Slurm announces the time limit with SIGUSR1 (--signal=B:USR1@...): the trainer saves and stops, and the job puts itself
-# back in the queue. On SIGTERM (scancel, preemption) the trainer saves too, but nothing is requeued from here.
+# Slurm announces the time limit with SIGUSR1 (--signal=B:USR1@...; SIGUSR2 does too): the trainer saves and stops, and
+# the job puts itself back in the queue. On SIGTERM (scancel, preemption) the trainer saves too, but nothing is requeued
+# from here: a preempted job is requeued by Slurm, a cancelled one by nobody.
+# In a job array the task's number is the digit: sbatch --array=0-9 job.sh.
 
+limit="" child=""
+_on_limit() { limit=yes; [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null; }
+_on_term() { limit=""; [ -z "$child" ] && exit 143; kill -TERM "$child" 2>/dev/null; }
+trap _on_limit USR1 USR2 # before anything slow: an untrapped signal would kill this shell
+trap _on_term TERM
+
+: "${SCRATCH:?error: set SCRATCH to a folder that outlives the job}"
 source ../mnist_single_digit/setup.sh || exit 1
-: "${SCRATCH:?set SCRATCH to a folder that outlives the job}"
 if [ -z "${SLURM_TMPDIR:-}" ]; then
     SLURM_TMPDIR="$(mktemp -d)"
     trap 'rm -rf "$SLURM_TMPDIR"' EXIT
 fi
 export SLURM_TMPDIR
 if [ -d "$SCRATCH/hf_cache" ]; then # fetched by: python -m common.data --cache-dir "$SCRATCH/hf_cache"
-    cp -r "$SCRATCH/hf_cache/." "$SLURM_TMPDIR/"
+    cp -r "$SCRATCH/hf_cache/." "$SLURM_TMPDIR/" || exit 1
 fi
 
 train_and_requeue() {
-    local child code=0 limit=""
-    python train.py "$@" &
-    child=$!
-    trap 'limit=yes; kill -USR1 "$child" 2>/dev/null' USR1
-    trap 'limit=""; kill -TERM "$child" 2>/dev/null' TERM
-    while true; do # a trapped signal ends `wait` early
-        wait "$child"
-        code=$?
-        kill -0 "$child" 2>/dev/null || break
-    done
-    trap - USR1 TERM
-    # 11 is STOPPED_EARLY; 138 is a death by SIGUSR1, which came before Python could install its handler
-    if [ -n "$limit" ] && { [ "$code" -eq 11 ] || [ "$code" -eq 138 ]; }; then
-        requeue
-        return 0
+    local code=11 # as if stopped at once, if the limit came before the start
+    if [ -z "$limit" ]; then
+        python train.py ${SLURM_ARRAY_TASK_ID:+--only-digit="$SLURM_ARRAY_TASK_ID"} "$@" &
+        child=$!
+        while true; do # a trapped signal ends `wait` early
+            wait "$child"
+            code=$?
+            kill -0 "$child" 2>/dev/null || break
+        done
     fi
-    return "$code"
+    # 11 is STOPPED_EARLY; 138 and 140 are deaths by SIGUSR1 and SIGUSR2, before Python could install its handlers
+    case "$limit$code" in yes11 | yes138 | yes140) requeue ;; *) return "$code" ;; esac
 }
 
 requeue() {

@@ -8,7 +8,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-# Submit from this folder: sbatch job.sh [more flags of train.py, e.g. --only-digit 3]
+# Submit from this folder: sbatch job.sh [more flags of train.py, e.g. --only-digit 3], or sbatch --array=0-9 job.sh
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
 source ../common/slurm_job.sh
 

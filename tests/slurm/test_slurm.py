@@ -1,0 +1,115 @@
+"""The job scripts under a real Slurm: time limits, requeues, cancelling, preemption, job arrays."""
+
+import json
+import re
+import shutil
+from datetime import datetime
+
+import pytest
+from helpers import AE, FULL_MNIST, LATENT, REPO, assert_same_training, only_run, run
+
+PIXEL = "mnist_single_digit"
+SMALL = {
+    PIXEL: ("--base-ch", 8, "--T", 20, "--batch-size", 32, "--samples-per-epoch", 4, "--generate-images"),
+    LATENT: ("--hidden-dim", 32, "--T", 20, "--batch-size", 16, "--samples-per-epoch", 4, "--generate-images"),
+}
+SECONDS = 40  # of training for a job whose allocations last about 15
+SOON = ("--time=00:01:00", "--signal=B:USR1@45")  # Slurm may signal up to a minute early: about 5 to 20 s in
+
+
+@pytest.fixture(scope="module")
+def data(cluster, cache):
+    """Flags for the digits on this cluster, fetched once to $SCRATCH/hf_cache as README.md says."""
+    if FULL_MNIST.is_dir():
+        shutil.copytree(FULL_MNIST, cluster.scratch / "hf_cache")
+        assert run(".", "-m common.data", "--data", "hub", "--cache-dir", cluster.scratch / "hf_cache").code == 0
+        return ()  # job.sh says --data=hub
+    shutil.copytree(cache, cluster.scratch / "hf_cache")
+    return ("--data=embedded",)
+
+
+def untouched(folder, cluster, tmp_path, *flags) -> tuple:
+    """(folder, epochs) of an uninterrupted run of about SECONDS, as job.sh would start it."""
+    kind = ("--data=hub", *flags)
+    where = ("--cache-dir", cluster.scratch / "hf_cache", "--outdir", tmp_path)
+    first = run(folder, "train.py", *kind, *where, "--epochs", 2, "--lr-scheduler", "none")
+    assert first.code == 0, first.text
+    rows = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    ends = [datetime.fromisoformat(row["timestamp"]) for row in rows]
+    epochs = 2 + round(SECONDS / max((ends[1] - ends[0]).total_seconds(), 0.05))
+    result = run(folder, "train.py", *kind, *where, "--epochs", epochs, "--lr-scheduler", "none", "--auto-resume")
+    assert result.code == 0, result.text
+    return only_run(tmp_path), epochs
+
+
+@pytest.mark.parametrize("folder", [PIXEL, LATENT])
+def test_a_job_goes_on_through_time_limits_until_it_is_done(folder, cluster, data, ae_run, tmp_path):
+    flags = (*data, "--only-digit", 3, "--lr-scheduler", "none", "--device", "cpu", *SMALL[folder])
+    if folder == LATENT:
+        flags += ("--ae-ckpt", ae_run)
+    expected, epochs = untouched(folder, cluster, tmp_path, *flags)
+    job = cluster.submit(REPO / folder, *SOON, flags=(f"--epochs={epochs}", "--num-workers=0", *flags))
+    cluster.wait_for_end(job, patience=300)
+    text = cluster.log(job)
+    assert text.count("time limit: saved; requeueing job") >= 2, text
+    assert text.count("resumed from") >= 2  # appended to, not truncated: all allocations are in one file
+    assert text.count("outputs in") >= 3
+    assert f"epoch {epochs} of {epochs} is done" in text
+    prefix = {PIXEL: "ddpm-d3", LATENT: "lddpm-"}[folder]
+    assert_same_training(only_run(cluster.scratch / "ddpm-output", f"{prefix}*"), expected)
+
+
+def long_job(cluster, data, *options, seed) -> str:
+    """A pixel job that would take hours, once it has saved its first checkpoint."""
+    flags = (*data, "--only-digit", 7, "--seed", seed, "--epochs=100000", "--device=cpu", *SMALL[PIXEL])
+    job = cluster.submit(REPO / PIXEL, *options, flags=flags)
+    cluster.wait_for_text(job, "train_loss")
+    return job
+
+
+def test_scancel_saves_and_does_not_requeue(cluster, data):
+    job = long_job(cluster, data, seed=1)
+    cluster.call("scancel", job)
+    cluster.wait_for_end(job)
+    text = cluster.log(job)
+    assert "stopped by SIGTERM" in text
+    assert "and saved" in text
+    assert "requeueing" not in text
+    assert cluster.states(job) == set()
+
+
+def test_preemption_saves_and_slurm_starts_the_job_again(cluster, data):
+    job = long_job(cluster, data, seed=2)
+    urgent = ("--partition=urgent", "--cpus-per-task=2", "--gres=none", "--mem=0", f"--output={cluster.scratch}/u.out")
+    other = cluster.call("sbatch", "--parsable", *urgent, "--wrap", "sleep 1")
+    cluster.wait_for_text(job, "stopped by SIGTERM")
+    cluster.wait_for_end(other)
+    cluster.wait_for_text(job, "resumed from", patience=90)
+    cluster.call("scancel", job)
+    cluster.wait_for_end(job)
+
+
+def test_an_array_trains_a_digit_per_task_and_each_requeues_itself(cluster, data):
+    flags = (*data, "--epochs=4", "--seed=3", "--device=cpu", *SMALL[PIXEL])
+    job = cluster.submit(REPO / PIXEL, "--array=4-5", flags=flags)
+    first = cluster.scratch / f"ddpm-train-{job}_4.out"
+    cluster.wait_until("first epoch", lambda: first.exists() and "train_loss" in first.read_text(), job)
+    cluster.call("scancel", "--batch", "--signal=USR1", f"{job}_4")
+    cluster.wait_for_end(job)
+    outdir = cluster.scratch / "ddpm-output"
+    for digit in (4, 5):
+        folder = only_run(outdir, f"ddpm-d{digit}-*-seed3-*")
+        assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["epoch"] == 4
+    assert re.search(rf"requeueing job {job}_4\b", first.read_text())
+    assert "resumed from" in first.read_text()
+
+
+def test_a_job_without_a_scratch_folder_says_so(cluster):
+    env = {key: value for key, value in cluster.env.items() if key != "SCRATCH"}
+    before, cluster.env = cluster.env, env
+    try:
+        job = cluster.submit(REPO / AE, flags=("--model", "mlp"))
+    finally:
+        cluster.env = before
+    cluster.wait_for_end(job)
+    assert "error: set SCRATCH" in cluster.log(job)
