@@ -55,15 +55,28 @@ def q_sample(x0: torch.Tensor, t: torch.Tensor, epsilon: torch.Tensor, schedules
     return _rows(signal, x0) * x0 + _rows(noise, x0) * epsilon
 
 
-def draw_timesteps(count: int, T: int, rng: torch.Generator) -> torch.Tensor:
-    """(count,) int64: uniform in [0, T), stratified so that a batch covers all noise levels evenly.
+def timestep_distribution(schedules: Schedules, mean: float = -0.5, deviation: float = 1.2) -> torch.Tensor:
+    """(T,) float64: how probable training makes timesteps up to t. Log of noise over signal is normally distributed.
 
-    Each timestep is as likely as any other for a random row, but the loss of a batch varies less than with
-    independent draws (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1).
+    That spends training where images take shape (Karras et al. 2022, section 5, whose P_mean, in units of the data's
+    deviation, and P_std the defaults are) instead of on timesteps that are all noise: half of a linear schedule's.
+    """
+    alpha_bar = (1 - schedules.beta.double().cpu()).cumprod(0)
+    log_ratio = ((1 - alpha_bar) / alpha_bar).log() / 2  # (T,), grows with t
+    edges = torch.cat([log_ratio[:1], (log_ratio[1:] + log_ratio[:-1]) / 2, log_ratio[-1:]])  # (T + 1,)
+    share = torch.special.ndtr((edges - mean) / deviation).diff() + 1e-9  # (T,); no timestep is never seen
+    return (share / share.sum()).cumsum(0)
+
+
+def draw_timesteps(count: int, distribution: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """(count,) int64 in [0, T) from a `timestep_distribution`, stratified so that a batch covers it evenly.
+
+    Each row's timestep follows the distribution, but the loss of a batch varies less than with independent draws
+    (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1).
     """
     strata = (torch.arange(count) + torch.rand(count, generator=rng)) / count  # (count,) in [0, 1)
-    shuffled = strata[torch.randperm(count, generator=rng)]
-    return (shuffled * T).long().clamp_(max=T - 1)
+    shuffled = strata[torch.randperm(count, generator=rng)].double()
+    return torch.searchsorted(distribution, shuffled, right=True).clamp_(max=len(distribution) - 1)
 
 
 def epsilon_loss(
@@ -71,16 +84,18 @@ def epsilon_loss(
     x0: torch.Tensor,
     labels: torch.Tensor,
     schedules: Schedules,
+    timesteps: torch.Tensor,
     rng: torch.Generator,
     label_dropout: float = 0.0,
 ) -> torch.Tensor:
     """Mean squared error of the predicted noise (Ho et al. 2020, equation 14): a scalar.
 
-    net(x_t (B, ...), t (B,), labels (B,)) -> epsilon; x0: (B, ...); labels: (B,). With probability `label_dropout` a
+    net(x_t (B, ...), t (B,), labels (B,)) -> epsilon; x0: (B, ...); labels: (B,); timesteps: a
+    `timestep_distribution` to draw t from. With probability `label_dropout` a
     row's label becomes `net.null_label`, so that the net also learns to draw without one (Ho & Salimans 2022,
     algorithm 1). All draws come from `rng`, on the CPU.
     """
-    t = draw_timesteps(len(x0), schedules.T, rng).to(x0.device)  # (B,)
+    t = draw_timesteps(len(x0), timesteps, rng).to(x0.device)  # (B,)
     epsilon = torch.randn(x0.shape, generator=rng).to(x0.device)  # (B, ...)
     dropped = (torch.rand(len(x0), generator=rng) < label_dropout).to(x0.device)  # (B,)
     labels = labels.masked_fill(dropped, net.null_label)  # (B,)

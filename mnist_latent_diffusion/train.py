@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     with open_session(args, experiment_name, models=("lddpm",), settle=choose_autoencoder) as session:
         import torch
 
-        from common.diffusion import epsilon_loss
+        from common.diffusion import epsilon_loss, timestep_distribution
         from model import LatentDenoiser, generate_images, precompute_schedules
 
         # The frozen autoencoder: from the checkpoint when resuming, so that moved files change nothing
@@ -113,9 +113,11 @@ def main(argv: list[str] | None = None) -> None:
         net.latent_std.copy_(std)
         session.attach(net, steps_per_epoch=len(train), warmup=200, ema=0.9995, weight_decay=0.0)
 
+        timesteps = timestep_distribution(schedules)
+
         def loss_of(net, batch, rng):
             z, labels = batch
-            return epsilon_loss(net, net.standardise(z), labels, schedules, rng, LABEL_DROPOUT)
+            return epsilon_loss(net, net.standardise(z), labels, schedules, timesteps, rng, LABEL_DROPOUT)
 
         def draw(**what):
             return generate_images(

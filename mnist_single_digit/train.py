@@ -39,7 +39,7 @@ def experiment_name(args: Args) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with open_session(args, experiment_name, models=("ddpm",)) as session:
-        from common.diffusion import epsilon_loss
+        from common.diffusion import epsilon_loss, timestep_distribution
         from model import Denoiser, generate_images, precompute_schedules
 
         # Data
@@ -55,9 +55,11 @@ def main(argv: list[str] | None = None) -> None:
         net = Denoiser(args.base_ch, schedules=schedules)
         session.attach(net, steps_per_epoch=len(train), warmup=100, ema=0.9995, weight_decay=0.0)
 
+        timesteps = timestep_distribution(schedules)
+
         def loss_of(net, batch, rng):
             images, labels = batch
-            return epsilon_loss(net, 2 * images - 1, labels, schedules, rng, LABEL_DROPOUT)
+            return epsilon_loss(net, 2 * images - 1, labels, schedules, timesteps, rng, LABEL_DROPOUT)
 
         def draw(**what):
             return generate_images(session.best_net, schedules, seed=args.seed, callback=session.poll, **what)

@@ -134,18 +134,38 @@ def test_the_perfect_denoiser_draws_the_data(sampler, steps):
     assert drawn.std().item() == pytest.approx(deviation, rel=0.1)
 
 
-def test_draw_timesteps_is_uniform_in_range_and_shuffled():
+def test_draw_timesteps_follows_the_distribution_row_by_row():
     T, counts, first = 20, torch.zeros(20), torch.zeros(20)
-    for index in range(2000):
-        t = diffusion.draw_timesteps(7, T, generator(index, "t"))
+    distribution = torch.linspace(1, 39, T).div(400).double().cumsum(0)  # t = 0 a 400th, t = 19 39 of them
+    for index in range(4000):
+        t = diffusion.draw_timesteps(7, distribution, generator(index, "t"))
         assert t.dtype == torch.int64
         assert t.min() >= 0
         assert t.max() < T
         counts += torch.bincount(t, minlength=T)
-        first[t[0]] += 1  # a row's own timestep must be uniform too, not only the batch's
-    assert (counts / counts.sum() * T - 1).abs().max() < 0.15
-    assert (first / first.sum() * T - 1).abs().max() < 0.4
-    assert torch.equal(diffusion.draw_timesteps(64, T, generator(1)), diffusion.draw_timesteps(64, T, generator(1)))
+        first[t[0]] += 1  # a row's own timestep must follow it too, not only the batch's
+    share = distribution.diff(prepend=torch.zeros(1))
+    assert (counts / counts.sum() - share).abs().max() < 0.005
+    assert (first / first.sum() - share).abs().max() < 0.02
+    again = [diffusion.draw_timesteps(64, distribution, generator(1)) for _ in range(2)]
+    assert torch.equal(*again)
+
+
+def test_timestep_distribution_is_normal_in_log_noise_over_signal():
+    distribution = diffusion.timestep_distribution(diffusion.precompute_schedules(1000, **BETAS))
+    t = diffusion.draw_timesteps(200_000, distribution, generator(0))
+    _, alpha_bar = float64_schedule(1000)
+    log_ratio = np.log(np.sqrt(1 - alpha_bar) / np.sqrt(alpha_bar))[t.numpy()]
+    assert log_ratio.mean() == pytest.approx(-0.5, abs=0.03)
+    assert log_ratio.std() == pytest.approx(1.2, abs=0.03)
+
+
+@pytest.mark.parametrize("T", [1, 2, 20])
+def test_timestep_distribution_of_short_schedules(T):
+    distribution = diffusion.timestep_distribution(diffusion.precompute_schedules(T, **BETAS))
+    share = distribution.diff(prepend=torch.zeros(1, dtype=torch.float64))
+    assert distribution[-1] == pytest.approx(1)
+    assert (share > 0).all()
 
 
 @pytest.mark.parametrize(("scale", "wanted"), [(0.0, 10.0), (1.0, 3.0), (2.0, -4.0), (0.5, 6.5)])
