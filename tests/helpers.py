@@ -65,9 +65,9 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> Result:
     return Result(process.returncode, text)
 
 
-def run(folder: str, script: str, *args: object, env: dict[str, str] | None = None) -> Result:
+def run(folder: str, script: str, *args: object, env: dict[str, str] | None = None, timeout: float = 120) -> Result:
     """Run a script to its end in a process of its own."""
-    return finish(start(folder, script, *args, env=env))
+    return finish(start(folder, script, *args, env=env), timeout)
 
 
 def recipe(folder: str, script: str) -> ModuleType:

@@ -101,7 +101,7 @@ class Cluster:
 
     def wait_for_end(self, job: str, patience: float = 240.0) -> None:
         """Wait until no task of the job is left in the queue."""
-        self.wait_until("end", lambda: not self.states(job) - {"COMPLETING"}, job, patience)
+        self.wait_until("end", lambda: not self.states(job), job, patience)
 
     def wait_for_text(self, job: str, text: str, patience: float = 60.0) -> None:
         """Wait until the job's log says `text`."""

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import statistics
 from datetime import datetime
+from itertools import pairwise
 
 import pytest
 from helpers import AE, FULL_MNIST, LATENT, REPO, assert_same_training, only_run, run
@@ -13,7 +15,7 @@ SMALL = {
     PIXEL: ("--base-ch", 8, "--T", 20, "--batch-size", 32, "--samples-per-epoch", 4, "--generate-images"),
     LATENT: ("--hidden-dim", 32, "--T", 20, "--batch-size", 16, "--samples-per-epoch", 4, "--generate-images"),
 }
-SECONDS = 40  # of training for a job whose allocations last about 15
+SECONDS = 60  # of training, for a job whose allocations train for 20 at the most
 SOON = ("--time=00:01:00", "--signal=B:USR1@45")  # Slurm may signal up to a minute early: about 5 to 20 s in
 
 
@@ -28,27 +30,25 @@ def data(cluster, cache):
     return ("--data=embedded",)
 
 
-def untouched(folder, cluster, tmp_path, *flags) -> tuple:
-    """(folder, epochs) of an uninterrupted run of about SECONDS, as job.sh would start it."""
-    kind = ("--data=hub", *flags)
-    where = ("--cache-dir", cluster.scratch / "hf_cache", "--outdir", tmp_path)
-    first = run(folder, "train.py", *kind, *where, "--epochs", 2, "--lr-scheduler", "none")
-    assert first.code == 0, first.text
-    rows = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
-    ends = [datetime.fromisoformat(row["timestamp"]) for row in rows]
-    epochs = 2 + round(SECONDS / max((ends[1] - ends[0]).total_seconds(), 0.05))
-    result = run(folder, "train.py", *kind, *where, "--epochs", epochs, "--lr-scheduler", "none", "--auto-resume")
-    assert result.code == 0, result.text
-    return only_run(tmp_path), epochs
+def epochs_for(seconds: float, folder: str, where: tuple, flags: tuple) -> int:
+    """How many epochs take about that long, by a short run."""
+    assert (result := run(folder, "train.py", *where, "--epochs", 6, *flags)).code == 0, result.text
+    rows = (only_run(where[-1]) / "metrics.jsonl").read_text().splitlines()
+    ends = [datetime.fromisoformat(json.loads(row)["timestamp"]) for row in rows]
+    return round(seconds / statistics.median((b - a).total_seconds() for a, b in pairwise(ends)))
 
 
 @pytest.mark.parametrize("folder", [PIXEL, LATENT])
 def test_a_job_goes_on_through_time_limits_until_it_is_done(folder, cluster, data, ae_run, tmp_path):
-    flags = (*data, "--only-digit", 3, "--lr-scheduler", "none", "--device", "cpu", *SMALL[folder])
+    flags = ("--data=hub", *data, "--only-digit", 3, "--lr-scheduler", "none", "--device", "cpu", *SMALL[folder])
     if folder == LATENT:
         flags += ("--ae-ckpt", ae_run)
-    expected, epochs = untouched(folder, cluster, tmp_path, *flags)
-    job = cluster.submit(REPO / folder, *SOON, flags=(f"--epochs={epochs}", "--num-workers=0", *flags))
+    where = ("--cache-dir", cluster.scratch / "hf_cache", "--outdir")
+    epochs = epochs_for(SECONDS, folder, (*where, tmp_path / "trial"), flags)
+    flags = (f"--epochs={epochs}", *flags)
+    job = cluster.submit(REPO / folder, *SOON, flags=flags)
+    untouched = run(folder, "train.py", *where, tmp_path / "untouched", *flags, timeout=300)
+    assert untouched.code == 0, untouched.text
     cluster.wait_for_end(job, patience=300)
     text = cluster.log(job)
     assert text.count("time limit: saved; requeueing job") >= 2, text
@@ -56,7 +56,8 @@ def test_a_job_goes_on_through_time_limits_until_it_is_done(folder, cluster, dat
     assert text.count("outputs in") >= 3
     assert f"epoch {epochs} of {epochs} is done" in text
     prefix = {PIXEL: "ddpm-d3", LATENT: "lddpm-"}[folder]
-    assert_same_training(only_run(cluster.scratch / "ddpm-output", f"{prefix}*"), expected)
+    interrupted = only_run(cluster.scratch / "ddpm-output", f"{prefix}*")
+    assert_same_training(interrupted, only_run(tmp_path / "untouched"))
 
 
 def long_job(cluster, data, *options, seed) -> str:

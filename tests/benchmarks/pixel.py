@@ -1,0 +1,134 @@
+"""Pixel diffusion on digit 5, minute for minute: our U-Net, a plain denoiser, and two libraries' U-Nets.
+
+Every network trains for the same wall time on the same digits at batch 128, with the same EMA, at the better of two
+learning rates (by the loss after a quarter of the time), then draws with the same sampler, judged by common.evaluate.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measure import Figures
+from peers import PlainDenoiser, diffusers_unet, lucidrains, plain_loss
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.classifier import load_classifier
+from common.data import HF_MNIST, split_train_val
+from common.diffusion import draw, epsilon_loss, precompute_schedules, timestep_distribution
+from common.evaluate import score
+from common.learner import Learner
+from common.modules import module_of
+from common.rng import generator
+
+DIGIT, BATCH, DRAWINGS = 5, 128, 200
+RATES = (2e-4, 1e-3)
+
+
+def ours() -> nn.Module:
+    """The network of mnist_single_digit at its default width."""
+    return module_of("ddpm").Denoiser(schedules=precompute_schedules())
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "ours": ours,
+    "plain FiLM denoiser, 64 channels": lambda: PlainDenoiser(pixels=True),
+    "denoising-diffusion-pytorch": lucidrains,
+    "diffusers": diffusers_unet,
+}
+
+
+class Trained:
+    """A network in training: `advance(seconds)` goes on for that long."""
+
+    def __init__(self, name: str, rate: float, digits: HF_MNIST) -> None:
+        self.name, self.rate, self.steps, self.seconds, self.losses = name, rate, 0, 0.0, []
+        self.images, self.labels = digits[torch.arange(len(digits))]
+        self.schedules = precompute_schedules()
+        self.timesteps = timestep_distribution(self.schedules)
+        torch.manual_seed(0)
+        warm_up = lambda step: rate * min(1.0, (step + 1) / 101)  # noqa: E731
+        options = {"grad_clip": 1.0, "ema": 0.9995, "weight_decay": 0.0}
+        self.learner = Learner(NETWORKS[name](), torch.device("cpu"), lr_at=warm_up, **options)
+
+    def advance(self, seconds: float) -> None:
+        net, until = self.learner.net.train(), self.seconds + seconds
+        while self.seconds < until:
+            started = time.perf_counter()
+            rng = generator(0, "pixel benchmark", self.steps)
+            rows = torch.randint(len(self.images), (BATCH,), generator=rng)
+            x, labels = 2 * self.images[rows] - 1, self.labels[rows]
+            if self.name == "ours":
+                loss = epsilon_loss(net, x, labels, self.schedules, self.timesteps, rng, 0.1)
+            else:
+                loss = plain_loss(net, x, labels, self.schedules, rng)
+            self.losses.append(loss.item())
+            self.learner.step(loss, self.steps)
+            self.steps += 1
+            self.seconds += time.perf_counter() - started
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses[-20:]) / len(self.losses[-20:])
+
+    def draw(self, count: int, steps: int | None = None) -> torch.Tensor:
+        net = self.learner.best_net.eval()
+        x = draw(net, (1, 28, 28), self.schedules, labels=[DIGIT] * count, seed=3, steps=steps)
+        return x.add(1).div(2).clamp(0, 1)
+
+
+def everything(figures: Figures, cache_dir: Path, seconds: float, longer: float | None) -> None:
+    """Rows for every network after `seconds` of training; for ours also after `longer`."""
+    digits, _ = split_train_val(HF_MNIST("train", cache_dir, DIGIT, "hub"), 42)
+    real, (judge, _) = HF_MNIST("test", cache_dir, DIGIT, "hub"), load_classifier(cache_dir, "hub")
+    full = longer is not None
+    steps = None if full else 100
+    wanted = torch.full((DRAWINGS,), DIGIT)
+    table: dict[str, dict[str, float]] = {}
+    for name in NETWORKS:
+        pilots = [Trained(name, rate, digits) for rate in RATES]
+        for pilot in pilots:
+            pilot.advance(seconds / 4)
+        best = min(pilots, key=lambda pilot: pilot.loss)
+        best.advance(seconds * 3 / 4)
+        row = table[name] = {"learning rate": best.rate, "training images/s": best.steps * BATCH / best.seconds}
+        row["parameters, million"] = sum(p.numel() for p in best.learner.net.parameters()) / 1e6
+        with FlopCounterMode(display=False) as counter:
+            best.draw(1, 1)
+        row["MFLOP of one forward image"] = counter.get_total_flops() / 1e6
+        timed = None if name == "ours" else 50
+        started = time.perf_counter()
+        best.draw(16, timed)
+        row["16 samples, T = 1000, seconds"] = (time.perf_counter() - started) * (1000 / timed if timed else 1)
+        _score(
+            row,
+            f"after {seconds:.0f} s",
+            best.draw(DRAWINGS, steps if name == "ours" or not full else 250),
+            wanted,
+            real,
+            judge,
+        )
+        if name == "ours" and longer:
+            best.advance(longer - seconds)
+            _score(row, f"after {longer:.0f} s", best.draw(DRAWINGS), wanted, real, judge)
+    for name, row in table.items():
+        for figure, value in row.items():
+            figures.add(f"digit 5, {name}: {figure}", value)
+    fastest = max(row["training images/s"] for name, row in table.items() if name != "ours")
+    quickest = min(row["16 samples, T = 1000, seconds"] for name, row in table.items() if name != "ours")
+    figures.add("digit 5: our training images/s over the fastest peer's", table["ours"]["training images/s"] / fastest)
+    figures.add(
+        "digit 5: the fastest peer's sampling time over ours", quickest / table["ours"]["16 samples, T = 1000, seconds"]
+    )
+
+
+def _score(
+    row: dict[str, float], when: str, images: torch.Tensor, wanted: torch.Tensor, real: HF_MNIST, judge: nn.Module
+) -> None:
+    found = score(images, wanted, real, judge, errors=False)
+    row[f"{when}: Fréchet distance"] = found["fid"]["value"]
+    row[f"{when}: … of as many real fives"] = found["fid"]["floor"]
+    row[f"{when}: recognised as fives, %"] = 100 * found["agreement"]["value"]

@@ -1,0 +1,118 @@
+"""Quality of the main job: defaults, the recommended command, and the same design written plainly."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import torch
+from measure import Figures, run, train
+from peers import PlainAutoencoder, PlainDenoiser, plain_loss
+from torch.nn.functional import mse_loss
+
+from common.classifier import judge, load_classifier, train_classifier
+from common.data import HF_MNIST, split_train_val
+from common.diffusion import draw, precompute_schedules
+from common.evaluate import score
+from common.rng import generator
+
+LATENT = "mnist_latent_diffusion"
+DIGITS = ("--digit", *range(10))
+# README.md's recommended command
+RECOMMENDED_AE = ("--model", "mlp")
+RECOMMENDED_LATENT = ()
+
+
+def classifier(figures: Figures, cache_dir: Path) -> None:
+    """How long the judge takes to train, and how good it is."""
+    train_set, test = (HF_MNIST(split, cache_dir, source="hub") for split in ("train", "test"))
+    started = time.perf_counter()
+    net = train_classifier(train_set)
+    figures.add("digit classifier: training", time.perf_counter() - started, "s", reference=180.0)
+    _, probabilities = judge(net, test[torch.arange(len(test))][0])
+    figures.add(
+        "digit classifier: accuracy on the 10,000 test digits",
+        100 * (probabilities.argmax(1) == test.labels).float().mean().item(),
+        "%",
+    )
+
+
+def _evaluated(path: Path, out: Path, count: int, cache: list[str], *flags: object) -> dict[str, dict[str, float]]:
+    """The figures of common.evaluate."""
+    scores = out / "scores.json"
+    scores.unlink(missing_ok=True)
+    run(".", "-m", "common.evaluate", "--ckpt", path, "--json", scores, "--n", count, *flags, *cache)
+    content = json.loads(scores.read_text())
+    return content.get("details_labelled", content.get("details"))["figures"]
+
+
+def ours(figures: Figures, out: Path, cache: list[str], title: str, ae: tuple, latent: tuple, count: int) -> dict:
+    """Train both stages and score them; returns {figure: value} for the peer's column of another call."""
+    place = ("--outdir", out / re.sub(r"\W", "", title), "--data", "hub", *cache)
+    first, ae_run = train("mnist_ae", *ae, *place)
+    second, latent_run = train(LATENT, "--ae-ckpt", ae_run, *latent, *place)
+    figures.add(f"{title}: training, both stages", first + second, "s", reference=600.0)
+    text = run("mnist_ae", "infer.py", "--ckpt", ae_run, "--data", "hub", "--output", out / "r.png", *cache)[1]
+    error = float(re.search(r": ([\d.]+)$", text, re.MULTILINE)[1])
+    figures.add(f"{title}: test reconstruction error", error, peer=0.0170)
+    for name, path, flags in (
+        ("reconstructions", ae_run, ()),
+        ("with labels", latent_run, DIGITS),
+        ("with labels, guidance 1", latent_run, (*DIGITS, "--guidance", 1)),
+        ("without labels", latent_run, ()),
+    ):
+        _add(figures, f"{title}: {name}", _evaluated(path, out, count, cache, *flags))
+
+
+def _add(figures: Figures, title: str, found: dict[str, dict[str, float]]) -> None:
+    fid = found["fid"]
+    figures.add(f"{title}: Fréchet distance (real digits {fid['floor']:.3f})", fid["value"])
+    figures.add(f"{title}: … over that of real digits", fid["value"] / fid["floor"])
+    if "agreement" in found:
+        figures.add(f"{title}: agreement with the wanted digit", 100 * found["agreement"]["value"], "%")
+
+
+def plain(figures: Figures, cache_dir: Path, epochs: tuple[int, int], count: int) -> None:
+    """The plain design, trained as long on the same digits (from memory, which spares it its own way of reading)."""
+    train_set, _ = split_train_val(HF_MNIST("train", cache_dir, source="hub"), 42)
+    images, labels = train_set[torch.arange(len(train_set))]
+    test = HF_MNIST("test", cache_dir, source="hub")
+    schedules, autoencoder, denoiser = precompute_schedules(), PlainAutoencoder(), PlainDenoiser(pixels=False)
+    title = f"plain design, {epochs[0]} + {epochs[1]} epochs"
+    for net, many in ((autoencoder, epochs[0]), (denoiser, epochs[1])):
+        optimizer, rng = torch.optim.AdamW(net.parameters(), 2e-4), generator(0, "plain")
+        for _ in range(many):
+            for rows in torch.randperm(len(images), generator=rng).split(128):
+                if net is denoiser:
+                    with torch.no_grad():
+                        z = autoencoder.encode(images[rows])
+                    loss = plain_loss(net, z, labels[rows], schedules, rng)
+                else:
+                    loss = mse_loss(net(images[rows]), images[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    real, (net, _) = test, load_classifier(cache_dir, "hub")
+    with torch.no_grad():
+        shown = test[torch.arange(len(test))][0]
+        figures.add(f"{title}: test reconstruction error", mse_loss(autoencoder(shown), shown).item())
+        for name, wanted in (("with labels", [i * 10 // count for i in range(count)]), ("without labels", None)):
+            z = draw(denoiser, (16,), schedules, labels=wanted, count=count)
+            asked = None if wanted is None else torch.tensor(wanted)
+            _add(figures, f"{title}: {name}", score(autoencoder.decode(z), asked, real, net, errors=False))
+
+
+def everything(figures: Figures, out: Path, cache: list[str], full: bool) -> None:
+    """All of it; in the short mode after two epochs each, with 1,000 drawings."""
+    classifier(figures, Path(cache[1]))
+    if full:
+        ours(figures, out, cache, "defaults, mlp", ("--model", "mlp"), (), 5000)
+        ours(figures, out, cache, "defaults, conv", ("--model", "conv"), (), 5000)
+        ours(figures, out, cache, "recommended", RECOMMENDED_AE, RECOMMENDED_LATENT, 5000)
+        plain(figures, Path(cache[1]), (25, 30), 5000)
+    else:
+        two = ("--epochs", 2)
+        ours(figures, out, cache, "2 + 2 epochs, mlp", ("--model", "mlp", *two), two, 1000)
+        plain(figures, Path(cache[1]), (2, 2), 1000)
