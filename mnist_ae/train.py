@@ -16,6 +16,7 @@ from common.session import open_session
 MODELS = {"mlp": "ae-mlp", "conv": "ae-conv", "ae-mlp": "ae-mlp", "ae-conv": "ae-conv"}
 LATENT_NOISE = 0.1  # deviation of the noise on latents in training; their own is about 1.5
 LATENT_PULL = 2e-4
+ABSOLUTE = 0.3  # weight of the absolute error: it is what keeps strokes crisp
 PREVIEW_DIGITS = 32
 SOME = 1000  # validation digits for the figures of each epoch
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with open_session(args, experiment_name, models=("ae-mlp", "ae-conv"), settle=require_model) as session:
         import torch
-        from torch.nn.functional import mse_loss
+        from torch.nn.functional import l1_loss, mse_loss
 
         # Data
         digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
@@ -63,15 +64,17 @@ def main(argv: list[str] | None = None) -> None:
         )
 
         def loss_of(net, batch, rng):
-            """Squared error from a slightly noisy latent, and a small pull on the latents' size.
+            """Squared and absolute error from a slightly noisy latent, and a small pull on the latents' size.
 
-            It is the loss of a variational autoencoder with a fixed posterior width: neighbouring latents decode alike,
-            which is what the diffusion on them needs.
+            Noise and pull make it a variational autoencoder with a fixed posterior width: neighbouring latents decode
+            alike, which is what the diffusion on them needs.
             """
             images, _ = batch
             z = net.encode(images)  # (B, D)
             noise = torch.randn(z.shape, generator=rng).to(z.device)
-            return mse_loss(net.decode(z + LATENT_NOISE * noise), images) + LATENT_PULL * z.square().mean()
+            rebuilt = net.decode(z + LATENT_NOISE * noise)  # (B, 1, 28, 28)
+            error = mse_loss(rebuilt, images) + ABSOLUTE * l1_loss(rebuilt, images)
+            return error + LATENT_PULL * z.square().mean()
 
         def reconstruction_error(net, batch, _rng):
             images, _ = batch
