@@ -265,6 +265,13 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
         metavar="N",
         help="keep the checkpoint of every N-th epoch, the best and the last (default: 1)",
     )
+    parser.flag(
+        training,
+        "--keep-ckpts",
+        type=number(int, 1),
+        metavar="N",
+        help="keep only the newest N checkpoints, and the best (default: all)",
+    )
 
 
 def add_diffusion_arguments(parser: Parser) -> None:

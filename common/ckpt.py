@@ -108,11 +108,16 @@ def save_checkpoint_and_link_latest(folder: str | Path, state: State) -> Path:
     return path
 
 
-def prune(folder: str | Path, *, keep_every: int, best_epoch: int | None) -> None:
-    """Remove the checkpoints that only served until a newer one was safe: all but every `keep_every`-th epoch's, the
-    best and the newest."""
+def prune(folder: str | Path, *, keep_every: int = 1, keep_last: int | None = None, best_epoch: int | None) -> None:
+    """Remove the checkpoints that only served until a newer one was safe; never the newest and the best.
+
+    keep_every: of every so many epochs one is kept. keep_last: of those the newest so many (None: all).
+    """
+    kept = 1  # the newest, whatever its epoch
     for epoch, path in run_checkpoints(folder)[1:]:
-        if epoch % keep_every and epoch != best_epoch:
+        wanted = epoch % keep_every == 0 and (keep_last is None or kept < keep_last)
+        kept += wanted
+        if not wanted and epoch != best_epoch:
             path.unlink(missing_ok=True)
 
 

@@ -82,8 +82,12 @@ def train_classifier(
     batch_size: int = 250,
     peak_lr: float = 5e-3,
     progress: Callable[[str], None] = lambda _: None,
+    poll: Callable[[], object] = lambda: None,
 ) -> DigitClassifier:
-    """Train on `digits`; a small data set gets more epochs, to make `min_steps`. A function of (digits, seed)."""
+    """Train on `digits`; a small data set gets more epochs, to make `min_steps`. A function of (digits, seed).
+
+    progress is told how it goes; poll is called between steps, and may raise to stop.
+    """
     rng = generator(seed, "classifier")
     with torch.random.fork_rng(devices=[]):
         net = DigitClassifier().to(memory_format=torch.channels_last).train()
@@ -102,17 +106,21 @@ def train_classifier(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            poll()
             if step % 100 == 99:
                 progress(f"classifier: step {step + 1}/{total}, loss {loss.item():.3f}")
     return net.eval().requires_grad_(False)
 
 
 def load_classifier(
-    cache_dir: str | Path, source: str, progress: Callable[[str], None] = lambda _: None
+    cache_dir: str | Path,
+    source: str,
+    progress: Callable[[str], None] = lambda _: None,
+    poll: Callable[[], object] = lambda: None,
 ) -> tuple[DigitClassifier, float]:
     """(the classifier in eval mode, its accuracy on the test digits): from the cache, else trained and cached.
 
-    source: "hub" or "embedded", the digits it is trained on.
+    source: "hub" or "embedded", the digits it is trained on. progress, poll: see `train_classifier`.
     """
     path = Path(cache_dir) / "decoded" / f"classifier-{source}-v{VERSION}.pt"
     net = DigitClassifier()
@@ -122,7 +130,7 @@ def load_classifier(
         return net.eval().requires_grad_(False), content["accuracy"]
     except (UnreadableCheckpoint, KeyError, TypeError, RuntimeError):
         progress("training the digit classifier that judges the images, once")
-    net = train_classifier(HF_MNIST("train", cache_dir, source=source), progress=progress)
+    net = train_classifier(HF_MNIST("train", cache_dir, source=source), progress=progress, poll=poll)
     test = HF_MNIST("test", cache_dir, source=source)
     _, probabilities = judge(net, test[torch.arange(len(test))][0])
     accuracy = (probabilities.argmax(1) == test.labels).float().mean().item()

@@ -23,6 +23,8 @@ from common.record import write_text
 if TYPE_CHECKING:
     import torch
 
+    from common.session import Session
+
 CHUNK = 500  # images drawn at a time
 ORDER = ("fid", "precision", "recall", "agreement", "imbalance", "confident")
 MEANING = {
@@ -87,15 +89,17 @@ def score(
 
 
 def score_epoch(
-    args: Any, epoch: int, shown: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor | None]]]
+    session: Session, shown: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor | None]]]
 ) -> dict[str, float]:
     """Scores for a trainer's --eval-every, {} in the epochs between: {figure + suffix: value}.
 
     shown: by suffix, what to score: a function that returns (images, wanted labels or None), as `score` takes them.
     """
-    if not args.eval_every or epoch % args.eval_every:
+    args = session.args
+    if not args.eval_every or session.epoch % args.eval_every:
         return {}
-    real, classifier, _ = _judges(args, [] if args.only_digit is None else [args.only_digit])
+    only = [] if args.only_digit is None else [args.only_digit]
+    real, classifier, _ = _judges(args, only, session.log.info, session.poll)
     figures = {}
     for suffix, show in shown.items():
         images, wanted = show()
@@ -104,7 +108,9 @@ def score_epoch(
     return figures
 
 
-def _judges(args: Any, digits: list[int]) -> tuple[Any, Any, float]:
+def _judges(
+    args: Any, digits: list[int], say: Callable[[str], None], poll: Callable[[], object] = lambda: None
+) -> tuple[Any, Any, float]:
     """(held-out real digits, only `digits` if any are given; the classifier; its accuracy)."""
     import torch
 
@@ -112,7 +118,7 @@ def _judges(args: Any, digits: list[int]) -> tuple[Any, Any, float]:
     from common.data import HF_MNIST
 
     real = HF_MNIST("test", args.cache_dir, source=args.data)
-    classifier, accuracy = load_classifier(args.cache_dir, real.source, lambda text: print(f"{emoji.info} {text}"))
+    classifier, accuracy = load_classifier(args.cache_dir, real.source, say, poll)
     if digits:
         real = real.subset(torch.isin(real.labels, torch.tensor(digits)).nonzero().flatten())
     return real, classifier, accuracy
@@ -173,7 +179,9 @@ def main(argv: list[str] | None = None) -> None:
     trained = ckpt.read_checkpoint(path)
     model = ckpt.infer_model_from_checkpoint(trained)
     only = trained["args"]["only_digit"]
-    real, classifier, accuracy = _judges(args, args.digit or ([] if only is None else [only]))
+    real, classifier, accuracy = _judges(
+        args, args.digit or ([] if only is None else [only]), lambda text: print(f"{emoji.info} {text}")
+    )
     if model.startswith("ae-"):
         if args.digit or args.guidance or args.steps:
             raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +50,13 @@ class Run:
     @property
     def log_file(self) -> Path:
         return self.logdir / f"{self.name}.log"
+
+    def discard_if_empty(self) -> None:
+        """Leave no trace of a run that failed before it saved anything."""
+        if self.state is None and not any(self.checkpoints.glob("*.pt")):
+            for folder in (self.checkpoints, self.samples, self.tensorboard):
+                shutil.rmtree(folder, ignore_errors=True)
+            self.log_file.unlink(missing_ok=True)
 
 
 def open_run(

@@ -23,7 +23,17 @@ from typing import TYPE_CHECKING, Any
 
 from common import ckpt, device, emoji, slurm
 from common.args import Args
-from common.error_codes import BAD_CHECKPOINT, NON_FINITE_LOSS, OK, SAVE_FAILED, STOPPED_EARLY, Exit
+from common.error_codes import (
+    BAD_CHECKPOINT,
+    MODEL_MISMATCH,
+    NO_AE_CHECKPOINT,
+    NO_DATA,
+    NON_FINITE_LOSS,
+    OK,
+    SAVE_FAILED,
+    STOPPED_EARLY,
+    Exit,
+)
 from common.learner import Learner, LossFn, learning_rate
 from common.logger_utils import close_handlers, log_args_rich, setup_component_logger
 from common.record import Record
@@ -37,6 +47,7 @@ if TYPE_CHECKING:
 
 STEP_SCALARS_EVERY = 50  # steps between TensorBoard points of the running loss
 PLAIN_LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
+WRONG_INPUT = (MODEL_MISMATCH, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA)  # found out only when a run was begun
 
 
 @contextmanager
@@ -66,6 +77,8 @@ def open_session(
         yield Session(args, run, record, where, log)
     except Exit as end:
         (log.error if end.code not in (OK, STOPPED_EARLY) else log.info)(str(end))
+        if run is not None and end.code in WRONG_INPUT:
+            run.discard_if_empty()
         end.shown = True
         raise
     except KeyboardInterrupt:
@@ -104,7 +117,6 @@ class Session:
     def __init__(self, args: Args, run: Run, record: Record, where: torch.device, log: Any) -> None:
         self.args, self.run, self.record, self.device, self.log = args, run, record, where, log
         self.resumed = run.state
-        record.start(args, where)
         device.seed_everything(args.seed)
         self.epoch, self.batch, self.global_step = 1, 0, 0
         self.best: dict[str, Any] | None = None
@@ -137,6 +149,7 @@ class Session:
 
     def attach(self, net: nn.Module, *, steps_per_epoch: int, warmup: int = 0, **options: Any) -> None:
         """Take charge of the network (options: see `Learner`), and restore everything if this run resumes."""
+        self.record.start(self.args, self.device)  # here, because the recipe has settled its flags
         args, total = self.args, self.args.epochs * steps_per_epoch
         self.steps_per_epoch = steps_per_epoch
         self.learner = Learner(
@@ -359,7 +372,8 @@ class Session:
         try:
             path = ckpt.save_checkpoint_and_link_latest(self.run.checkpoints, self.checkpoint())
             best = self.best["epoch"] if self.best else None
-            ckpt.prune(self.run.checkpoints, keep_every=self.args.ckpt_save_every, best_epoch=best)
+            every, last = self.args.ckpt_save_every, self.args.keep_ckpts
+            ckpt.prune(self.run.checkpoints, keep_every=every, keep_last=last, best_epoch=best)
         except OSError as error:
             if final:
                 message = f"cannot save the end of the run ({error}); earlier checkpoints are whole"

@@ -92,12 +92,12 @@ def main(argv: list[str] | None = None) -> None:
             return session.best_net(some).cpu(), some_labels
 
         # Training
-        for epoch in session.epochs():
+        for _ in session.epochs():
             for batch in session.batches(train):
                 session.step(loss_of, batch)
             val_loss = session.validate(val, reconstruction_error)
             statistics = latent_statistics(session.best_net, some)
-            session.end_epoch(val_loss, preview, statistics | score_epoch(args, epoch, {"": reconstructed}))
+            session.end_epoch(val_loss, preview, statistics | score_epoch(session, {"": reconstructed}))
 
 
 def latent_statistics(net, images) -> dict[str, float]:

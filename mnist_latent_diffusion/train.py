@@ -127,11 +127,11 @@ def main(argv: list[str] | None = None) -> None:
         preview, scored = preview_and_scored(args, draw)
 
         # Training
-        for epoch in session.epochs():
+        for _ in session.epochs():
             for batch in session.batches(train):
                 session.step(loss_of, batch)
             val_loss = session.validate(val, loss_of)
-            session.end_epoch(val_loss, preview, latent_statistics | score_epoch(args, epoch, scored))
+            session.end_epoch(val_loss, preview, latent_statistics | score_epoch(session, scored))
 
 
 if __name__ == "__main__":

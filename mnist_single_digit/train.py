@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> None:
         preview, scored = preview_and_scored(args, draw)
 
         # Training
-        for epoch in session.epochs():
+        for _ in session.epochs():
             for batch in session.batches(train):
                 session.step(loss_of, batch)
-            session.end_epoch(session.validate(val, loss_of), preview, score_epoch(args, epoch, scored))
+            session.end_epoch(session.validate(val, loss_of), preview, score_epoch(session, scored))
 
 
 if __name__ == "__main__":

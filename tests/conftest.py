@@ -12,6 +12,10 @@ import pytest
 from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, call, only_run, run
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="SIGKILLs per run in test_soak.py (default: 3)")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _clean_environment():
     for name in list(os.environ):

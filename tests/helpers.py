@@ -20,7 +20,7 @@ from common.error_codes import run_main
 
 REPO = Path(__file__).resolve().parent.parent
 FULL_MNIST = REPO.parent / "shared" / "mnist" / "hf_cache"
-AE, LATENT = "mnist_ae", "mnist_latent_diffusion"
+AE, LATENT, PIXEL = "mnist_ae", "mnist_latent_diffusion", "mnist_single_digit"
 TIMES = ("seconds", "images_per_second", "timestamp")
 CLOSED_PORT = "http://127.0.0.1:9"  # a hub that nobody can reach
 
@@ -43,8 +43,13 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": CLOSED_PORT, "PYTHONDONTWRITEBYTECODE": "1", **extra}
 
 
-def start(folder: str, script: str, *args: object, env: dict[str, str] | None = None) -> subprocess.Popen:
-    """Start `python script args` from inside `folder`, as a user does; `-m common.x` as script starts a tool."""
+def start(
+    folder: str, script: str, *args: object, env: dict[str, str] | None = None, group: bool = False
+) -> subprocess.Popen:
+    """Start `python script args` from inside `folder`, as a user does; `-m common.x` as script starts a tool.
+
+    group: as the leader of a process group of its own.
+    """
     command = [sys.executable, *script.split(), *map(str, args)]
     return subprocess.Popen(
         command,
@@ -53,6 +58,7 @@ def start(folder: str, script: str, *args: object, env: dict[str, str] | None = 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=group,
     )
 
 

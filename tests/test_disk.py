@@ -1,12 +1,15 @@
 """A disk that fills up, for real: a small tmpfs (root only; skipped where mounting is not permitted)."""
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 
 import pytest
-from helpers import LATENT, REPO, assert_same_training, call, environment, newest_state, only_run, run
+from helpers import LATENT, REPO, assert_same_training, call, environment, finish, newest_state, only_run, run, start
 
+from common import ckpt
 from common.ckpt import run_checkpoints
 from common.error_codes import SAVE_FAILED
 
@@ -64,3 +67,55 @@ def test_training_on_a_disk_that_fills_up_goes_on_later(disk, latent_run, tiny_l
     result = call(LATENT, "train.py", *flags)
     assert result.code == 0, result.text
     assert_same_training(folder, latent_run)
+
+
+def until(condition, process, patience=60.0):
+    """Wait for a condition while a script runs."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_folder_that_becomes_read_only_in_mid_run(comes_back, disk, tiny, ae_run, tmp_path):
+    """A read-only mount over the run's folder: saves fail, the earlier checkpoint stays, the run goes on and retries."""
+    outdir = disk("200m")
+    flags = ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16, *tiny, "--batch-size", 8, "--outdir", outdir)
+    process = start(LATENT, "train.py", *flags, "--epochs", 12)
+    until(lambda: list(outdir.glob("checkpoints/*/checkpoint_epoch_000001.pt")), process)
+    folder = only_run(outdir)
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        saved = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
+        log = outdir / "logs" / f"{folder.name}.log"
+        until(lambda: "cannot save a checkpoint" in log.read_text(), process)
+        if not comes_back:
+            result = finish(process)
+            assert result.code == SAVE_FAILED, result.text
+            assert "cannot save the end of the run" in result.text
+            assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pt")} == saved
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+    if comes_back:
+        result = finish(process)
+        assert result.code == 0, result.text
+    assert "Traceback" not in result.text
+    assert newest_state(folder)["epoch"] == (
+        12 if comes_back else max(int(name[-9:-3]) for name in saved if "epoch" in name)
+    )
+
+
+def test_a_folder_that_is_deleted_in_mid_run_is_made_again(tiny, ae_run, tmp_path):
+    flags = ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16, *tiny, "--batch-size", 8, "--outdir", tmp_path)
+    process = start(LATENT, "train.py", *flags, "--epochs", 8)
+    until(lambda: list(tmp_path.glob("checkpoints/*/checkpoint_epoch_000001.pt")), process)
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    result = finish(process)
+    assert result.code == 0, result.text
+    assert "Traceback" not in result.text
+    folder = only_run(tmp_path)
+    state = newest_state(folder)
+    assert (state["epoch"], ckpt.is_complete(state)) == (8, True)

@@ -8,15 +8,13 @@ import time
 
 import pytest
 import torch
-from helpers import REPO, assert_same_training, call, finish, newest_state, only_run, run, scalars, start
+from helpers import PIXEL, REPO, assert_same_training, call, finish, newest_state, only_run, run, scalars, start
 from PIL import Image
 
 from common.diffusion import precompute_schedules, reverse_steps
 from common.error_codes import MODEL_MISMATCH, STOPPED_EARLY, USAGE
 from common.modules import module_of
 from common.rng import generator
-
-PIXEL = "mnist_single_digit"
 
 
 @pytest.fixture(scope="module")

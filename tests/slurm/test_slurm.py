@@ -8,9 +8,8 @@ from datetime import datetime
 from itertools import pairwise
 
 import pytest
-from helpers import AE, FULL_MNIST, LATENT, REPO, assert_same_training, only_run, run
+from helpers import AE, FULL_MNIST, LATENT, PIXEL, REPO, assert_same_training, only_run, run
 
-PIXEL = "mnist_single_digit"
 SMALL = {
     PIXEL: ("--base-ch", 8, "--T", 20, "--batch-size", 32, "--samples-per-epoch", 4, "--generate-images"),
     LATENT: ("--hidden-dim", 32, "--T", 20, "--batch-size", 16, "--samples-per-epoch", 4, "--generate-images"),

@@ -1,0 +1,161 @@
+"""Runs that are killed again and again, many at once, or in the middle of a save: nothing of them is lost.
+
+`tests/run.sh -k soak --kills 25` kills each run 25 times.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import (
+    AE,
+    LATENT,
+    PIXEL,
+    REPO,
+    assert_same_training,
+    call,
+    environment,
+    finish,
+    metrics,
+    only_run,
+    run,
+    scalars,
+    start,
+)
+
+from common import ckpt
+
+KILL_IN_SAVE = """
+import os, signal, sys
+sys.path.insert(0, ".")
+import train
+from common import ckpt
+from common.error_codes import run_main
+when, at = sys.argv[1], int(sys.argv[2])
+real = getattr(ckpt.os, when)
+calls = []
+def deadly(*args):
+    calls.append(args)
+    if len(calls) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+setattr(ckpt.os, when, deadly)
+sys.exit(run_main(lambda: train.main(sys.argv[3:])))
+"""
+
+
+def flags_of(folder, tiny, ae_run, epochs):
+    """Flags of a small run that saves all the time."""
+    own = {
+        AE: ("--model", "mlp"),
+        LATENT: ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16),
+        PIXEL: ("--T", 20, "--base-ch", 8),
+    }
+    often = ("--ckpt-every-sec", 0.02, "--generate-images", "--samples-per-epoch", 4)
+    often = often[:3] if folder == AE else often
+    return (*own[folder], *tiny, "--batch-size", 32, "--epochs", epochs, "--lr-scheduler", "cosine", *often)
+
+
+@pytest.mark.parametrize("folder", [AE, LATENT, PIXEL])
+def test_soak(folder, tiny, ae_run, tmp_path, pytestconfig):
+    """SIGKILL at random instants of a real run, from its first save on; each start continues the one before."""
+    kills = pytestconfig.getoption("--kills")
+    given = flags_of(folder, tiny, ae_run, epochs=2 + 2 * kills)
+    reference = call(folder, "train.py", *given, "--outdir", tmp_path / "untouched")
+    assert reference.code == 0, reference.text
+    given = (*given, "--outdir", tmp_path / "killed", "--auto-resume")
+    seed = random.randrange(10**6)
+    rng, done = random.Random(seed), 0
+    while done < kills:
+        process = start(folder, "train.py", *given)
+        newest = max(stamps(tmp_path), default=0)
+        deadline = time.monotonic() + 120
+        while max(stamps(tmp_path), default=0) == newest and process.poll() is None:
+            assert time.monotonic() < deadline, f"no checkpoint after {done} kills (seed {seed})"
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.25))
+        process.kill()
+        result = finish(process)
+        if result.code == 0:
+            break  # it was done before we came to it
+        assert result.code == -signal.SIGKILL, f"seed {seed}: {result.text}"
+        done += 1
+    assert done >= min(kills, 3), f"finished after {done} kills"
+    print(f"{folder}: {done} kills, seed {seed}")
+    result = run(folder, "train.py", *given)
+    assert result.code == 0, f"seed {seed}: {result.text}"
+    untouched, killed = only_run(tmp_path / "untouched"), only_run(tmp_path / "killed")
+    assert_same_training(killed, untouched)
+    assert scalars(killed) == scalars(untouched), f"seed {seed}"
+    assert [epoch for epoch, _ in ckpt.run_checkpoints(killed)] == list(range(2 + 2 * kills, 0, -1))
+    assert not [path for path in killed.iterdir() if path.suffix == ".tmp" or "aside" in path.name]
+
+
+def stamps(folder):
+    """Modification times of the checkpoints below a folder."""
+    found = []
+    for path in folder.glob("killed/checkpoints/*/checkpoint_*.pt"):
+        try:
+            found.append(path.stat().st_mtime_ns)
+        except FileNotFoundError:
+            pass
+    return found
+
+
+@pytest.mark.parametrize(("when", "at"), [("fsync", 5), ("replace", 3), ("replace", 8)])
+def test_killed_in_the_middle_of_a_save(when, at, tiny, ae_run, latent_run, tmp_path):
+    """SIGKILL when the file is written but not flushed, or flushed but not renamed, or renamed but not linked."""
+    flags = ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16, *tiny, "--epochs", 2, "--outdir", tmp_path)
+    given = (*flags, "--auto-resume", "--ckpt-every-sec", 0.001)
+    command = [sys.executable, "-c", KILL_IN_SAVE, when, str(at), *map(str, given)]
+    process = subprocess.run(command, cwd=REPO / LATENT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert process.returncode == -signal.SIGKILL, process.stdout + process.stderr
+    result = run(LATENT, "train.py", *given)
+    assert result.code == 0, result.text
+    assert "resumed from" in result.text
+    assert_same_training(only_run(tmp_path), latent_run)
+
+
+def test_ten_array_tasks_share_a_folder_are_killed_and_resumed_together(cache, tmp_path):
+    base = ("--data", "embedded", "--cache-dir", cache, "--device", "cpu", "--T", 10, "--base-ch", 8)
+    base = (*base, "--batch-size", 32, "--epochs", 3, "--outdir", tmp_path, "--auto-resume")
+    tasks = [start(PIXEL, "train.py", *base, "--only-digit", digit, "--ckpt-every-sec", 0.01) for digit in range(10)]
+    deadline = time.monotonic() + 240
+    while len({path.parent for path in tmp_path.glob("checkpoints/*/*.pt")}) < 10:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for task in tasks:
+        task.kill()
+        finish(task)
+    tasks = [start(PIXEL, "train.py", *base, "--only-digit", digit) for digit in range(10)]
+    for digit, task in enumerate(tasks):
+        result = finish(task, timeout=300)
+        assert result.code == 0, result.text
+        assert f"ddpm-d{digit}-" in result.text
+        folder = only_run(tmp_path, f"ddpm-d{digit}-*")  # one run each: continued, not begun anew
+        assert [row["epoch"] for row in metrics(folder)] == [1, 2, 3]
+
+
+def test_a_tree_with_spaces_behind_a_symlink_copied_with_new_times(tiny, ae_run, latent_run, tmp_path):
+    """--auto-resume goes by what the runs recorded, not by when a file was last written."""
+    flags = ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16, *tiny)
+    real, link = tmp_path / "my outputs", tmp_path / "a link"
+    real.mkdir()
+    link.symlink_to(real, target_is_directory=True)
+    for seconds in (1, 2):  # an older and a newer run of the same experiment
+        assert call(LATENT, "train.py", *flags, "--epochs", 1, "--outdir", link).code == 0
+    older, newer = sorted(path.name for path in (real / "checkpoints").iterdir())
+    copy = tmp_path / "copy of all"
+    shutil.copytree(real, copy, symlinks=True)
+    for age, name in enumerate((older, newer)):
+        for path in (copy / "checkpoints" / name).iterdir():
+            os.utime(path, (2e9 - age * 1e6,) * 2, follow_symlinks=False)
+    for outdir in (link, copy):
+        result = call(LATENT, "train.py", *flags, "--epochs", 2, "--outdir", outdir, "--auto-resume")
+        assert result.code == 0, result.text
+        assert_same_training(outdir / "checkpoints" / newer, latent_run)
