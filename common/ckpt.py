@@ -183,9 +183,14 @@ def read_file(path: str | Path, *, verify: bool = True) -> Any:
 
 def read_checkpoint(path: str | Path, *, verify: bool = True) -> State:
     """The state in one of this project's checkpoints, on the CPU. Raises UnreadableCheckpoint."""
-    state = read_file(path, verify=verify)
-    wanted = {"model", "args", "epoch", "exp_name", "format"}
-    if not isinstance(state, dict) or not wanted <= state.keys():
+    return _checked(path, read_file(path, verify=verify))
+
+
+_WANTED = {"model", "args", "epoch", "exp_name", "format"}
+
+
+def _checked(path: str | Path, state: Any) -> State:
+    if not isinstance(state, dict) or not state.keys() >= _WANTED:
         raise UnreadableCheckpoint(path, "a PyTorch file, but not a checkpoint of this project")
     if state["format"] != FORMAT:
         raise UnreadableCheckpoint(path, f"has format {state['format']}, this version reads {FORMAT}")
@@ -326,20 +331,71 @@ def resolve_resume_path(
     return newest[0] if newest else path
 
 
+def peek_checkpoint(path: str | Path) -> State:
+    """Like `read_checkpoint`, at once: without torch, with stand-ins for the tensors, with no checksum verified."""
+    from common import peek
+
+    try:
+        state, _ = peek.read(path)
+    except (OSError, ValueError) as error:
+        raise UnreadableCheckpoint(path, str(getattr(error, "strerror", None) or error)) from None
+    return _checked(path, state)
+
+
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What is in a checkpoint, as plain types, without reading its tensors: see `python -m common.inspect_ckpt`."""
-    path = resolve_checkpoint(path)
-    state = read_checkpoint(path, verify=False)
-    tensors = {name: tensor for name, tensor in state["model"].items() if hasattr(tensor, "numel")}
-    return {
+    """What is in any PyTorch file, as plain types, without reading its tensors or running its pickle.
+
+    Keys: path, bytes, kind ("checkpoint" for one of this project's, else words for what it seems to be), tensors
+    {name: [dtype, shape]}, parameters, largest (names), tensor_bytes, values (plain entries beside the weights),
+    classes (names of everything in it that is neither tensor nor plain; they were not imported). One of this
+    project's has model, exp_name, epoch, complete, batch, global_step, timestamp, train_loss, val_loss, best, args and
+    autoencoder as well. Raises UnreadableCheckpoint.
+    """
+    from common import peek
+
+    path = Path(path)
+    try:
+        content, classes = peek.read(path)
+        size = path.stat().st_size
+    except (OSError, ValueError) as error:
+        raise UnreadableCheckpoint(path, str(getattr(error, "strerror", None) or error)) from None
+    ours = isinstance(content, dict) and content.keys() >= _WANTED
+    kind, weights = ("checkpoint", content["model"]) if ours else _foreign(content)
+    tensors = peek.tensors_in(weights)
+    largest = sorted(tensors, key=lambda name: -tensors[name].bytes)[:5]
+    info = {
         "path": str(path),
-        "bytes": path.stat().st_size,
-        "model": infer_model_from_checkpoint(state),
-        "complete": is_complete(state),
-        **{key: state.get(key) for key in ("exp_name", "epoch", "batch", "global_step", "timestamp")},
-        **{key: state.get(key) for key in ("train_loss", "val_loss", "best", "args")},
-        "autoencoder": (state.get("ae_ckpt_data") or {}).get("exp_name"),
+        "bytes": size,
+        "kind": kind,
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "keys": sorted(state),
+        "tensor_bytes": sum(tensor.bytes for tensor in peek.tensors_in(content).values()),
+        "tensors": {name: [tensor.dtype, list(tensor.shape)] for name, tensor in tensors.items()},
+        "largest": largest,
+        "classes": sorted(classes),
     }
+    if not ours:
+        plain = content.items() if isinstance(content, dict) else ()
+        values = {str(key): value for key, value in plain if isinstance(value, int | float | str | bool)}
+        return info | {"values": values}
+    info |= {key: content.get(key) for key in ("exp_name", "epoch", "batch", "global_step", "timestamp")}
+    info |= {key: content.get(key) for key in ("train_loss", "val_loss", "best", "args")}
+    model, inner = infer_model_from_checkpoint(content), content.get("ae_ckpt_data") or {}
+    info |= {"model": model, "complete": is_complete(content), "autoencoder": inner.get("exp_name"), "values": {}}
+    return info
+
+
+def _foreign(content: Any) -> tuple[str, Any]:
+    """(what a file of somebody else's seems to be, where its weights are)."""
+    from common import peek
+
+    if isinstance(content, peek.Tensor):
+        return "a tensor", content
+    if isinstance(content, peek.Stranger):
+        return f"an object saved whole ({content.qualified_name})", content
+    if isinstance(content, dict):
+        for key in ("state_dict", "model_state_dict", "model", "net", "network", "module", "ema", "weights", "params"):
+            if key in content and peek.tensors_in(content[key]):
+                return f"a training checkpoint, its weights under {key!r}", content[key]
+        if content and all(isinstance(value, peek.Tensor) for value in content.values()):
+            return "a state_dict", content
+    return f"a {type(content).__name__}", content

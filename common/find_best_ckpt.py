@@ -17,6 +17,7 @@ from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
 from common.evaluate import scores_file
 
 _RISING = ("epoch", "global_step", "acc", "precision", "recall", "agreement", "images_per_second")
+COMPARABLE = ("epoch", "global_step", "fid", "precision", "recall", "agreement")  # between models of any kind
 _LOG_LINE = re.compile(r"\bepoch\W+(\d+)")
 _LOG_FIELD = re.compile(r"(\w+)[ =:]+(-?\d[\d.,]*(?:e[+-]?\d+)?)")
 
@@ -26,7 +27,7 @@ class Found(NamedTuple):
 
     value: float
     path: Path
-    exp_name: str
+    model: str
     epoch: int
 
 
@@ -85,7 +86,7 @@ def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> list[Found]:
         if path.is_symlink() or path.name.startswith("."):
             continue  # latest.pt and best.pt: their targets are in the list
         try:
-            state = ckpt.read_checkpoint(path, verify=False)
+            state = ckpt.peek_checkpoint(path)
         except ckpt.UnreadableCheckpoint as error:
             warn(f"passing over {error}")
             continue
@@ -97,7 +98,7 @@ def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> list[Found]:
         elif math.isnan(value):
             warn(f"passing over {path}: its {metric} is NaN")
         else:
-            found.append(Found(value, path, state["exp_name"], state["epoch"]))
+            found.append(Found(value, path, ckpt.infer_model_from_checkpoint(state), state["epoch"]))
     if unknown:
         warn(f"{unknown} checkpoint(s) do not know {metric}")
     sign = 1 if mode == "min" else -1
@@ -132,15 +133,19 @@ def main(argv: list[str] | None = None) -> None:
     ranking = rank(args.folder, args.metric, mode, lambda text: print(f"{emoji.warning} {text}", file=sys.stderr))
     if not ranking:
         raise Exit(BAD_CHECKPOINT, f"{args.folder}: no complete checkpoint with {args.metric} here")
+    kinds = sorted({entry.model for entry in ranking})
+    if len(kinds) > 1 and not args.metric.startswith(COMPARABLE):
+        text = f"{args.metric} of {', '.join(kinds)} do not compare; give the folder of one experiment"
+        print(f"{emoji.warning} {text}", file=sys.stderr)
     best = ranking[0]
     if args.copy_to:
         _copy(best.path, args.copy_to, args.force)
     if args.print_path_only:
         print(best.path)
         return
-    print(f"{'rank':>4}  {args.metric:>14}  {'epoch':>5}  checkpoint")
+    print(f"{'rank':>4}  {args.metric:>14}  {'epoch':>5}  {'model':<7}  checkpoint")
     for place, entry in enumerate(ranking[: args.top], 1):
-        print(f"{place:>4}  {entry.value:>14.6g}  {entry.epoch:>5}  {entry.path}")
+        print(f"{place:>4}  {entry.value:>14.6g}  {entry.epoch:>5}  {entry.model:<7}  {entry.path}")
     print(f"{emoji.ok} best by {mode} {args.metric}: {best.path}")
     if args.copy_to:
         print(f"{emoji.ok} copied to {args.copy_to}")

@@ -64,10 +64,21 @@ def test_nothing_loads_without_weights_only():
     assert not [path for path in sources if "weights_only=False" in path.read_text()]
 
 
-def test_prune_keeps_every_nth_the_best_and_the_newest(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"keep_every": 3}, [8, 6, 4, 3]),
+        ({"keep_last": 2}, [8, 7, 4]),
+        ({"keep_last": 1}, [8, 4]),
+        ({"keep_last": 2, "keep_every": 3}, [8, 6, 4]),
+        ({"keep_last": 20}, [8, 7, 6, 5, 4, 3, 2, 1]),
+        ({}, [8, 7, 6, 5, 4, 3, 2, 1]),
+    ],
+)
+def test_prune_never_removes_the_newest_and_the_best(options, kept, tmp_path):
     run = make_run(tmp_path / "run", range(1, 9))
-    ckpt.prune(run, keep_every=3, best_epoch=4)
-    assert [epoch for epoch, _ in ckpt.run_checkpoints(run)] == [8, 6, 4, 3]
+    ckpt.prune(run, best_epoch=4, **options)
+    assert [epoch for epoch, _ in ckpt.run_checkpoints(run)] == kept
 
 
 def test_set_aside_renames_later_epochs_and_clears_leftovers(tmp_path):

@@ -80,7 +80,7 @@ def until(condition, process, patience=60.0):
 
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_folder_that_becomes_read_only_in_mid_run(comes_back, disk, tiny, ae_run, tmp_path):
-    """A read-only mount over the run's folder: saves fail, the earlier checkpoint stays, the run goes on and retries."""
+    """A read-only mount over the run's folder: saves fail, the earlier checkpoint stays, the run retries."""
     outdir = disk("200m")
     flags = ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16, *tiny, "--batch-size", 8, "--outdir", outdir)
     process = start(LATENT, "train.py", *flags, "--epochs", 12)

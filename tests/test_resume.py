@@ -160,7 +160,7 @@ def wait_for(process, condition, what: str) -> None:
     ("folder", "number", "workers"), [(AE, signal.SIGUSR1, 0), (AE, signal.SIGINT, 2), (LATENT, signal.SIGTERM, 0)]
 )
 def test_a_real_process_stopped_from_outside(folder, number, workers, flags, references, tmp_path):
-    """The signal goes to the whole group, as a terminal's and Slurm's do: workers must not die of it before the save."""
+    """The signal goes to the whole group, as a terminal's does: workers must not die of it before the save."""
     given = flags(folder, "--outdir", tmp_path, "--auto-resume", "--num-workers", workers)
     process = start(folder, "train.py", *given, group=True)
     wait_for(process, lambda: list(tmp_path.glob("checkpoints/*/checkpoint_epoch_000001.pt")), "the first checkpoint")

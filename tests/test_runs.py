@@ -18,7 +18,7 @@ from helpers import (
 )
 
 from common import ckpt
-from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, run_main
+from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, NO_DATA, run_main
 
 
 @pytest.fixture
@@ -229,3 +229,23 @@ def test_early_stopping_counts_epochs_without_a_better_loss(train, tmp_path):
 def test_a_resume_of_what_is_not_there(tmp_path):
     result = call(LATENT, "train.py", "--resume", tmp_path / "nothing.pt")
     assert (result.code, len(result.errors)) == (BAD_CHECKPOINT, 1), result.text
+
+
+def test_keep_ckpts(train, tmp_path):
+    result = train("--epochs", 5, "--keep-ckpts", 2, "--outdir", tmp_path)
+    assert result.code == 0, result.text
+    folder = only_run(tmp_path)
+    best = newest_state(folder)["best"]["epoch"]
+    assert {epoch for epoch, _ in ckpt.run_checkpoints(folder)} == {4, 5, best}
+
+
+def test_wrong_input_leaves_no_empty_run(tmp_path, cache):
+    flags = ("--model", "mlp", "--data", "hub", "--cache-dir", tmp_path / "empty", "--outdir", tmp_path / "out")
+    result = call(AE, "train.py", *flags)
+    assert result.code == NO_DATA, result.text
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() or "ae-mlp" in path.name]
+
+
+def test_config_names_the_digits_that_were_used(ae_run, latent_run):
+    for folder in (ae_run, latent_run):
+        assert json.loads((folder / "config.json").read_text())["flags"]["data"]["value"] == "embedded"

@@ -3,6 +3,7 @@
 `tests/run.sh -k soak --kills 25` kills each run 25 times.
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -100,10 +101,8 @@ def stamps(folder):
     """Modification times of the checkpoints below a folder."""
     found = []
     for path in folder.glob("killed/checkpoints/*/checkpoint_*.pt"):
-        try:
+        with contextlib.suppress(FileNotFoundError):
             found.append(path.stat().st_mtime_ns)
-        except FileNotFoundError:
-            pass
     return found
 
 
@@ -147,7 +146,7 @@ def test_a_tree_with_spaces_behind_a_symlink_copied_with_new_times(tiny, ae_run,
     real, link = tmp_path / "my outputs", tmp_path / "a link"
     real.mkdir()
     link.symlink_to(real, target_is_directory=True)
-    for seconds in (1, 2):  # an older and a newer run of the same experiment
+    for _ in range(2):  # an older and a newer run of the same experiment
         assert call(LATENT, "train.py", *flags, "--epochs", 1, "--outdir", link).code == 0
     older, newer = sorted(path.name for path in (real / "checkpoints").iterdir())
     copy = tmp_path / "copy of all"

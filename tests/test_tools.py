@@ -129,7 +129,7 @@ def test_inspect(latent_run, ae_run, capsys):
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert (first["model"], first["epoch"], first["autoencoder"]) == ("lddpm", 2, ae_run.name)
     assert (second["model"], second["epoch"], second["complete"]) == ("ae-mlp", 1, True)
-    assert first["parameters"] == sum(math.prod(shape) for shape in first["tensors"].values())
+    assert first["parameters"] == sum(math.prod(shape) for _, shape in first["tensors"].values())
 
 
 def test_inspect_of_a_partial_checkpoint(tmp_path, capsys):

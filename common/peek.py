@@ -1,0 +1,156 @@
+"""A look into any PyTorch file without torch, without reading its tensors, and without running its pickle.
+
+A pickle is a small program that may call anything. Here it is executed with inert stand-ins for everything it names:
+tensors become their type and shape, and every other object a `Stranger` that remembers its name and contents.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+_MAGIC = 0x1950A86A20F9469CFC6C  # opens a file of torch's old format, before it wrote zip archives
+_BYTES = {"Double": 8, "Long": 8, "ComplexFloat": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2}
+_NAMES = {"Double": "float64", "Float": "float32", "Half": "float16", "Long": "int64", "Int": "int32", "Short": "int16"}
+_NAMES |= {"Byte": "uint8", "Char": "int8"}
+
+
+class Tensor(NamedTuple):
+    """Stands for a tensor: type, shape, and what its elements would take in memory."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    element_size: int
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numel() * self.element_size
+
+
+class Stranger:
+    """Stands for an object of a class that is neither a tensor nor a plain type: it can be filled, but does nothing."""
+
+    qualified_name = "?"
+
+    contents: dict[str, Any]
+
+    def __new__(cls, *args: Any, **_kwargs: Any) -> Stranger:  # pickle may call only this, and not __init__
+        self = super().__new__(cls)
+        self.contents = {f"argument {i}": value for i, value in enumerate(args)}
+        return self
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) == 2:  # what classes with __slots__ give
+            state = {**(state[0] or {}), **(state[1] or {})} if all(isinstance(s, dict | None) for s in state) else {}
+        self.contents.update(state if isinstance(state, dict) else {"state": state})
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.contents[str(key)] = value
+
+    def append(self, value: Any) -> None:
+        self.contents[f"item {len(self.contents)}"] = value
+
+    def extend(self, values: Any) -> None:
+        for value in values:
+            self.append(value)
+
+    add = append
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class _Storage(NamedTuple):
+    kind: str
+
+
+def _rebuild_tensor(storage: Any, _offset: int, shape: Any, *_rest: Any) -> Tensor:
+    kind = storage.kind.removesuffix("Storage") if isinstance(storage, _Storage) else "?"
+    return Tensor(_NAMES.get(kind, kind.lower()), tuple(int(n) for n in shape), _BYTES.get(kind, 1))
+
+
+_KNOWN = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_rest: data,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: IO[bytes], strangers: set[str]) -> None:
+        super().__init__(file, encoding="utf-8", errors="replace")
+        self.strangers = strangers
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        qualified = f"{module}.{name}"
+        if not (module == "torch" and name.endswith("Storage")):
+            self.strangers.add(qualified)
+        return type(name, (Stranger,), {"qualified_name": qualified})
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind = pid[1] if isinstance(pid, tuple) and len(pid) > 1 else None
+        return _Storage(getattr(kind, "__name__", "?"))
+
+
+def read(path: str | Path) -> tuple[Any, set[str]]:
+    """(the object in the file, the names of the classes and functions in it that are not plain).
+
+    Raises ValueError with a reason in one line if it is no PyTorch file, OSError if it cannot be opened.
+    """
+    strangers: set[str] = set()
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+                if not names:
+                    raise ValueError("a zip archive, but not one of PyTorch's")
+                with archive.open(names[0]) as file:
+                    return _Unpickler(file, strangers).load(), strangers
+        with open(path, "rb") as file:
+            if _Unpickler(file, set()).load() != _MAGIC:
+                raise ValueError("not a PyTorch file")
+            for _ in range(2):  # protocol version and system information
+                _Unpickler(file, set()).load()
+            return _Unpickler(file, strangers).load(), strangers
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"truncated, or not a PyTorch file ({type(error).__name__})") from None
+
+
+def tensors_in(value: Any, name: str = "") -> dict[str, Tensor]:
+    """All tensors within a read object, by their dotted names (a module's as its state_dict would call them)."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, Tensor):
+            found[name or "tensor"] = value
+            return
+        if isinstance(value, Stranger):
+            value = value.contents
+        elif isinstance(value, list | tuple):
+            value = dict(enumerate(value))
+        if isinstance(value, dict) and id(value) not in seen:
+            seen.add(id(value))
+            for key, inner in value.items():
+                own = str(key) not in ("_parameters", "_buffers", "_modules")
+                walk(inner, ".".join(filter(None, (name, str(key)))) if own else name)
+
+    walk(value, name)
+    return found

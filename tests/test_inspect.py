@@ -1,0 +1,125 @@
+"""inspect_ckpt on files of any origin: described without torch, without reading tensors, without running anything."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import REPO, environment, make_run
+from torch import nn
+
+from common import ckpt, inspect_ckpt
+from common.error_codes import BAD_CHECKPOINT, run_main
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.fixture
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ModuleDict({"inner": nn.Linear(4, 2, bias=False)}))
+
+
+def shapes(net):
+    names = {"torch.float32": "float32", "torch.int64": "int64"}
+    return {name: [names[str(value.dtype)], list(value.shape)] for name, value in net.state_dict().items()}
+
+
+def test_a_plain_state_dict(net, tmp_path):
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    info = ckpt.inspect_checkpoint(tmp_path / "a.pt")
+    assert info["kind"] == "a state_dict"
+    assert info["tensors"] == shapes(net)
+    assert info["parameters"] == sum(value.numel() for value in net.state_dict().values())
+
+
+def test_the_format_from_before_zip_archives(net, tmp_path):
+    torch.save(net.state_dict(), tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    assert ckpt.inspect_checkpoint(tmp_path / "a.pt")["tensors"] == shapes(net)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "net", "model_state_dict"])
+def test_somebody_elses_training_checkpoint(key, net, tmp_path):
+    optimizer = torch.optim.Adam(net.parameters())
+    content = {"epoch": 7, "arch": "tiny", key: net.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(content, tmp_path / "a.pt")
+    info = ckpt.inspect_checkpoint(tmp_path / "a.pt")
+    assert key in info["kind"]
+    assert info["tensors"] == shapes(net)
+    assert info["values"] == {"epoch": 7, "arch": "tiny"}
+
+
+def test_a_module_saved_whole(net, tmp_path, capsys):
+    torch.save(net, tmp_path / "a.pt")
+    info = ckpt.inspect_checkpoint(tmp_path / "a.pt")
+    assert "torch.nn.modules.container.Sequential" in info["kind"]
+    assert info["tensors"] == shapes(net)
+    inspect_ckpt.main([str(tmp_path / "a.pt")])
+    assert "without running its pickle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrap", [lambda bad: bad, lambda bad: {"model": bad, "x": [bad, torch.ones(2)]}])
+def test_a_hostile_pickle_is_described_and_runs_nothing(legacy, wrap, tmp_path, capsys):
+    path = tmp_path / "bad.pt"
+    torch.save(wrap(Hostile(tmp_path / "touched")), path, _use_new_zipfile_serialization=not legacy)
+    inspect_ckpt.main([str(path)])
+    assert "posix.system" in capsys.readouterr().out
+    assert not (tmp_path / "touched").exists()
+
+
+def test_dtypes_and_sizes(tmp_path):
+    content = {str(t): torch.zeros(5, 2).to(t) for t in (torch.float64, torch.bfloat16, torch.int8, torch.bool)}
+    torch.save(content, tmp_path / "a.pt")
+    info = ckpt.inspect_checkpoint(tmp_path / "a.pt")
+    assert {name: row[0] for name, row in info["tensors"].items()} == {n: n.removeprefix("torch.") for n in content}
+    assert info["tensor_bytes"] == 10 * (8 + 2 + 1 + 1)
+
+
+def test_torch_is_not_even_imported(latent_run):
+    code = f"import sys; from common import inspect_ckpt as tool; tool.main([{str(latent_run)!r}])"
+    code += "; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment(), capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "False", result.stderr
+
+
+def test_folders_and_trees(ae_run, latent_run, tmp_path, capsys):
+    for name in ("one", "two"):
+        make_run(tmp_path / "checkpoints" / name)
+    torch.save({"w": torch.ones(2)}, tmp_path / "other.pt")
+    inspect_ckpt.main([str(tmp_path), "--json"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row.get("epoch") for row in rows] == [3, 3, None]
+    inspect_ckpt.main([str(latent_run / "best"), "--verify"])
+    text = capsys.readouterr().out
+    assert "checksums  verified" in text
+    assert ae_run.name in text
+
+
+def test_verify_finds_a_flipped_bit(tmp_path, capsys):
+    path = make_run(tmp_path / "run", [1]) / "checkpoint_epoch_000001.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert run_main(lambda: inspect_ckpt.main([str(path)])) == 0
+    assert run_main(lambda: inspect_ckpt.main([str(path), "--verify"])) == BAD_CHECKPOINT
+    assert "checksum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 not really", b"\x80\x02."])
+def test_what_is_no_pytorch_file(content, tmp_path, capsys):
+    (tmp_path / "a.pt").write_bytes(content)
+    assert run_main(lambda: inspect_ckpt.main([str(tmp_path / "a.pt")])) == BAD_CHECKPOINT
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_empty_folder(tmp_path, capsys):
+    assert run_main(lambda: inspect_ckpt.main([str(tmp_path)])) == BAD_CHECKPOINT
+    assert "no checkpoint" in capsys.readouterr().err
