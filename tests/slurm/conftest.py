@@ -100,8 +100,15 @@ class Cluster:
             time.sleep(0.5)
 
     def wait_for_end(self, job: str, patience: float = 240.0) -> None:
-        """Wait until no task of the job is left in the queue."""
-        self.wait_until("end", lambda: not self.states(job), job, patience)
+        """Wait until no task of the job is left in the queue, for a while: a requeue may leave it for a moment."""
+        gone = 0
+
+        def ended() -> bool:
+            nonlocal gone
+            gone = 0 if self.states(job) else gone + 1
+            return gone >= 6
+
+        self.wait_until("end", ended, job, patience)
 
     def wait_for_text(self, job: str, text: str, patience: float = 60.0) -> None:
         """Wait until the job's log says `text`."""

