@@ -200,15 +200,25 @@ def draw(
     sampler: str = "ddpm",
     steps: int | None = None,
     callback: Callable[[int, torch.Tensor], None] | None = None,
+    to_images: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+    frames: dict[int, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Draw x_0 (N, *shape), not clamped, from a net that offers `null_label` and `predictor()`.
+    """Draw x_0 from a net that offers `null_label` and `predictor()`; returns to_images(x_0 (N, *shape)).
 
     labels: the class of each row, or None to draw `count` rows unconditionally. guidance: see `guided`; sampler and
     steps: see `reverse_steps`; callback: see `sample`. The same seed draws the same rows on every device.
+    frames: a dict whose keys count the steps that are left; each gets to_images(x) of its moment as value.
     """
     device = schedules.beta.device
     if labels is None:
         labels = [net.null_label] * count
     predict = guided(net.predictor(), torch.tensor(labels, device=device), net.null_label, guidance)
     noise = noise_source(seed, (len(labels), *shape), device)
-    return sample(predict, noise, reverse_steps(schedules, steps, sampler), callback)
+
+    def watch(left: int, x: torch.Tensor) -> None:
+        if callback is not None:
+            callback(left, x)
+        if frames is not None and left in frames:
+            frames[left] = to_images(x)
+
+    return to_images(sample(predict, noise, reverse_steps(schedules, steps, sampler), watch))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import emoji
 from common.args import DEFAULT_GUIDANCE, Args, Parser, add_sampling_arguments, check_sampling, number, wanted_labels
+from common.ckpt import atomic_write
 from common.device import get_device, set_threads
-from common.images import save_output
+from common.error_codes import BAD_OUTPUT, USAGE, Exit
+from common.images import check_output, make_image_grid, one_line, save_gif, save_output, to_bytes
 
 if TYPE_CHECKING:
     import torch
 
 EVAL_IMAGES = 1000  # for --eval-every
+ROWS = 8  # of a filmstrip
 Draw = Callable[..., "torch.Tensor"]  # draw(labels=None or a list, count=..., seed=..., ...) -> (N, 1, 28, 28)
 
 
@@ -25,28 +30,116 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
     add("--ckpt", "--checkpoint", required=True, help="checkpoint file, its run's folder (newest) or FOLDER/best")
     add("--num-images", "--n", type=number(int, 1), default=count, help=f"how many (default: {count})")
     add("--output", "--out", default=output, help=f"the grid's file (default: {output})")
+    add(
+        "--show-process", action="store_true", help=f"also write a filmstrip of the first {ROWS}, and a GIF of the grid"
+    )
+    frames = "pictures in the filmstrip, from noise to digit (default: 20)"
+    add("--process-steps", type=number(int, 2), default=20, metavar="N", help=frames)
+    add("--save-npz", metavar="FILE", help="also save the images, labels, seed and settings as numpy arrays")
+    add(
+        "--save-dir",
+        metavar="DIR",
+        help="also save single PNGs there, named by number and label (a new or empty folder)",
+    )
     add_sampling_arguments(parser)
     return parser
 
 
 def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str, Any]]]) -> None:
-    """Draw what the flags ask for and save it as one grid. load(device) is the experiment's `load_for_drawing`."""
+    """Draw what the flags ask for and save it in the forms they ask for.
+
+    load(device) is the experiment's `load_for_drawing`. Raises Exit, for a bad output before anything is drawn.
+    """
+    output = check_output(args.output, ".png")
+    if args.save_npz:
+        check_output(args.save_npz, ".npz")
+    if args.save_dir:
+        _check_folder(Path(args.save_dir))
     set_threads()
     draw, state = load(get_device(args.device))
     check_sampling(args, state["args"])
+    labels = wanted_labels(args, args.num_images)
+    moments = _moments(args, args.steps or state["args"]["T"]) if args.show_process else []
+    frames: dict[int, Any] = dict.fromkeys(moments)
     started = time.perf_counter()
     images = draw(
-        labels=wanted_labels(args, args.num_images),
+        labels=labels,
         count=args.num_images,
         guidance=args.guidance,
         seed=args.seed,
         sampler=args.sampler,
         steps=args.steps,
-    )
+        frames=frames,
+    ).cpu()
     seconds = time.perf_counter() - started
-    save_output(images, args.output)
     origin = f"{state['exp_name']}, epoch {state['epoch']}"
-    print(f"{emoji.ok} {args.num_images} images from {origin}, in {seconds:.2f} s: {args.output}")
+    save_output(images, output)
+    print(f"{emoji.ok} {args.num_images} images from {origin}, in {seconds:.2f} s: {output}")
+    if args.show_process:
+        _save_process([frames[moment].cpu() for moment in moments], output)
+    if args.save_npz:
+        _save_npz(images, labels, args, state, Path(args.save_npz))
+    if args.save_dir:
+        _save_singly(images, labels, Path(args.save_dir))
+
+
+def _check_folder(folder: Path) -> None:
+    with one_line(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise Exit(BAD_OUTPUT, f"{folder} is not empty; choose another --save-dir, so that no images mix")
+    check_output(folder / "00000.png", ".png")
+
+
+def _moments(args: Any, steps: int) -> list[int]:
+    """How many steps are left when a picture is taken: evenly spaced from the first noise to the result."""
+    if args.process_steps > steps + 1:
+        raise Exit(
+            USAGE, f"--process-steps {args.process_steps} is more than the {steps + 1} pictures of {steps} steps"
+        )
+    count = args.process_steps - 1
+    return [round(steps * (count - i) / count) for i in range(count + 1)]
+
+
+def _save_process(frames: list[torch.Tensor], output: Path) -> None:
+    """A filmstrip (a row an image, noise on the left) and an animation of the grid, beside the grid."""
+    import torch
+
+    strip, animation = (output.with_name(f"{output.stem}_process{suffix}") for suffix in (".png", ".gif"))
+    rows = torch.stack([frame[:ROWS] for frame in frames], dim=1)  # (rows, frames, 1, 28, 28)
+    save_output(rows.flatten(0, 1), strip, nrow=len(frames))
+    with one_line(animation):
+        save_gif([make_image_grid(frame) for frame in frames], animation)
+    print(f"{emoji.ok} the process: {strip}, {animation}")
+
+
+def _save_npz(images: torch.Tensor, labels: list[int] | None, args: Any, state: dict[str, Any], path: Path) -> None:
+    """images (N, 28, 28) uint8, labels (N,) int64 (-1: none was asked for), seed, settings (a JSON text)."""
+    import numpy
+
+    names = ("ckpt", "digit", "guidance", "sampler", "steps", "seed")
+    settings = {name: getattr(args, name) for name in names}
+    settings |= {"exp_name": state["exp_name"], "epoch": state["epoch"], "T": state["args"]["T"]}
+    arrays = {
+        "images": to_bytes(images).squeeze(1).numpy(),
+        "labels": numpy.array(labels or [-1] * len(images), dtype=numpy.int64),
+        "seed": numpy.array(args.seed),
+        "settings": numpy.array(json.dumps(settings)),
+    }
+    with one_line(path):
+        atomic_write(path, lambda file: numpy.savez_compressed(file, **arrays))
+    print(f"{emoji.ok} as arrays: {path}")
+
+
+def _save_singly(images: torch.Tensor, labels: list[int] | None, folder: Path) -> None:
+    """NNNNN_LABEL.png (NNNNN.png without labels), counted from 0."""
+    from PIL import Image
+
+    with one_line(folder):
+        for index, image in enumerate(to_bytes(images).squeeze(1).numpy()):
+            name = f"{index:05d}_{labels[index]}.png" if labels else f"{index:05d}.png"
+            Image.fromarray(image).save(folder / name)
+    print(f"{emoji.ok} singly: {len(images)} files in {folder}")
 
 
 def digits_in_turn(count: int, only_digit: int | None) -> list[int]:

@@ -1,8 +1,11 @@
-"""Pictures: grids of images in one PNG."""
+"""Pictures: grids of images in one PNG, animations, and whether they can be written where the user wants them."""
 
 from __future__ import annotations
 
 import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,11 +47,52 @@ def over(originals: torch.Tensor, reconstructions: torch.Tensor) -> tuple[torch.
     return torch.stack(rows, dim=1).flatten(0, 2), nrow
 
 
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """(..., H, W) in [0, 1] -> uint8, rounded as torchvision's save_image does."""
+    import torch
+
+    return images.mul(255).add(0.5).clamp(0, 255).to(torch.uint8)
+
+
+def save_gif(frames: list[torch.Tensor], path: Path, *, seconds: float = 0.1, last: float = 1.5) -> None:
+    """Write grids (3, H, W) in [0, 1] as an endless animation, twice their size; the last one stays longer.
+
+    Raises OSError if it cannot be written.
+    """
+    from PIL import Image
+
+    pictures = [Image.fromarray(to_bytes(frame[0]).numpy()) for frame in frames]
+    pictures = [
+        picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST) for picture in pictures
+    ]
+    durations = [1000 * seconds] * (len(pictures) - 1) + [1000 * last]
+    options = {"save_all": True, "append_images": pictures[1:], "duration": durations, "loop": 0}
+    atomic_write(path, lambda file: pictures[0].save(file, format="GIF", **options))
+
+
+def check_output(path: str | Path, suffix: str) -> Path:
+    """A file that the user named, before work is spent on it. Raises Exit(BAD_OUTPUT) if it could not be written."""
+    path = Path(path)
+    if path.suffix.lower() != suffix:
+        raise Exit(BAD_OUTPUT, f"{path}: give a name that ends in {suffix}")
+    if path.is_dir():
+        raise Exit(BAD_OUTPUT, f"cannot write {path}: it is a folder")
+    with one_line(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    return path
+
+
 def save_output(images: torch.Tensor, path: str | Path, nrow: int | None = None) -> None:
     """`save_image_grid` for a file that the user named. Raises Exit(BAD_OUTPUT) if it cannot be written."""
-    if Path(path).suffix.lower() != ".png":
-        raise Exit(BAD_OUTPUT, f"{path}: the picture is a PNG; give a name that ends in .png")
-    try:
+    with one_line(check_output(path, ".png")):
         save_image_grid(images, path, nrow)
+
+
+@contextmanager
+def one_line(path: Path) -> Iterator[None]:
+    """An OSError within becomes Exit(BAD_OUTPUT), in one line."""
+    try:
+        yield
     except OSError as error:
         raise Exit(BAD_OUTPUT, f"cannot write {path}: {error.strerror or error}") from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +27,16 @@ class _Console(logging.StreamHandler):
         sys.stdout.flush()
 
 
-class _File(logging.FileHandler):
+class _File(WatchedFileHandler):
+    """Goes on in a new file if somebody deletes the log; a disk that is full or gone never stops the run."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk must not bury the console under tracebacks of the logging module."""
+        """Do not bury the console under tracebacks of the logging module."""
 
 
 def setup_component_logger(name: str, log_file: str | Path | None = None, debug: bool = False) -> logging.Logger:

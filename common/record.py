@@ -12,6 +12,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +42,7 @@ class Record:
         self._writer: Any = None
         self._purge_step: int | None = None
         self._failed: set[str] = set()
+        self._drawn, self._curves_at, self._curves_cost = True, time.monotonic(), 0.08  # seconds, until it is known
 
     def start(self, args: Args, device: torch.device) -> None:
         """Write config.json; on resume, note what changed."""
@@ -93,8 +96,16 @@ class Record:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = self._on_thread_error  # it writes in a thread of its own
             self._writer = SummaryWriter(str(self.run.tensorboard), purge_step=self._purge_step, flush_secs=30)
+        self.run.tensorboard.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
         return self._writer
+
+    def _on_thread_error(self, failure: threading.ExceptHookArgs) -> None:
+        if isinstance(failure.exc_value, OSError):
+            self._warn_once("TensorBoard", failure.exc_value)
+        else:
+            threading.__excepthook__(failure)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Add TensorBoard scalars at `step` (the global step, for every tag)."""
@@ -109,6 +120,20 @@ class Record:
         skip = ("epoch", "global_step", "timestamp")
         figures = {names.get(k, k): v for k, v in row.items() if k not in skip and isinstance(v, int | float)}
         self.scalars(figures, step)
+        self._curves(cheaply=True)
+
+    def _curves(self, cheaply: bool) -> None:
+        """Redraw curves.png; cheaply: not if that would cost more than a thirtieth of the time since the last time."""
+        self._drawn = False
+        if cheaply and time.monotonic() - self._curves_at < 30 * self._curves_cost:
+            return
+        from common.curves import draw_curves
+
+        started = time.monotonic()
+        target = self.run.samples / "curves.png"
+        self._try("curves.png", lambda: draw_curves(self.run.checkpoints / METRICS, target, self.run.name))
+        self._curves_at, self._drawn = time.monotonic(), True
+        self._curves_cost = min(self._curves_cost, self._curves_at - started)
 
     def images(self, images: torch.Tensor, epoch: int, step: int) -> None:
         """Write samples/{exp_name}/epoch_NNNNNN.png, and the grid to TensorBoard. images: (N, C, H, W) in [0, 1]."""
@@ -125,21 +150,28 @@ class Record:
     def flush(self) -> None:
         """Bring TensorBoard's events to the disk."""
         if self._writer is not None:
-            self._try("TensorBoard", self._writer.flush)
+            self._try("TensorBoard", lambda: self.writer.flush())
 
     def close(self) -> None:
-        """Close the TensorBoard writer."""
+        """Close the TensorBoard writer, and bring curves.png up to date."""
+        if not self._drawn:
+            self._curves(cheaply=False)
         if self._writer is not None:
-            self._try("TensorBoard", self._writer.close)
+            self._try("TensorBoard", lambda: self.writer.close())
             self._writer = None
 
     def _try(self, what: str, action: Callable[[], object]) -> None:
         try:
             action()
         except (OSError, RuntimeError) as error:
-            if what not in self._failed:
-                self._failed.add(what)
-                self.warn(f"cannot write {what} ({error}); training goes on")
+            self._warn_once(what, error)
+            if what == "TensorBoard":
+                self._writer = None  # its thread is dead; the next figure opens a new file
+
+    def _warn_once(self, what: str, error: Exception) -> None:
+        if what not in self._failed:
+            self._failed.add(what)
+            self.warn(f"cannot write {what} ({error}); training goes on")
 
 
 def _append(path: Path, line: str) -> None:

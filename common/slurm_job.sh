@@ -45,9 +45,8 @@ requeue() {
     [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
     if command -v scontrol >/dev/null 2>&1; then
         echo "time limit: saved; requeueing job $job"
-        scontrol requeue "$job"
-    else
-        echo "error: TIME LIMIT, AND NO scontrol HERE TO REQUEUE JOB $job: saved; submit the same command again" >&2
-        exit 11
+        scontrol requeue "$job" && return
     fi
+    echo "error: TIME LIMIT, AND NO WORKING scontrol HERE TO REQUEUE JOB $job: saved; submit the same command again" >&2
+    exit 11
 }

@@ -131,5 +131,8 @@ def generate_images(
     **how: Any,
 ) -> torch.Tensor:
     """Draw latents and decode them: (N, 1, 28, 28) images in [0, 1]. `how`: see `common.diffusion.draw`."""
-    z = draw(net, (net.latent_dim,), schedules, **how)  # (N, D)
-    return autoencoder.decode(net.restore(z)).clamp(0, 1)  # (N, 1, 28, 28)
+
+    def decode(z: torch.Tensor) -> torch.Tensor:
+        return autoencoder.decode(net.restore(z)).clamp(0, 1)  # (N, 1, 28, 28)
+
+    return draw(net, (net.latent_dim,), schedules, to_images=decode, **how)  # (N, 1, 28, 28)

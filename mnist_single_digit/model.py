@@ -151,5 +151,4 @@ def generate_images(
     **how: Any,
 ) -> torch.Tensor:
     """Draw (N, 1, 28, 28) images in [0, 1]. `how`: see `common.diffusion.draw`."""
-    x = draw(net, (1, 28, 28), schedules, **how)  # (N, 1, 28, 28)
-    return x.add(1).div(2).clamp(0, 1)  # (N, 1, 28, 28)
+    return draw(net, (1, 28, 28), schedules, to_images=lambda x: x.add(1).div(2).clamp(0, 1), **how)  # (N, 1, 28, 28)

@@ -79,16 +79,16 @@ def until(condition, process, patience=60.0):
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
-def test_a_folder_that_becomes_read_only_in_mid_run(comes_back, disk, tiny, ae_run, tmp_path):
-    """A read-only mount over the run's folder: saves fail, the earlier checkpoint stays, the run retries."""
+def test_an_output_folder_that_becomes_read_only_in_mid_run(comes_back, disk, tiny, ae_run, tmp_path):
+    """A read-only mount over it: saves fail, the earlier checkpoint stays, the run retries."""
     outdir = disk("200m")
     flags = ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16, *tiny, "--batch-size", 8, "--outdir", outdir)
     process = start(LATENT, "train.py", *flags, "--epochs", 12)
     until(lambda: list(outdir.glob("checkpoints/*/checkpoint_epoch_000001.pt")), process)
     folder = only_run(outdir)
-    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "--bind", outdir, outdir], check=True)
     try:
-        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", outdir], check=True)
         saved = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
         log = outdir / "logs" / f"{folder.name}.log"
         until(lambda: "cannot save a checkpoint" in log.read_text(), process)
@@ -98,7 +98,7 @@ def test_a_folder_that_becomes_read_only_in_mid_run(comes_back, disk, tiny, ae_r
             assert "cannot save the end of the run" in result.text
             assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pt")} == saved
     finally:
-        subprocess.run(["umount", "-l", folder], check=True)
+        subprocess.run(["umount", "-l", outdir], check=True)
     if comes_back:
         result = finish(process)
         assert result.code == 0, result.text

@@ -150,5 +150,5 @@ def test_the_job_saves_and_requeues(scontrol, tiny, tmp_path):
         assert "REQUEUED requeue 7" in text
         assert job.returncode == 0
     else:
-        assert "NO scontrol" in text
+        assert "NO WORKING scontrol" in text
         assert job.returncode == STOPPED_EARLY

@@ -1,0 +1,121 @@
+"""What infer.py leaves besides its grid: the process, arrays, single files; and a run's curves.png."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import LATENT, PIXEL, call, only_run
+from PIL import Image
+
+from common.error_codes import BAD_OUTPUT, USAGE
+from common.images import to_bytes
+
+
+@pytest.fixture(scope="module")
+def runs(latent_run, tiny, tmp_path_factory):
+    """A trained run of either diffusion experiment, by folder."""
+    outdir = tmp_path_factory.mktemp("pixel")
+    result = call(PIXEL, "train.py", *tiny, "--epochs", 1, "--base-ch", 8, "--T", 20, "--outdir", outdir)
+    assert result.code == 0, result.text
+    return {LATENT: latent_run, PIXEL: only_run(outdir)}
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("L"))
+
+
+def cells(path, rows, columns):
+    """(rows, columns, 28, 28) of a grid with padding 2."""
+    grid = pixels(path)
+    assert grid.shape == (rows * 30 + 2, columns * 30 + 2)
+    return np.stack([[grid[30 * r + 2 :, 30 * c + 2 :][:28, :28] for c in range(columns)] for r in range(rows)])
+
+
+@pytest.mark.parametrize("folder", [LATENT, PIXEL])
+@pytest.mark.parametrize("sampler", [(), ("--sampler", "ddim", "--steps", 10)])
+def test_the_process_runs_from_noise_to_the_very_images_of_the_grid(folder, sampler, runs, tmp_path):
+    flags = ("--ckpt", runs[folder], "--num-images", 4, "--digit", 3, *sampler)
+    assert call(folder, "infer.py", *flags, "--output", tmp_path / "plain.png").code == 0
+    shown = call(folder, "infer.py", *flags, "--output", tmp_path / "a.png", "--show-process", "--process-steps", 6)
+    assert shown.code == 0, shown.text
+    assert "a_process.png" in shown.text
+    assert "a_process.gif" in shown.text
+    assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "plain.png")).all()  # watching changes nothing
+    final = cells(tmp_path / "a.png", 2, 2).reshape(4, 28, 28).astype(float)
+    strip = cells(tmp_path / "a_process.png", 4, 6).astype(float)
+    assert (strip[:, -1] == final).all()
+    distance = np.abs(strip - final[:, None]).mean((0, 2, 3))
+    assert distance[0] == distance.max()
+    assert distance[0] > 2 * distance[-2]
+    with Image.open(tmp_path / "a_process.gif") as film:
+        assert film.n_frames == 6
+        assert film.info["loop"] == 0
+        durations = []
+        for index in range(6):
+            film.seek(index)
+            durations.append(film.info["duration"])
+        last = np.asarray(film.convert("L"))
+    assert durations[-1] > durations[0]
+    assert (last[::2, ::2] == pixels(tmp_path / "a.png")).all()
+
+
+@pytest.mark.parametrize("folder", [LATENT, PIXEL])
+def test_arrays_and_single_files_hold_the_same_images(folder, runs, tmp_path):
+    forms = ("--save-npz", tmp_path / "a.npz", "--save-dir", tmp_path / "singly")
+    flags = ("--ckpt", runs[folder], "--num-images", 4, "--seed", 7, "--output", tmp_path / "a.png", *forms)
+    result = call(folder, "infer.py", *flags, "--digit", 3)
+    assert result.code == 0, result.text
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
+        images, labels, settings = arrays["images"], arrays["labels"], json.loads(str(arrays["settings"]))
+        assert arrays["seed"] == 7
+    assert (images.dtype, images.shape, labels.tolist()) == (np.uint8, (4, 28, 28), [3] * 4)
+    assert (images == cells(tmp_path / "a.png", 2, 2).reshape(4, 28, 28)).all()
+    assert (settings["digit"], settings["seed"], settings["exp_name"]) == ([3], 7, runs[folder].name)
+    names = [f"{index:05d}_3.png" for index in range(4)]
+    assert sorted(path.name for path in (tmp_path / "singly").iterdir()) == names
+    assert all((pixels(tmp_path / "singly" / name) == image).all() for name, image in zip(names, images, strict=True))
+
+
+def test_without_labels(runs, tmp_path):
+    forms = ("--save-npz", tmp_path / "a.npz", "--save-dir", tmp_path / "singly", "--output", tmp_path / "a.png")
+    assert call(LATENT, "infer.py", "--ckpt", runs[LATENT], "--num-images", 2, *forms).code == 0
+    assert np.load(tmp_path / "a.npz")["labels"].tolist() == [-1, -1]
+    assert sorted(path.name for path in (tmp_path / "singly").iterdir()) == ["00000.png", "00001.png"]
+
+
+def test_bytes_are_rounded_as_in_the_grid():
+    values = torch.linspace(0, 1, 1001)
+    assert torch.equal(to_bytes(values), (values * 255 + 0.5).floor().to(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (("--show-process", "--process-steps", 1), USAGE),
+        (("--show-process", "--process-steps", 22), USAGE),  # T is 20
+        (("--show-process", "--process-steps", 12, "--steps", 10), USAGE),
+        (("--save-npz", "/proc/nowhere/a.npz"), BAD_OUTPUT),
+        (("--save-npz", "a.zip"), BAD_OUTPUT),
+        (("--save-dir", "."), BAD_OUTPUT),  # not empty
+        (("--save-dir", "/proc/nowhere"), BAD_OUTPUT),
+        (("--output", "/proc/nowhere/a.png"), BAD_OUTPUT),
+        (("--output", "a.jpg"), BAD_OUTPUT),
+    ],
+)
+def test_a_bad_wish_is_one_line_before_anything_is_drawn(flags, code, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.diffusion.sample", lambda *_: pytest.fail("drawn"))
+    result = call(LATENT, "infer.py", "--ckpt", runs[LATENT], "--output", tmp_path / "a.png", *flags)
+    assert result.code == code, result.text
+    assert len(result.text.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_run_leaves_its_curves(runs, ae_run):
+    for folder in (*runs.values(), ae_run):
+        with Image.open(folder.parent.parent / "samples" / folder.name / "curves.png") as picture:
+            assert picture.size == (640, 480)
+            blue = (np.asarray(picture.convert("RGB")) == (0x00, 0x72, 0xB2)).all(-1).sum()
+            orange = (np.asarray(picture.convert("RGB")) == (0xD5, 0x5E, 0x00)).all(-1).sum()
+        assert blue > 20
+        assert orange > 20
