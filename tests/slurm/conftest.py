@@ -87,16 +87,21 @@ class Cluster:
 
     def states(self, job: str) -> set[str]:
         """The states of a job's tasks; empty when none is queued or running."""
-        reply = subprocess.run(["squeue", "-h", "-o", "%T", "-j", job], env=self.env, capture_output=True, text=True)
-        return set(reply.stdout.split())
+        return set(self._squeue(job, "%T"))
+
+    def _squeue(self, job: str, form: str) -> list[str]:
+        command = ["squeue", "-h", "--array", "-o", form, "-j", job]
+        return subprocess.run(command, env=self.env, capture_output=True, text=True).stdout.splitlines()
 
     def wait_until(self, what: str, condition, job: str, patience: float = 150.0) -> None:
         """Poll; meanwhile let requeued jobs start at once instead of after Slurm's two minutes."""
         deadline = time.monotonic() + patience
         while not condition():
             assert time.monotonic() < deadline, f"no {what} of job {job}: {self.states(job)}\n{self.log(job)}"
-            if "PENDING" in self.states(job):
-                subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=self.env, timeout=60)
+            for task in self._squeue(job, "%i %r"):
+                name, reason = task.split(maxsplit=1)
+                if reason == "BeginTime":
+                    subprocess.run(["scontrol", "update", f"JobId={name}", "StartTime=now"], env=self.env, timeout=60)
             time.sleep(0.5)
 
     def wait_for_end(self, job: str, patience: float = 240.0) -> None:
