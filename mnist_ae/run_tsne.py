@@ -1,0 +1,192 @@
+"""Look at an autoencoder's latent space by t-SNE: `python run_tsne.py --checkpoint PATH`.
+
+Writes tsne_latent_space.png, tsne_by_digit.png, reconstructions.png and metrics.json.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common import emoji
+from common.args import Parser, add_data_arguments, add_device_argument, number
+from common.autoencoder import build_autoencoder, read_autoencoder
+from common.ckpt import atomic_write
+from common.data import HF_MNIST
+from common.device import get_device, set_threads
+from common.error_codes import NO_DATA, USAGE, Exit, run_main
+from common.images import check_output, one_line, over, save_output
+from common.record import write_text
+from common.rng import generator
+
+PLAIN_LINE_EVERY = 10.0  # seconds between progress lines
+MAP, BY_DIGIT, RECONSTRUCTIONS, METRICS = (
+    "tsne_latent_space.png",
+    "tsne_by_digit.png",
+    "reconstructions.png",
+    "metrics.json",
+)
+# Ten colours that stay apart for colour-blind eyes too (Paul Tol's "muted", and black); markers help where they do not
+COLOURS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#000000")
+MARKERS = "osD^v<>PX*"
+
+
+def encode_digits(autoencoder: Any, digits: HF_MNIST, count: int, seed: int, device: Any = "cpu") -> tuple:
+    """(latents (N, D), labels (N,), images (N, 1, 28, 28)) of `count` random digits, fewer if there are fewer."""
+    import torch
+
+    rows = torch.randperm(len(digits), generator=generator(seed, "t-SNE digits"))[:count]
+    images, labels = digits[rows]
+    with torch.no_grad():
+        latents = torch.cat([autoencoder.encode(part.to(device)).cpu() for part in images.split(1000)])
+    return latents.numpy(), labels.numpy(), images
+
+
+def tsne_map(latents: Any, perplexity: float = 30.0, seed: int = 42) -> Any:
+    """(N, D) latents -> (N, 2) map (van der Maaten & Hinton 2008), the same for the same seed."""
+    from sklearn.manifold import TSNE
+
+    return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(latents)
+
+
+def cluster_metrics(latents: Any, labels: Any) -> dict[str, float]:
+    """How well the digits are apart in the D-dimensional latent space itself, not in the map.
+
+    silhouette is in [-1, 1] (Rousseeuw 1987), calinski_harabasz above 0 (1974): higher is better for both.
+    """
+    from sklearn.metrics import calinski_harabasz_score, silhouette_score
+
+    silhouette, calinski = silhouette_score(latents, labels), calinski_harabasz_score(latents, labels)
+    return {"silhouette": float(silhouette), "calinski_harabasz": float(calinski)}
+
+
+def plot_map(points: Any, labels: Any, title: str) -> Any:
+    """A matplotlib Figure of the map (N, 2): a colour and a marker per digit, its name on its median, a legend."""
+    import numpy
+    from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
+
+    figure = Figure(figsize=(8, 7), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for digit in numpy.unique(labels):
+        own = points[labels == digit]
+        style = {"s": 9, "color": COLOURS[digit], "marker": MARKERS[digit], "linewidths": 0, "alpha": 0.7}
+        axes.scatter(*own.T, label=str(digit), **style)
+    for digit in numpy.unique(labels):
+        name = {"fontsize": 20, "weight": "bold", "ha": "center", "va": "center", "color": COLOURS[digit]}
+        halo = [withStroke(linewidth=4, foreground="white")]
+        axes.text(*numpy.median(points[labels == digit], axis=0), str(digit), path_effects=halo, **name)
+    axes.set(title=title, xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
+    axes.legend(title="digit", loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3, frameon=False)
+    return figure
+
+
+def plot_by_digit(points: Any, labels: Any, title: str) -> Any:
+    """A Figure of ten panels: each digit in its colour, on the map of all others in grey."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.6), dpi=100, layout="constrained")
+    for digit, axes in enumerate(figure.subplots(2, 5).flat):
+        axes.scatter(*points.T, s=1, color="#D8D8D8", linewidths=0)
+        own = points[labels == digit]
+        axes.scatter(*own.T, s=4, color=COLOURS[digit], linewidths=0)
+        axes.set(title=f"{digit}   ({len(own)})", xticks=[], yticks=[])
+    figure.suptitle(title)
+    return figure
+
+
+def reconstruct(autoencoder: Any, images: Any, device: Any = "cpu") -> tuple[Any, int]:
+    """(images, images a row) of originals over their reconstructions; images: (N, 1, 28, 28)."""
+    import torch
+
+    with torch.no_grad():
+        return over(images, autoencoder(images.to(device)).cpu())
+
+
+@contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Say every few seconds how long `what` has taken: scikit-learn's t-SNE tells nothing a person wants to read."""
+    done, started = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(PLAIN_LINE_EVERY):
+            print(f"{emoji.info} {what}: {time.monotonic() - started:.0f} s", flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    print(f"{emoji.step} {what}", flush=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def outputs(output: str) -> dict[str, Path]:
+    """The files to write, by their standard names: in a folder, or a .png path with the others beside it."""
+    path = Path(output)
+    named = path.suffix.lower() == ".png" and not path.is_dir()
+    folder = path.parent if named else path
+    files = {name: folder / name for name in (MAP, BY_DIGIT, RECONSTRUCTIONS, METRICS)}
+    if named:
+        files[MAP] = path
+    for file in files.values():
+        check_output(file, file.suffix)
+    if len(set(files.values())) < len(files):
+        raise Exit(USAGE, f"--output {output}: that is the name of another of the three pictures")
+    return files
+
+
+def parse_args(argv: list[str] | None = None) -> Any:
+    parser = Parser("t-SNE of a latent space.", "python run_tsne.py --checkpoint RUN_FOLDER --output tsne")
+    add = parser.add_argument
+    add("--checkpoint", "--ckpt", required=True, help="autoencoder: a file, its run's folder (newest) or FOLDER/best")
+    add("--output", default="tsne", help="a folder for the pictures, or a .png for the map, the rest beside (tsne)")
+    add("--n-samples", type=number(int, 50), default=5000, metavar="N", help="test digits, at least 50 (default: 5000)")
+    add("--perplexity", type=number(float, above=0), default=30.0, help="t-SNE's neighbourhood size (default: 30)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="which digits, and t-SNE's start (default: 42)")
+    add_device_argument(parser)
+    add_data_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    files = outputs(args.output)
+    set_threads()
+    device = get_device(args.device)
+    data = read_autoencoder(args.checkpoint)
+    autoencoder = build_autoencoder(data, device)
+    digits = HF_MNIST("test", args.cache_dir, data["args"]["only_digit"], args.data)
+    latents, labels, images = encode_digits(autoencoder, digits, args.n_samples, args.seed, device)
+    if args.perplexity >= len(latents):
+        raise Exit(USAGE, f"--perplexity {args.perplexity:g} must be below the number of digits, {len(latents)}")
+    if len(latents) < args.n_samples:
+        print(f"{emoji.warning} only {len(latents)} test digits there are ({digits.source})")
+    if len(set(labels.tolist())) < 2:
+        raise Exit(NO_DATA, f"this autoencoder knows only {labels[0]}s: there are no classes to tell apart")
+
+    with progress(f"t-SNE of {len(latents):,} latents, {latents.shape[1]} dimensions"):
+        points = tsne_map(latents, args.perplexity, args.seed)
+    metrics = cluster_metrics(latents, labels)
+    title = f"{data['exp_name']}, epoch {data['epoch']}"
+    for name, figure in ((MAP, plot_map(points, labels, title)), (BY_DIGIT, plot_by_digit(points, labels, title))):
+        with one_line(files[name]):
+            atomic_write(files[name], lambda file, figure=figure: figure.savefig(file, format="png"))
+    pictures, nrow = reconstruct(autoencoder, images[:32], device)
+    save_output(pictures, files[RECONSTRUCTIONS], nrow)
+    settings = {"n_samples": len(latents), "perplexity": args.perplexity, "seed": args.seed, "data": digits.source}
+    with one_line(files[METRICS]):
+        write_text(files[METRICS], json.dumps(metrics | settings | {"autoencoder": title}, indent=1) + "\n")
+    print(f"silhouette {metrics['silhouette']:.4f}, Calinski-Harabasz {metrics['calinski_harabasz']:.1f}")
+    print(f"{emoji.ok} {', '.join(map(str, files.values()))}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
