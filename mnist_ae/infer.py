@@ -28,6 +28,19 @@ def parse_args(argv=None):
     return parser.parse(argv)
 
 
+def walks_between(autoencoder, images, steps: int):
+    """Straight walks through the latent space: images (2N, 1, 28, 28) in [0, 1] -> (N * steps, 1, 28, 28).
+
+    Walk i leads from image i to image N + i.
+    """
+    import torch
+
+    with torch.no_grad():
+        first, last = autoencoder.encode(images).chunk(2)  # (N, D) each
+        way = torch.linspace(0, 1, steps, device=images.device).view(1, -1, 1)  # (1, S, 1)
+        return autoencoder.decode(torch.lerp(first[:, None], last[:, None], way).flatten(0, 1))  # (N * S, 1, 28, 28)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
@@ -44,10 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.interpolate:
             ends = order[: 2 * args.num_images]
             ends = ends[: len(ends) // 2 * 2]
-            first, last = autoencoder.encode(digits[ends][0].to(device)).chunk(2)  # (N, D) each
-            way = torch.linspace(0, 1, args.walk_steps, device=device).view(1, -1, 1)  # (1, S, 1)
-            walks = torch.lerp(first[:, None], last[:, None], way)  # (N, S, D)
-            images, nrow = autoencoder.decode(walks.flatten(0, 1)), args.walk_steps  # (N * S, 1, 28, 28)
+            images, nrow = walks_between(autoencoder, digits[ends][0].to(device), args.walk_steps), args.walk_steps
         else:
             originals = digits[order[: args.num_images]][0].to(device)
             images, nrow = over(originals, autoencoder(originals))
