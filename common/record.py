@@ -42,7 +42,7 @@ class Record:
         self._failed: set[str] = set()
 
     def start(self, args: Args, device: torch.device) -> None:
-        """Write config.json; on resume, note what changed."""
+        """Add this start to config.json, and say what changed about the machine."""
         import torch
 
         path = self.run.checkpoints / CONFIG
@@ -72,7 +72,10 @@ class Record:
         self._try("config.json", lambda: write_text(path, json.dumps(content, indent=1, default=str) + "\n"))
 
     def rewind(self) -> None:
-        """Drop what was recorded after the checkpoint that the run resumes from."""
+        """Drop what was recorded after the checkpoint that the run resumes from (in a fresh run: everything).
+
+        Replaces the log file: whoever holds it open must open it anew.
+        """
         state = self.run.state or {"epoch": 1, "global_step": 0, "val_loss": None}
         done = state["epoch"] if state["val_loss"] is not None else state["epoch"] - 1
         # An epoch's own figures stand at its last step: a checkpoint within the epoch does not count them as done.

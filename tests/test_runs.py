@@ -99,6 +99,19 @@ def test_a_finished_run_keeps_its_record_when_an_older_epoch_is_resumed_for_noth
     assert [epoch for epoch, _ in ckpt.run_checkpoints(folder)] == [2, 1]
 
 
+def test_a_resume_that_fails_before_it_trains_cuts_nothing(ae_run, copy_of, tmp_path):
+    folder = copy_of(ae_run)
+    first = folder / "checkpoint_epoch_000001.pt"
+    state = ckpt.read_checkpoint(first)
+    state["args"]["data"] = "hub"
+    ckpt.save_checkpoint(first, state)
+    before = metrics(folder)
+    result = call(AE, "train.py", "--resume", first, "--epochs", 5, "--cache-dir", tmp_path / "empty")
+    assert (result.code, len(result.errors)) == (NO_DATA, 1), result.text
+    assert metrics(folder) == before
+    assert [epoch for epoch, _ in ckpt.run_checkpoints(folder)] == [2, 1]
+
+
 def test_auto_resume_with_nothing_to_resume_starts_and_says_so(train, tmp_path):
     result = train("--auto-resume")
     assert result.code == 0, result.text
