@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.args import Args
-from common.ckpt import atomic_write
+from common.ckpt import atomic_write, clear_leftovers
+from common.events import Appended, Events
 from common.run import Run
 
 if TYPE_CHECKING:
@@ -33,12 +34,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 class Record:
-    """The written record of a run. `warn` is told, once, when something cannot be written; training goes on."""
+    """The written record of a run. `warn` is told, once, when something cannot be written; training goes on.
+
+    Lines and events that could not be written follow when it is possible again.
+    """
 
     def __init__(self, run: Run, warn: Callable[[str], None]) -> None:
         self.run, self.warn = run, warn
-        self._writer: Any = None
-        self._purge_step: int | None = None
+        self._metrics = Appended(run.checkpoints / METRICS)
+        self._events: Events | None = None
+        self._purge_step = 0
         self._failed: set[str] = set()
 
     def start(self, args: Args, device: torch.device) -> None:
@@ -76,6 +81,9 @@ class Record:
 
         Replaces the log file: whoever holds it open must open it anew.
         """
+        clear_leftovers(self.run.checkpoints)
+        clear_leftovers(self.run.samples)
+        clear_leftovers(self.run.logdir, self.run.log_file.name)
         state = self.run.state or {"epoch": 1, "global_step": 0, "val_loss": None}
         done = state["epoch"] if state["val_loss"] is not None else state["epoch"] - 1
         # An epoch's own figures stand at its last step: a checkpoint within the epoch does not count them as done.
@@ -91,23 +99,20 @@ class Record:
                 self._try(path.name, lambda: write_text(path, "".join(kept)))
 
     @property
-    def writer(self) -> Any:
-        """The TensorBoard writer, opened when first needed (its import takes longer than a training step)."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.run.tensorboard), purge_step=self._purge_step, flush_secs=30)
-        return self._writer
+    def events(self) -> Events:
+        """TensorBoard's event file, begun when first needed (its imports take longer than a training step)."""
+        if self._events is None:
+            self._events = Events(self.run.tensorboard, self._purge_step)
+        return self._events
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Add TensorBoard scalars at `step` (the global step, for every tag)."""
-        for tag, value in values.items():
-            self._try("TensorBoard", lambda tag=tag, value=value: self.writer.add_scalar(tag, value, step))
+        self.events.scalars(values, step)
+        self.flush()
 
     def epoch(self, row: dict[str, Any], step: int) -> None:
         """Add one epoch's line to metrics.jsonl and its figures to TensorBoard."""
-        line = json.dumps({key: _json_safe(value) for key, value in row.items()}) + "\n"
-        self._try(METRICS, lambda: _append(self.run.checkpoints / METRICS, line))
+        self._metrics.write(json.dumps({key: _json_safe(value) for key, value in row.items()}).encode() + b"\n")
         names = {"train_loss": "loss/train", "val_loss": "loss/validation"}
         skip = ("epoch", "global_step", "timestamp")
         figures = {names.get(k, k): v for k, v in row.items() if k not in skip and isinstance(v, int | float)}
@@ -118,23 +123,20 @@ class Record:
         from common.images import make_image_grid, save_image_grid
 
         self._try("sample grid", lambda: save_image_grid(images, self.run.samples / f"epoch_{epoch:06d}.png"))
-        self._try("TensorBoard", lambda: self.writer.add_image("samples", make_image_grid(images), step))
+        self.events.image("samples", make_image_grid(images), step)
+        self.flush()
 
     def hyperparameters(self, args: Args, metrics: dict[str, float], step: int) -> None:
         """TensorBoard's HPARAMS tab: this run's flags against its final figures."""
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.flags().items()}
-        self._try("TensorBoard", lambda: self.writer.add_hparams(plain, metrics, run_name=".", global_step=step))
+        self.events.hyperparameters(plain, metrics, step)
+        self.flush()
 
     def flush(self) -> None:
-        """Bring TensorBoard's events to the disk."""
-        if self._writer is not None:
-            self._try("TensorBoard", self._writer.flush)
-
-    def close(self) -> None:
-        """Close the TensorBoard writer."""
-        if self._writer is not None:
-            self._try("TensorBoard", self._writer.close)
-            self._writer = None
+        """Bring metrics.jsonl and TensorBoard's events to the disk, with what could not be written before."""
+        self._try(METRICS, self._metrics.flush)
+        if self._events is not None:
+            self._try("TensorBoard", self._events.flush)
 
     def _try(self, what: str, action: Callable[[], object]) -> None:
         try:
@@ -143,11 +145,6 @@ class Record:
             if what not in self._failed:
                 self._failed.add(what)
                 self.warn(f"cannot write {what} ({error}); training goes on")
-
-
-def _append(path: Path, line: str) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(line)
 
 
 def _json_safe(value: Any) -> Any:

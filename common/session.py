@@ -84,7 +84,7 @@ def open_session(
         raise
     finally:
         if record is not None:
-            record.close()
+            record.flush()
         if run is not None:
             run.lock.close()
         close_handlers(log)
