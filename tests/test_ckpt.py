@@ -81,18 +81,6 @@ def test_prune_never_removes_the_newest_and_the_best(options, kept, tmp_path):
     assert [epoch for epoch, _ in ckpt.run_checkpoints(run)] == kept
 
 
-def test_prune_keeps_the_newest_n_and_the_best(tmp_path):
-    for last, every, kept in (
-        (1, 1, [8, 4]),
-        (3, 1, [8, 7, 6, 4]),
-        (2, 3, [8, 6, 4]),
-        (99, 1, [8, 7, 6, 5, 4, 3, 2, 1]),
-    ):
-        run = make_run(tmp_path / f"run-{last}-{every}", range(1, 9))
-        ckpt.prune(run, keep_every=every, keep_last=last, best_epoch=4)
-        assert [epoch for epoch, _ in ckpt.run_checkpoints(run)] == kept
-
-
 def test_a_checkpoint_is_saved_even_if_nothing_can_link_to_it(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

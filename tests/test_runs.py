@@ -49,16 +49,8 @@ def test_a_finished_run_says_so_and_stays_as_it_is(latent_run, copy_of, tiny_lat
     assert runs(outdir) == [folder.name]
 
 
-def test_a_run_that_fails_before_it_trains_leaves_nothing(tmp_path):
-    flags = ("--model", "mlp", "--data", "hub", "--cache-dir", tmp_path / "empty", "--outdir", tmp_path / "out")
-    result = call(AE, "train.py", *flags)
-    assert (result.code, len(result.errors)) == (NO_DATA, 1), result.text
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.parent != tmp_path / "out"]
-
-
 def test_leftovers_of_a_killed_write_go_and_the_config_names_the_real_data(ae_run, copy_of, cache):
     folder = copy_of(ae_run)
-    assert json.loads((folder / "config.json").read_text())["flags"]["data"]["value"] == "embedded"
     outdir = folder.parent.parent
     (outdir / "logs" / ".another.log.ab.tmp").write_bytes(b"of a run that is alive")
     leftovers = [
@@ -301,14 +293,6 @@ def test_early_stopping_counts_epochs_without_a_better_loss(train, tmp_path):
 def test_a_resume_of_what_is_not_there(tmp_path):
     result = call(LATENT, "train.py", "--resume", tmp_path / "nothing.pt")
     assert (result.code, len(result.errors)) == (BAD_CHECKPOINT, 1), result.text
-
-
-def test_keep_ckpts(train, tmp_path):
-    result = train("--epochs", 5, "--keep-ckpts", 2, "--outdir", tmp_path)
-    assert result.code == 0, result.text
-    folder = only_run(tmp_path)
-    best = newest_state(folder)["best"]["epoch"]
-    assert {epoch for epoch, _ in ckpt.run_checkpoints(folder)} == {4, 5, best}
 
 
 def test_wrong_input_leaves_no_empty_run(tmp_path, cache):
