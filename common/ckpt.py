@@ -58,7 +58,9 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except RuntimeError as error:  # how torch reports a failing write
+    except RuntimeError as error:  # how torch reports a failing write, and Ctrl-C during it
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     finally:
         with contextlib.suppress(OSError):
@@ -92,7 +94,8 @@ def link(target: Path, name: str) -> None:
             shutil.copyfile(target, temporary)
         os.replace(temporary, target.parent / name)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint_and_link_latest(folder: str | Path, state: State) -> Path:
@@ -102,9 +105,10 @@ def save_checkpoint_and_link_latest(folder: str | Path, state: State) -> Path:
     """
     path = Path(folder) / NAME.format(epoch=state["epoch"])
     save_checkpoint(path, state)
-    link(path, LATEST)
-    if is_complete(state) and (state.get("best") or {}).get("epoch") == state["epoch"]:
-        link(path, BEST)
+    with contextlib.suppress(OSError):  # saved is saved; the next save links anew
+        link(path, LATEST)
+        if is_complete(state) and (state.get("best") or {}).get("epoch") == state["epoch"]:
+            link(path, BEST)
     return path
 
 
@@ -118,21 +122,24 @@ def prune(folder: str | Path, *, keep_every: int = 1, keep_last: int | None = No
         wanted = epoch % keep_every == 0 and (keep_last is None or kept < keep_last)
         kept += wanted
         if not wanted and epoch != best_epoch:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the next save tries again
+                path.unlink()
 
 
 def set_aside(folder: str | Path, after: int) -> list[Path]:
     """Rename the checkpoints of epochs later than `after`, so that training on from there overwrites nothing.
 
-    Also removes temporary files that a killed save left. Returns the new names.
+    Returns the new names.
     """
-    renamed = []
-    for epoch, path in run_checkpoints(folder):
-        if epoch > after:
-            renamed.append(path.rename(path.with_name(f"{path.name}.aside-{uuid.uuid4().hex[:8]}")))
-    for leftover in Path(folder).glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
-    return renamed
+    later = [path for epoch, path in run_checkpoints(folder) if epoch > after]
+    return [path.rename(path.with_name(f"{path.name}.aside-{uuid.uuid4().hex[:8]}")) for path in later]
+
+
+def clear_leftovers(folder: str | Path, name: str = "*") -> None:
+    """Remove the temporary files that killed writes of `name` left in `folder`."""
+    for leftover in Path(folder).glob(f".{name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
 
 
 def relink(folder: str | Path, state: State) -> None:

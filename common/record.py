@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.args import Args
-from common.ckpt import atomic_write
+from common.ckpt import atomic_write, clear_leftovers
+from common.events import Appended, Events
 from common.run import Run
 
 if TYPE_CHECKING:
@@ -35,17 +35,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 class Record:
-    """The written record of a run. `warn` is told, once, when something cannot be written; training goes on."""
+    """The written record of a run. `warn` is told, once, when something cannot be written; training goes on.
+
+    Lines and events that could not be written follow when it is possible again.
+    """
 
     def __init__(self, run: Run, warn: Callable[[str], None]) -> None:
         self.run, self.warn = run, warn
-        self._writer: Any = None
-        self._purge_step: int | None = None
+        self._metrics = Appended(run.checkpoints / METRICS)
+        self._events: Events | None = None
+        self._purge_step = 0
         self._failed: set[str] = set()
         self._drawn, self._curves_at, self._curves_cost = True, time.monotonic(), 0.08  # seconds, until it is known
 
     def start(self, args: Args, device: torch.device) -> None:
-        """Write config.json; on resume, note what changed."""
+        """Add this start to config.json, and say what changed about the machine."""
         import torch
 
         path = self.run.checkpoints / CONFIG
@@ -75,7 +79,13 @@ class Record:
         self._try("config.json", lambda: write_text(path, json.dumps(content, indent=1, default=str) + "\n"))
 
     def rewind(self) -> None:
-        """Drop what was recorded after the checkpoint that the run resumes from."""
+        """Drop what was recorded after the checkpoint that the run resumes from (in a fresh run: everything).
+
+        Replaces the log file: whoever holds it open must open it anew.
+        """
+        clear_leftovers(self.run.checkpoints)
+        clear_leftovers(self.run.samples)
+        clear_leftovers(self.run.logdir, self.run.log_file.name)
         state = self.run.state or {"epoch": 1, "global_step": 0, "val_loss": None}
         done = state["epoch"] if state["val_loss"] is not None else state["epoch"] - 1
         # An epoch's own figures stand at its last step: a checkpoint within the epoch does not count them as done.
@@ -91,31 +101,20 @@ class Record:
                 self._try(path.name, lambda: write_text(path, "".join(kept)))
 
     @property
-    def writer(self) -> Any:
-        """The TensorBoard writer, opened when first needed (its import takes longer than a training step)."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            threading.excepthook = self._on_thread_error  # it writes in a thread of its own
-            self._writer = SummaryWriter(str(self.run.tensorboard), purge_step=self._purge_step, flush_secs=30)
-        self.run.tensorboard.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
-        return self._writer
-
-    def _on_thread_error(self, failure: threading.ExceptHookArgs) -> None:
-        if isinstance(failure.exc_value, OSError):
-            self._warn_once("TensorBoard", failure.exc_value)
-        else:
-            threading.__excepthook__(failure)
+    def events(self) -> Events:
+        """TensorBoard's event file, begun when first needed (its imports take longer than a training step)."""
+        if self._events is None:
+            self._events = Events(self.run.tensorboard, self._purge_step)
+        return self._events
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Add TensorBoard scalars at `step` (the global step, for every tag)."""
-        for tag, value in values.items():
-            self._try("TensorBoard", lambda tag=tag, value=value: self.writer.add_scalar(tag, value, step))
+        self.events.scalars(values, step)
+        self.flush()
 
     def epoch(self, row: dict[str, Any], step: int) -> None:
         """Add one epoch's line to metrics.jsonl and its figures to TensorBoard."""
-        line = json.dumps({key: _json_safe(value) for key, value in row.items()}) + "\n"
-        self._try(METRICS, lambda: _append(self.run.checkpoints / METRICS, line))
+        self._metrics.write(json.dumps({key: _json_safe(value) for key, value in row.items()}).encode() + b"\n")
         names = {"train_loss": "loss/train", "val_loss": "loss/validation"}
         skip = ("epoch", "global_step", "timestamp")
         figures = {names.get(k, k): v for k, v in row.items() if k not in skip and isinstance(v, int | float)}
@@ -140,43 +139,34 @@ class Record:
         from common.images import make_image_grid, save_image_grid
 
         self._try("sample grid", lambda: save_image_grid(images, self.run.samples / f"epoch_{epoch:06d}.png"))
-        self._try("TensorBoard", lambda: self.writer.add_image("samples", make_image_grid(images), step))
+        self.events.image("samples", make_image_grid(images), step)
+        self.flush()
 
     def hyperparameters(self, args: Args, metrics: dict[str, float], step: int) -> None:
         """TensorBoard's HPARAMS tab: this run's flags against its final figures."""
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.flags().items()}
-        self._try("TensorBoard", lambda: self.writer.add_hparams(plain, metrics, run_name=".", global_step=step))
+        self.events.hyperparameters(plain, metrics, step)
+        self.flush()
 
     def flush(self) -> None:
-        """Bring TensorBoard's events to the disk."""
-        if self._writer is not None:
-            self._try("TensorBoard", lambda: self.writer.flush())
+        """Bring metrics.jsonl and TensorBoard's events to the disk, with what could not be written before."""
+        self._try(METRICS, self._metrics.flush)
+        if self._events is not None:
+            self._try("TensorBoard", self._events.flush)
 
     def close(self) -> None:
-        """Close the TensorBoard writer, and bring curves.png up to date."""
+        """Bring everything to the disk, and curves.png up to date."""
+        self.flush()
         if not self._drawn:
             self._curves(cheaply=False)
-        if self._writer is not None:
-            self._try("TensorBoard", lambda: self.writer.close())
-            self._writer = None
 
     def _try(self, what: str, action: Callable[[], object]) -> None:
         try:
             action()
-        except (OSError, RuntimeError) as error:
-            self._warn_once(what, error)
-            if what == "TensorBoard":
-                self._writer = None  # its thread is dead; the next figure opens a new file
-
-    def _warn_once(self, what: str, error: Exception) -> None:
-        if what not in self._failed:
-            self._failed.add(what)
-            self.warn(f"cannot write {what} ({error}); training goes on")
-
-
-def _append(path: Path, line: str) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(line)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                self.warn(f"cannot write {what} ({error}); training goes on")
 
 
 def _json_safe(value: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import IO, Any
 from common import ckpt
 from common.args import Args
 from common.device import make_output_directories
-from common.error_codes import RUN_LOCKED, STOPPED_EARLY, Exit
+from common.error_codes import BAD_OUTPUT, RUN_LOCKED, STOPPED_EARLY, Exit
 from common.slurm import stop_requested
 
 LOCK_PATIENCE = 20.0  # seconds; a requeued job may overlap its predecessor's end
@@ -53,7 +53,7 @@ class Run:
 
     def discard_if_empty(self) -> None:
         """Leave no trace of a run that failed before it saved anything."""
-        if self.state is None and not any(self.checkpoints.glob("*.pt")):
+        if self.state is None and not any(self.checkpoints.glob("*.pt*")):  # nothing set aside either
             for folder in (self.checkpoints, self.samples, self.tensorboard):
                 shutil.rmtree(folder, ignore_errors=True)
             self.log_file.unlink(missing_ok=True)
@@ -134,9 +134,13 @@ def _take_over(checkpoints: Path, prefix: str) -> tuple[str, IO[str]] | None:
 def _lock(folder: Path, patience: float) -> IO[str]:
     """Hold the run's advisory lock as long as the returned file is open; a dead process holds none.
 
-    lockf's locks are not inherited by forked DataLoader workers. Raises Exit(RUN_LOCKED) when patience runs out.
+    lockf's locks are not inherited by forked DataLoader workers. Raises Exit(RUN_LOCKED) when patience runs out,
+    Exit(BAD_OUTPUT) if the folder cannot be written to.
     """
-    file = open(folder / ".lock", "a+")  # noqa: SIM115 - stays open for as long as the run lives
+    try:
+        file = open(folder / ".lock", "a+")  # noqa: SIM115 - stays open for as long as the run lives
+    except OSError as error:
+        raise Exit(BAD_OUTPUT, f"cannot write to {folder}: {error.strerror or error}") from None
     deadline = time.monotonic() + patience
     while True:
         try:

@@ -71,9 +71,7 @@ def open_session(
         run = open_run(args, name, settle, models, log.warning)
         raise_if_finished(args, run, log)
         record = Record(run, log.warning)
-        record.rewind()  # replaces the log file, so before it is opened
         log = setup_component_logger("train", run.log_file, args.debug)
-        record.warn = log.warning
         yield Session(args, run, record, where, log)
     except Exit as end:
         (log.error if end.code not in (OK, STOPPED_EARLY) else log.info)(str(end))
@@ -164,6 +162,8 @@ class Session:
         self.log.info(f"{parameters:,} parameters, {steps_per_epoch} steps an epoch")
         if self.resumed is not None:
             self._restore(self.resumed)
+        self.record.rewind()  # only now: a start that fails before it could train has cut nothing
+        setup_component_logger("train", self.run.log_file, self.args.debug)
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:

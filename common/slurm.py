@@ -18,7 +18,8 @@ def _on_signal(number: int, _frame: object) -> None:
     # Only a second Ctrl-C means "leave at once": scancel may well deliver SIGTERM twice.
     if number == signal.SIGINT and _received == signal.SIGINT:
         raise KeyboardInterrupt
-    _received = number
+    if _received != signal.SIGINT:
+        _received = number
 
 
 def install_signal_handlers() -> dict[int, object]:

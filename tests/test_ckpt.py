@@ -81,13 +81,22 @@ def test_prune_never_removes_the_newest_and_the_best(options, kept, tmp_path):
     assert [epoch for epoch, _ in ckpt.run_checkpoints(run)] == kept
 
 
-def test_set_aside_renames_later_epochs_and_clears_leftovers(tmp_path):
+def test_a_checkpoint_is_saved_even_if_nothing_can_link_to_it(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    run = make_run(tmp_path / "run", [1])
+    monkeypatch.setattr(os, "symlink", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert ckpt.read_checkpoint(ckpt.save_checkpoint_and_link_latest(run, state_of(2)))["epoch"] == 2
+    assert os.readlink(run / "latest.pt") == "checkpoint_epoch_000001.pt"  # as it was
+
+
+def test_set_aside_renames_later_epochs(tmp_path):
     run = make_run(tmp_path / "run")
-    (run / ".checkpoint_epoch_000004.pt.ab.tmp").write_bytes(b"left by a kill")
     aside = ckpt.set_aside(run, after=1)
     assert [epoch for epoch, _ in ckpt.run_checkpoints(run)] == [1]
     assert sorted(ckpt.read_file(path)["epoch"] for path in aside) == [2, 3]
-    assert not list(run.glob(".*.tmp"))
 
 
 def test_a_trained_checkpoint_holds_what_design_names(ae_run, latent_run):

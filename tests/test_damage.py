@@ -7,10 +7,10 @@ import zipfile
 
 import pytest
 import torch
-from helpers import AE, call, make_run, state_of
+from helpers import AE, LATENT, PIXEL, call, make_run, state_of
 
 from common import ckpt
-from common.error_codes import BAD_CHECKPOINT, Exit
+from common.error_codes import BAD_CHECKPOINT, NO_AE_CHECKPOINT, OK, Exit
 
 
 def flip(path, offset: int) -> None:
@@ -146,3 +146,38 @@ def test_short_model_names_are_understood():
         assert ckpt.infer_model_from_checkpoint(state_of(1, args={"model": recorded})) == model
     with pytest.raises(ckpt.UnreadableCheckpoint, match="gan"):
         ckpt.infer_model_from_checkpoint(state_of(1, args={"model": "gan"}))
+
+
+TOOLS = {
+    "draws pixels": (PIXEL, "infer.py", "--checkpoint", "{ckpt}", "--out", "{out}"),
+    "draws latents": (LATENT, "infer.py", "--ckpt", "{ckpt}", "--output", "{out}"),
+    "decodes with it": (LATENT, "infer.py", "--ckpt", "{good}", "--ae-ckpt", "{ckpt}", "--output", "{out}"),
+    "reconstructs": (AE, "infer.py", "--ckpt", "{ckpt}", "--output", "{out}"),
+    "goes on with pixels": (PIXEL, "train.py", "--resume", "{ckpt}"),
+    "goes on with latents": (LATENT, "train.py", "--resume", "{ckpt}"),
+    "goes on with an autoencoder": (AE, "train.py", "--resume", "{folder}"),
+    "trains on its latents": (LATENT, "train.py", "--ae-ckpt", "{ckpt}", "--outdir", "{out}"),
+    "finds it as an autoencoder": (LATENT, "train.py", "--ae-ckpt-dir", "{tree}", "--outdir", "{out}"),
+    "scores": ("common", "evaluate.py", "--ckpt", "{ckpt}"),
+    "inspects": ("common", "inspect_ckpt.py", "{ckpt}"),
+    "ranks": ("common", "find_best_ckpt.py", "{folder}"),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_hostile_checkpoint_runs_nothing_in_any_tool(tool, latent_run, tmp_path):
+    touched = tmp_path / "touched"
+    pickle.loads(pickle.dumps(Hostile(touched)))  # it would
+    assert touched.exists()
+    touched.unlink()
+    folder, script, *args = TOOLS[tool]
+    runs = make_run(tmp_path / "ae-mlp-x", [1])
+    path = runs / "checkpoint_epoch_000001.pt"
+    for kind in ("hostile", "hostile pickle", "hostile legacy"):
+        damage(kind, path, tmp_path)
+        places = {"ckpt": path, "folder": runs, "tree": tmp_path, "good": latent_run, "out": tmp_path / "out"}
+        result = call(folder, script, *(arg.format(**places) for arg in args))
+        only_looks = tool in ("inspects", "ranks")  # without unpickling anything
+        assert result.code in (BAD_CHECKPOINT, NO_AE_CHECKPOINT, *([OK] if only_looks else [])), result.text
+        assert "Traceback" not in result.text
+    assert not touched.exists()

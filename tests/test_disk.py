@@ -1,5 +1,6 @@
 """A disk that fills up, for real: a small tmpfs (root only; skipped where mounting is not permitted)."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -7,11 +8,25 @@ import sys
 import time
 
 import pytest
-from helpers import LATENT, REPO, assert_same_training, call, environment, finish, newest_state, only_run, run, start
+from helpers import (
+    AE,
+    LATENT,
+    REPO,
+    assert_same_training,
+    call,
+    environment,
+    finish,
+    newest_state,
+    only_run,
+    run,
+    scalars,
+    start,
+)
 
 from common import ckpt
 from common.ckpt import run_checkpoints
 from common.error_codes import SAVE_FAILED
+from common.session import Session
 
 
 @pytest.fixture
@@ -67,6 +82,50 @@ def test_training_on_a_disk_that_fills_up_goes_on_later(disk, latent_run, tiny_l
     result = call(LATENT, "train.py", *flags)
     assert result.code == 0, result.text
     assert_same_training(folder, latent_run)
+
+
+def fill(folder):
+    """Write a file until not a byte is left."""
+    with open(folder / "filler", "wb", buffering=0) as file:
+        for size in (65536, 1):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
+
+
+def over(folder, options: str) -> None:
+    """Mount the folder over itself, e.g. read-only: files that are open stay writable, as the run's log."""
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "-o", f"remount,bind,{options}", folder], check=True)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_a_fault_that_passes_costs_nothing(fault, disk, tiny, tmp_path, monkeypatch):
+    """From the end of epoch 2 to the end of epoch 4 nothing can be written."""
+    flags = ("--model", "mlp", "--epochs", 5, *tiny, "--batch-size", 8, "--generate-images")  # 51 steps an epoch
+    assert call(AE, "train.py", *flags, "--outdir", tmp_path / "reference").code == 0
+    outdir, end_epoch = disk("100m"), Session.end_epoch
+    begin = {"full": lambda: fill(outdir), "read-only": lambda: over(outdir, "ro")}[fault]
+    end = {"full": (outdir / "filler").unlink, "read-only": lambda: subprocess.run(["umount", "-l", outdir])}[fault]
+
+    def troubled(session, *args):
+        if session.epoch == 2:
+            begin()
+        if session.epoch == 4:
+            assert newest_state(session.run.checkpoints)["epoch"] == 1  # still whole
+            end()
+        end_epoch(session, *args)
+
+    monkeypatch.setattr(Session, "end_epoch", troubled)
+    result = call(AE, "train.py", *flags, "--outdir", outdir)
+    assert result.code == 0, result.text
+    assert result.text.count("cannot save a checkpoint") == 2
+    assert "Traceback" not in result.text
+    folder = only_run(outdir)
+    assert not list(outdir.rglob(".*.tmp"))
+    assert_same_training(folder, only_run(tmp_path / "reference"))
+    assert scalars(folder) == scalars(only_run(tmp_path / "reference"))
 
 
 def until(condition, process, patience=60.0):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -10,6 +11,7 @@ import torch
 from helpers import (
     AE,
     LATENT,
+    PIXEL,
     assert_same_training,
     call,
     finish,
@@ -21,8 +23,8 @@ from helpers import (
     start,
 )
 
-from common import ckpt
-from common.error_codes import STOPPED_EARLY
+from common import ckpt, classifier
+from common.error_codes import INTERRUPTED, STOPPED_EARLY
 from common.session import Session
 
 EPOCHS = 5
@@ -33,32 +35,44 @@ STEPS = 26  # an epoch: 405 threes in batches of 16
 def flags(tiny, ae_run):
     """flags(folder) -> flags of a run of EPOCHS epochs of STEPS steps, under a learning rate that moves."""
     common = (*tiny, "--batch-size", 16, "--epochs", EPOCHS, "--lr-scheduler", "cosine")
-    own = {AE: ("--model", "mlp"), LATENT: ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16)}
+    own = {
+        AE: ("--model", "mlp"),
+        LATENT: ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16),
+        PIXEL: ("--base-ch", 8, "--T", 20, "--samples-per-epoch", 4),
+    }
     return lambda folder, *more: (*own[folder], *common, *more)
 
 
 @pytest.fixture(scope="module")
 def references(flags, tmp_path_factory):
     """The uninterrupted runs, by experiment folder."""
-    outdirs = {folder: tmp_path_factory.mktemp(f"reference-{folder}") for folder in (AE, LATENT)}
+    outdirs = {folder: tmp_path_factory.mktemp(f"reference-{folder}") for folder in (AE, LATENT, PIXEL)}
     for folder, outdir in outdirs.items():
         result = call(folder, "train.py", *flags(folder, "--outdir", outdir))
         assert result.code == 0, result.text
     return {folder: only_run(outdir) for folder, outdir in outdirs.items()}
 
 
-def send_at(monkeypatch, method: str, when: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """This process gets a signal right after the `when`-th call of a Session method."""
-    original, calls = getattr(Session, method), []
+def send_at(monkeypatch, name: str, when: int, *numbers: signal.Signals, owner=Session, after: bool = True) -> list:
+    """This process gets signals (SIGTERM) right after, or before, the `when`-th call of a method; returns the calls."""
+    original, calls = getattr(owner, name), []
 
-    def counted(self, *args, **kwargs):
-        result = original(self, *args, **kwargs)
-        calls.append(1)
+    def send():
         if len(calls) == when:
-            os.kill(os.getpid(), number)
+            for number in numbers or [signal.SIGTERM]:
+                os.kill(os.getpid(), number)
+
+    def counted(*args, **kwargs):
+        calls.append(name)
+        if not after:
+            send()
+        result = original(*args, **kwargs)
+        if after:
+            send()
         return result
 
-    monkeypatch.setattr(Session, method, counted)
+    monkeypatch.setattr(owner, name, counted)
+    return calls
 
 
 def log_of(folder):
@@ -115,17 +129,112 @@ def test_stopped_and_resumed(moment, flags, references, tmp_path, monkeypatch):
     assert_same_record(only_run(tmp_path), references[LATENT])
 
 
-def test_stopped_while_a_preview_is_drawn(flags, references, tmp_path, monkeypatch):
-    given = flags(LATENT, "--outdir", tmp_path, "--generate-images")
+IN_A_ROW = [
+    ("attach", 1),  # before anything is learned
+    ("step", 1),  # the first step
+    ("step", STEPS - 2),
+    ("step", 1),  # the last step of the first epoch
+    ("end_epoch", 1),
+    ("step", 4),
+    ("validate", 1),
+    ("step", STEPS),
+]
+
+
+@pytest.mark.parametrize("folder", [AE, PIXEL])
+def test_stopped_many_times_in_a_row(folder, flags, references, tmp_path, monkeypatch):
+    """Resumed by --auto-resume and by --resume in turn."""
+    given = flags(folder, "--outdir", tmp_path)
+    for turn, moment in enumerate([*IN_A_ROW, None]):
+        resume = ("--resume", only_run(tmp_path) / "latest.pt") if turn % 2 else ("--auto-resume",)
+        with monkeypatch.context() as patch:
+            if moment:
+                send_at(patch, *moment)
+            result = call(folder, "train.py", *given, *resume)
+        assert result.code == (STOPPED_EARLY if moment else 0), f"{moment}: {result.text}"
+    assert_same_training(only_run(tmp_path), references[folder])
+    assert_same_record(only_run(tmp_path), references[folder])
+
+
+@pytest.mark.parametrize("folder", [AE, LATENT, PIXEL])
+def test_stopped_while_validating(folder, flags, references, tmp_path, monkeypatch):
+    given = flags(folder, "--outdir", tmp_path, "--auto-resume")
+    with monkeypatch.context() as patch:
+        send_at(patch, "validate", 2, after=False)
+        assert call(folder, "train.py", *given).code == STOPPED_EARLY
+    state = newest_state(only_run(tmp_path))
+    assert (state["epoch"], state["batch"], state["val_loss"]) == (2, STEPS, None)
+    assert call(folder, "train.py", *given).code == 0
+    assert_same_training(only_run(tmp_path), references[folder])
+    assert_same_record(only_run(tmp_path), references[folder])
+
+
+def test_stopped_while_the_classifier_is_trained(flags, cache, tmp_path, monkeypatch):
+    own_cache = tmp_path / "cache" / "decoded"
+    own_cache.mkdir(parents=True)
+    for path in (cache / "decoded").glob("embedded-*"):
+        shutil.copy(path, own_cache)
+    given = flags(AE, "--outdir", tmp_path, "--eval-every", 1, "--cache-dir", own_cache.parent)
+    calls = send_at(monkeypatch, "random_affine", 3, owner=classifier)
+    stopped = call(AE, "train.py", *given)
+    assert stopped.code == STOPPED_EARLY, stopped.text
+    assert len(calls) == 3  # at once
+    state = newest_state(only_run(tmp_path))
+    assert (state["epoch"], state["batch"], state["val_loss"]) == (1, STEPS, None)
+
+
+class Interrupting:
+    """A file in the middle of whose writing Ctrl-C is pressed twice."""
+
+    def __init__(self, file):
+        self.file, self.writes = file, 0
+
+    def write(self, data):
+        self.writes += 1
+        if self.writes == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+@pytest.mark.parametrize("where", ["in a step", "in a save", "before a rename"])
+def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing_saved(where, flags, references, tmp_path, monkeypatch):
+    given = flags(AE, "--outdir", tmp_path, "--auto-resume")
+    twice = (signal.SIGINT, signal.SIGINT)
+    with monkeypatch.context() as patch:
+        if where == "in a step":
+            send_at(patch, "step", STEPS + 5, *twice, after=False)
+        elif where == "in a save":
+            files = iter([lambda file: file, Interrupting])  # the first save is left in peace
+            patch.setattr(torch, "save", lambda state, file, save=torch.save: save(state, next(files)(file)))
+        else:
+            send_at(patch, "replace", 5, *twice, owner=ckpt.os, after=False)
+        left = call(AE, "train.py", *given)
+    assert left.code == INTERRUPTED, left.text
+    assert "what was saved is safe" in left.text
+    folder = only_run(tmp_path)
+    assert newest_state(folder)["epoch"] == 1
+    assert not list(folder.glob(".*.tmp"))
+    assert call(AE, "train.py", *given).code == 0
+    assert_same_training(folder, references[AE])
+    assert_same_record(folder, references[AE])
+
+
+@pytest.mark.parametrize("folder", [LATENT, PIXEL])
+def test_stopped_while_a_preview_is_drawn(folder, flags, references, tmp_path, monkeypatch):
+    given = flags(folder, "--outdir", tmp_path, "--generate-images")
     with monkeypatch.context() as patch:
         send_at(patch, "validate", 2)
-        stopped = call(LATENT, "train.py", *given)
+        stopped = call(folder, "train.py", *given)
     assert stopped.code == STOPPED_EARLY, stopped.text
-    folder = only_run(tmp_path)
-    assert not ckpt.is_complete(newest_state(folder))
-    assert call(LATENT, "train.py", "--resume", folder, *given[4:]).code == 0
-    assert_same_training(folder, references[LATENT])
-    pictures = sorted(path.name for path in (tmp_path / "samples" / folder.name).iterdir())
+    kept = only_run(tmp_path)
+    assert not ckpt.is_complete(newest_state(kept))
+    assert call(folder, "train.py", "--resume", kept, *given).code == 0
+    assert_same_training(kept, references[folder])
+    pictures = sorted(path.name for path in (tmp_path / "samples" / kept.name).iterdir())
     assert pictures == [f"epoch_{epoch:06d}.png" for epoch in range(1, EPOCHS + 1)]
 
 

@@ -8,6 +8,7 @@ import pytest
 from helpers import (
     AE,
     LATENT,
+    PIXEL,
     assert_same_training,
     call,
     inside,
@@ -18,7 +19,7 @@ from helpers import (
 )
 
 from common import ckpt
-from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, NO_DATA, run_main
+from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, run_main
 
 
 @pytest.fixture
@@ -46,6 +47,53 @@ def test_a_finished_run_says_so_and_stays_as_it_is(latent_run, copy_of, tiny_lat
         assert "already finished" in result.text
     assert {path: path.read_bytes() for path in folder.glob("*.pt")} == before
     assert runs(outdir) == [folder.name]
+
+
+def test_leftovers_of_a_killed_write_go_and_the_config_names_the_real_data(ae_run, copy_of, cache):
+    folder = copy_of(ae_run)
+    outdir = folder.parent.parent
+    (outdir / "logs" / ".another.log.ab.tmp").write_bytes(b"of a run that is alive")
+    leftovers = [
+        folder / ".checkpoint_epoch_000003.pt.ab.tmp",
+        outdir / "samples" / folder.name / ".epoch_000002.png.ab.tmp",
+        outdir / "logs" / f".{folder.name}.log.ab.tmp",
+    ]
+    for path in leftovers:
+        path.write_bytes(b"half")
+    result = call(AE, "train.py", "--resume", folder, "--epochs", 3, "--data", "auto", "--cache-dir", cache)
+    assert result.code == 0, result.text
+    assert [path.name for path in outdir.rglob(".*.tmp")] == [".another.log.ab.tmp"]
+    assert json.loads((folder / "config.json").read_text())["flags"]["data"]["value"] == "embedded"
+
+
+def test_a_run_folder_that_cannot_be_written_to(ae_run, copy_of, cache):
+    folder = copy_of(ae_run)
+    (folder / ".lock").unlink()
+    (folder / ".lock").mkdir()  # what root cannot write to either
+    result = call(AE, "train.py", "--resume", folder, "--epochs", 3, "--cache-dir", cache)
+    assert (result.code, len(result.errors)) == (BAD_OUTPUT, 1), result.text
+
+
+@pytest.mark.parametrize("folder", [AE, PIXEL])
+def test_more_epochs_are_the_same_as_if_asked_for_at_once(folder, tiny, tmp_path):
+    flags = ({AE: ("--model", "conv"), PIXEL: ("--base-ch", 8, "--T", 20)}[folder]) + tiny
+    for name, epochs in (("extended", (1, 3)), ("at-once", (3,))):
+        for count in epochs:
+            result = call(folder, "train.py", *flags, "--epochs", count, "--outdir", tmp_path / name, "--auto-resume")
+            assert result.code == 0, result.text
+    assert_same_training(only_run(tmp_path / "extended"), only_run(tmp_path / "at-once"))
+
+
+def test_keep_ckpts(train, tmp_path):
+    """Also across a resume, which remembers it."""
+    assert train("--epochs", 4, "--keep-ckpts", 2, "--ckpt-every-sec", 0.01).code == 0
+    folder = only_run(tmp_path / "out")
+    for newest in (4, 5):
+        best = newest_state(folder)["best"]["epoch"]
+        kept = {epoch for epoch, _ in ckpt.run_checkpoints(folder)}
+        assert kept == {newest, newest - 1, best}
+        assert (folder / "best.pt").resolve().name == f"checkpoint_epoch_{best:06d}.pt"
+        assert train("--epochs", 5, "--auto-resume").code == 0
 
 
 def test_more_epochs_extend_a_finished_run(train, tmp_path, latent_run, cache, copy_of):
@@ -95,6 +143,19 @@ def test_a_finished_run_keeps_its_record_when_an_older_epoch_is_resumed_for_noth
     result = call(AE, "train.py", "--resume", first, "--epochs", 1, "--cache-dir", cache)
     assert result.code == 0, result.text
     assert "already finished" in result.text
+    assert metrics(folder) == before
+    assert [epoch for epoch, _ in ckpt.run_checkpoints(folder)] == [2, 1]
+
+
+def test_a_resume_that_fails_before_it_trains_cuts_nothing(ae_run, copy_of, tmp_path):
+    folder = copy_of(ae_run)
+    first = folder / "checkpoint_epoch_000001.pt"
+    state = ckpt.read_checkpoint(first)
+    state["args"]["data"] = "hub"
+    ckpt.save_checkpoint(first, state)
+    before = metrics(folder)
+    result = call(AE, "train.py", "--resume", first, "--epochs", 5, "--cache-dir", tmp_path / "empty")
+    assert (result.code, len(result.errors)) == (NO_DATA, 1), result.text
     assert metrics(folder) == before
     assert [epoch for epoch, _ in ckpt.run_checkpoints(folder)] == [2, 1]
 
@@ -218,25 +279,20 @@ def test_a_path_relative_to_the_run_folder_means_that_run(latent_run, copy_of, c
 
 
 def test_early_stopping_counts_epochs_without_a_better_loss(train, tmp_path):
-    flags = ("--epochs", 50, "--lr", 1e-30, "--early-stopping-patience", 2)
+    """Across a resume as in one go: of an untrainable net the first epoch stays the best."""
+    flags = ("--epochs", 50, "--lr", 1e-30, "--early-stopping-patience", 2, "--auto-resume")
+    assert train(*flags, "--epochs", 2).code == 0
     result = train(*flags)
     assert result.code == 0, result.text
     assert "early stopping" in result.text
-    assert newest_state(only_run(tmp_path / "out"))["epoch"] == 3
-    assert "already finished" in train(*flags, "--auto-resume").text
+    state = newest_state(only_run(tmp_path / "out"))
+    assert (state["epoch"], state["best"]["epoch"]) == (3, 1)
+    assert "already finished" in train(*flags).text
 
 
 def test_a_resume_of_what_is_not_there(tmp_path):
     result = call(LATENT, "train.py", "--resume", tmp_path / "nothing.pt")
     assert (result.code, len(result.errors)) == (BAD_CHECKPOINT, 1), result.text
-
-
-def test_keep_ckpts(train, tmp_path):
-    result = train("--epochs", 5, "--keep-ckpts", 2, "--outdir", tmp_path)
-    assert result.code == 0, result.text
-    folder = only_run(tmp_path)
-    best = newest_state(folder)["best"]["epoch"]
-    assert {epoch for epoch, _ in ckpt.run_checkpoints(folder)} == {4, 5, best}
 
 
 def test_wrong_input_leaves_no_empty_run(tmp_path, cache):

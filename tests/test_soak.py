@@ -6,6 +6,7 @@
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -64,7 +65,7 @@ def flags_of(folder, tiny, ae_run, epochs):
 
 @pytest.mark.parametrize("folder", [AE, LATENT, PIXEL])
 def test_soak(folder, tiny, ae_run, tmp_path, pytestconfig):
-    """SIGKILL at random instants of a real run, from its first save on; each start continues the one before."""
+    """SIGKILL at random instants of a real run: around its restoring, or after it saved; each start goes on."""
     kills = pytestconfig.getoption("--kills")
     given = flags_of(folder, tiny, ae_run, epochs=2 + 2 * kills)
     reference = call(folder, "train.py", *given, "--outdir", tmp_path / "untouched")
@@ -74,10 +75,10 @@ def test_soak(folder, tiny, ae_run, tmp_path, pytestconfig):
     rng, done = random.Random(seed), 0
     while done < kills:
         process = start(folder, "train.py", *given)
-        newest = max(stamps(tmp_path), default=0)
-        deadline = time.monotonic() + 120
-        while max(stamps(tmp_path), default=0) == newest and process.poll() is None:
-            assert time.monotonic() < deadline, f"no checkpoint after {done} kills (seed {seed})"
+        sign = rng.choice(["config.json", "checkpoint_*.pt"])
+        before, deadline = newest(tmp_path, sign), time.monotonic() + 120
+        while newest(tmp_path, sign) == before and process.poll() is None:
+            assert time.monotonic() < deadline, f"no new {sign} after {done} kills (seed {seed})"
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.25))
         process.kill()
@@ -92,18 +93,21 @@ def test_soak(folder, tiny, ae_run, tmp_path, pytestconfig):
     assert result.code == 0, f"seed {seed}: {result.text}"
     untouched, killed = only_run(tmp_path / "untouched"), only_run(tmp_path / "killed")
     assert_same_training(killed, untouched)
+    log = (tmp_path / "killed" / "logs" / f"{killed.name}.log").read_text()
+    lines = re.findall(r" epoch +(\d+)/\d+ +train_loss", log)
+    assert lines == [str(epoch + 1) for epoch in range(2 + 2 * kills)], f"seed {seed}"
     assert scalars(killed) == scalars(untouched), f"seed {seed}"
     assert [epoch for epoch, _ in ckpt.run_checkpoints(killed)] == list(range(2 + 2 * kills, 0, -1))
-    assert not [path for path in killed.iterdir() if path.suffix == ".tmp" or "aside" in path.name]
+    assert not [path for path in killed.parent.parent.rglob("*") if path.suffix == ".tmp" or "aside" in path.name]
 
 
-def stamps(folder):
-    """Modification times of the checkpoints below a folder."""
-    found = []
-    for path in folder.glob("killed/checkpoints/*/checkpoint_*.pt"):
+def newest(folder, pattern):
+    """The latest modification time of the killed run's files of that name; 0 if there are none."""
+    found = [0]
+    for path in folder.glob(f"killed/checkpoints/*/{pattern}"):
         with contextlib.suppress(FileNotFoundError):
             found.append(path.stat().st_mtime_ns)
-    return found
+    return max(found)
 
 
 @pytest.mark.parametrize(("when", "at"), [("fsync", 5), ("replace", 3), ("replace", 8)])
@@ -114,10 +118,11 @@ def test_killed_in_the_middle_of_a_save(when, at, tiny, ae_run, latent_run, tmp_
     command = [sys.executable, "-c", KILL_IN_SAVE, when, str(at), *map(str, given)]
     process = subprocess.run(command, cwd=REPO / LATENT, env=environment(), capture_output=True, text=True, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stdout + process.stderr
-    result = run(LATENT, "train.py", *given)
+    result = call(LATENT, "train.py", *given)
     assert result.code == 0, result.text
     assert "resumed from" in result.text
     assert_same_training(only_run(tmp_path), latent_run)
+    assert not list(tmp_path.rglob(".*.tmp"))
 
 
 def test_ten_array_tasks_share_a_folder_are_killed_and_resumed_together(cache, tmp_path):
