@@ -48,11 +48,11 @@ def encode_digits(autoencoder: Any, digits: HF_MNIST, count: int, seed: int, dev
     return latents.numpy(), labels.numpy(), images
 
 
-def tsne_map(latents: Any, perplexity: float = 30.0, seed: int = 42) -> Any:
-    """(N, D) latents -> (N, 2) map (van der Maaten & Hinton 2008), the same for the same seed."""
+def tsne_map(latents: Any, perplexity: float = 30.0) -> Any:
+    """(N, D) latents -> (N, 2) map (van der Maaten & Hinton 2008), begun from the principal components."""
     from sklearn.manifold import TSNE
 
-    return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(latents)
+    return TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(latents)
 
 
 def cluster_metrics(latents: Any, labels: Any) -> dict[str, float]:
@@ -150,7 +150,7 @@ def parse_args(argv: list[str] | None = None) -> Any:
     add("--output", default="tsne", help="a folder for the pictures, or a .png for the map, the rest beside (tsne)")
     add("--n-samples", type=number(int, 50), default=5000, metavar="N", help="test digits, at least 50 (default: 5000)")
     add("--perplexity", type=number(float, above=0), default=30.0, help="t-SNE's neighbourhood size (default: 30)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="which digits, and t-SNE's start (default: 42)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="which of the test digits (default: 42)")
     add_device_argument(parser)
     add_data_arguments(parser)
     return parser.parse_args(argv)
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         raise Exit(NO_DATA, f"this autoencoder knows only {labels[0]}s: there are no classes to tell apart")
 
     with progress(f"t-SNE of {len(latents):,} latents, {latents.shape[1]} dimensions"):
-        points = tsne_map(latents, args.perplexity, args.seed)
+        points = tsne_map(latents, args.perplexity)
     metrics = cluster_metrics(latents, labels)
     title = f"{data['exp_name']}, epoch {data['epoch']}"
     for name, figure in ((MAP, plot_map(points, labels, title)), (BY_DIGIT, plot_by_digit(points, labels, title))):
