@@ -68,6 +68,11 @@ def timestep_distribution(schedules: Schedules, mean: float = -0.5, deviation: f
     return (share / share.sum()).cumsum(0)
 
 
+def uniform_timesteps(schedules: Schedules) -> torch.Tensor:
+    """(T,) float64, as `timestep_distribution`, where every timestep is as likely (Ho et al. 2020, algorithm 1)."""
+    return torch.arange(1, schedules.T + 1, dtype=torch.float64) / schedules.T
+
+
 def draw_timesteps(count: int, distribution: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """(count,) int64 in [0, T) from a `timestep_distribution`, stratified so that a batch covers it evenly.
 

@@ -39,7 +39,7 @@ def experiment_name(args: Args) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with open_session(args, experiment_name, models=("ddpm",)) as session:
-        from common.diffusion import epsilon_loss, timestep_distribution
+        from common.diffusion import epsilon_loss, uniform_timesteps
         from model import Denoiser, generate_images, precompute_schedules
 
         # Data
@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> None:
         # Model
         schedules = precompute_schedules(args.T, args.beta_start, args.beta_end, session.device)
         net = Denoiser(args.base_ch, schedules=schedules)
-        session.attach(net, steps_per_epoch=len(train), warmup=100, ema=0.9995, weight_decay=0.0)
+        session.attach(net, steps_per_epoch=len(train), warmup=100, ema=0.999, weight_decay=0.0)
 
-        timesteps = timestep_distribution(schedules)
+        timesteps = uniform_timesteps(schedules)
 
         def loss_of(net, batch, rng):
             images, labels = batch

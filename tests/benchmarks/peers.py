@@ -20,7 +20,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.diffusion import Schedules, draw_timesteps, q_sample  # noqa: E402
+from common.diffusion import Schedules, draw_timesteps, q_sample, uniform_timesteps  # noqa: E402
 from common.time_embedding import TimeMLP  # noqa: E402
 
 
@@ -176,7 +176,6 @@ def plain_loss(
     net: nn.Module, x0: torch.Tensor, labels: torch.Tensor, schedules: Schedules, rng: torch.Generator
 ) -> torch.Tensor:
     """The noise's squared error at uniform timesteps; a tenth of the labels is dropped."""
-    uniform = torch.arange(1, schedules.T + 1, dtype=torch.float64) / schedules.T
-    t, epsilon = draw_timesteps(len(x0), uniform, rng), torch.randn(x0.shape, generator=rng)
+    t, epsilon = draw_timesteps(len(x0), uniform_timesteps(schedules), rng), torch.randn(x0.shape, generator=rng)
     labels = labels.masked_fill(torch.rand(len(x0), generator=rng) < 0.1, net.null_label)
     return F.mse_loss(net(q_sample(x0, t, epsilon, schedules), t, labels), epsilon)

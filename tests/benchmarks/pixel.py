@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.classifier import load_classifier
 from common.data import HF_MNIST, split_train_val
-from common.diffusion import draw, epsilon_loss, precompute_schedules, timestep_distribution
+from common.diffusion import draw, epsilon_loss, precompute_schedules, uniform_timesteps
 from common.evaluate import score
 from common.learner import Learner
 from common.modules import module_of
@@ -48,10 +48,10 @@ class Trained:
         self.name, self.rate, self.steps, self.seconds, self.losses = name, rate, 0, 0.0, []
         self.images, self.labels = digits[torch.arange(len(digits))]
         self.schedules = precompute_schedules()
-        self.timesteps = timestep_distribution(self.schedules)
+        self.timesteps = uniform_timesteps(self.schedules)
         torch.manual_seed(0)
         warm_up = lambda step: rate * min(1.0, (step + 1) / 101)  # noqa: E731
-        options = {"grad_clip": 1.0, "ema": 0.9995, "weight_decay": 0.0}
+        options = {"grad_clip": 1.0, "ema": 0.999, "weight_decay": 0.0}
         self.learner = Learner(NETWORKS[name](), torch.device("cpu"), lr_at=warm_up, **options)
 
     def advance(self, seconds: float) -> None:
