@@ -80,7 +80,7 @@ class Denoiser(nn.Module):
     denoiser it mixes the network's output v and x_t to epsilon (v-prediction, Salimans & Ho 2022, appendix D).
     """
 
-    def __init__(self, base_ch: int = 32, num_classes: int = 10, schedules: Schedules | None = None) -> None:
+    def __init__(self, base_ch: int = 24, num_classes: int = 10, schedules: Schedules | None = None) -> None:
         super().__init__()
         self.null_label = num_classes
         schedules = schedules or precompute_schedules()
@@ -98,6 +98,7 @@ class Denoiser(nn.Module):
         self.leave = ResBlock(2 * few, few)
         self.norm = nn.GroupNorm(8, few)
         self.head = nn.Sequential(nn.SiLU(), _conv(few, 4, std=0), nn.PixelShuffle(2))
+        self.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """x (B, 1, 28, 28), t (B,) in [0, T), labels (B,) -> epsilon (B, 1, 28, 28)."""

@@ -27,7 +27,7 @@ import torch
 
 from common.device import set_threads
 
-PARTS = ("speed", "tools", "quality", "pixel")
+PARTS = ("speed", "tools", "pixel", "quality")
 
 
 def main() -> None:
@@ -45,19 +45,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         measure.run(".", "-m", "common.data", *cache, "--data", "hub")  # warm the decoded cache
-        if "speed" in args.only:
-            speed.main_job(figures, out, cache, args.full)
-        if "tools" in args.only:
-            speed.tools(figures, out, args.full)
-        if "quality" in args.only:
-            quality.everything(figures, out, cache, args.full)
-        if "pixel" in args.only:
-            seconds = args.pixel_seconds or (600.0 if args.full else 12.0)
-            pixel.everything(figures, Path(cache[1]), seconds, 3 * seconds if args.full else None)
+        seconds = args.pixel_seconds or (600.0 if args.full else 12.0)
+        parts = {
+            "speed": lambda: speed.main_job(figures, out, cache, args.full),
+            "tools": lambda: speed.tools(figures, out, args.full),
+            "pixel": lambda: pixel.everything(figures, Path(cache[1]), seconds, 3 * seconds if args.full else None),
+            "quality": lambda: quality.everything(figures, out, cache, args.full),
+        }
+        for name in args.only:
+            parts[name]()
+            if args.json:  # after each part: an hour of measuring should not be lost
+                figures.write(args.json, processor=_processor(), threads=threads, torch=str(torch.__version__))
     print(f"{_processor()}, {threads} threads, torch {torch.__version__}")
     figures.print()
-    if args.json:
-        figures.write(args.json, processor=_processor(), threads=threads, torch=str(torch.__version__))
 
 
 def _processor() -> str:
