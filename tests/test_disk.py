@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -103,7 +104,7 @@ def over(folder, options: str) -> None:
 @pytest.mark.parametrize("fault", ["full", "read-only"])
 def test_a_fault_that_passes_costs_nothing(fault, disk, tiny, tmp_path, monkeypatch):
     """From the end of epoch 2 to the end of epoch 4 nothing can be written."""
-    flags = ("--model", "mlp", "--epochs", 5, *tiny, "--batch-size", 8, "--generate-images")  # 51 steps an epoch
+    flags = ("--model", "mlp", "--epochs", 5, *tiny, "--batch-size", 8, "--generate-images", "--keep-ckpts", 1)
     assert call(AE, "train.py", *flags, "--outdir", tmp_path / "reference").code == 0
     outdir, end_epoch = disk("100m"), Session.end_epoch
     begin = {"full": lambda: fill(outdir), "read-only": lambda: over(outdir, "ro")}[fault]
@@ -126,6 +127,27 @@ def test_a_fault_that_passes_costs_nothing(fault, disk, tiny, tmp_path, monkeypa
     assert not list(outdir.rglob(".*.tmp"))
     assert_same_training(folder, only_run(tmp_path / "reference"))
     assert scalars(folder) == scalars(only_run(tmp_path / "reference"))
+
+
+def test_a_stop_that_cannot_save_says_so(disk, latent_run, tiny_latent, monkeypatch):
+    outdir, step = disk("100m"), Session.step
+
+    def troubled(session, *args):
+        step(session, *args)
+        if session.global_step == 10:
+            over(outdir, "ro")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    flags = (*tiny_latent, "--epochs", 2, "--outdir", outdir, "--auto-resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "step", troubled)
+        result = call(LATENT, "train.py", *flags)
+    subprocess.run(["umount", "-l", outdir], check=True)
+    assert (result.code, len(result.errors)) == (SAVE_FAILED, 1), result.text
+    state = newest_state(only_run(outdir))
+    assert (state["epoch"], ckpt.is_complete(state)) == (1, True)
+    assert call(LATENT, "train.py", *flags).code == 0
+    assert_same_training(only_run(outdir), latent_run)
 
 
 def until(condition, process, patience=60.0):

@@ -143,14 +143,16 @@ IN_A_ROW = [
 
 @pytest.mark.parametrize("folder", [AE, PIXEL])
 def test_stopped_many_times_in_a_row(folder, flags, references, tmp_path, monkeypatch):
-    """Resumed by --auto-resume and by --resume in turn."""
+    """Resumed by --auto-resume and by --resume in turn, each time with other flags that must not matter."""
     given = flags(folder, "--outdir", tmp_path)
     for turn, moment in enumerate([*IN_A_ROW, None]):
         resume = ("--resume", only_run(tmp_path) / "latest.pt") if turn % 2 else ("--auto-resume",)
+        often = ("--ckpt-every-sec", 0.01, "--num-workers", 2, "--generate-images")
+        seldom = ("--ckpt-every-sec", 300, "--num-workers", 0, "--no-generate-images")
         with monkeypatch.context() as patch:
             if moment:
                 send_at(patch, *moment)
-            result = call(folder, "train.py", *given, *resume)
+            result = call(folder, "train.py", *given, *resume, *(often if turn in (0, 3, 6) else seldom))
         assert result.code == (STOPPED_EARLY if moment else 0), f"{moment}: {result.text}"
     assert_same_training(only_run(tmp_path), references[folder])
     assert_same_record(only_run(tmp_path), references[folder])
