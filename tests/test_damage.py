@@ -149,10 +149,10 @@ def test_short_model_names_are_understood():
 
 
 TOOLS = {
-    "draws pixels": (PIXEL, "infer.py", "--checkpoint", "{ckpt}", "--out", "{out}"),
-    "draws latents": (LATENT, "infer.py", "--ckpt", "{ckpt}", "--output", "{out}"),
-    "decodes with it": (LATENT, "infer.py", "--ckpt", "{good}", "--ae-ckpt", "{ckpt}", "--output", "{out}"),
-    "reconstructs": (AE, "infer.py", "--ckpt", "{ckpt}", "--output", "{out}"),
+    "draws pixels": (PIXEL, "infer.py", "--checkpoint", "{ckpt}", "--out", "{picture}"),
+    "draws latents": (LATENT, "infer.py", "--ckpt", "{ckpt}", "--output", "{picture}"),
+    "decodes with it": (LATENT, "infer.py", "--ckpt", "{good}", "--ae-ckpt", "{ckpt}", "--output", "{picture}"),
+    "reconstructs": (AE, "infer.py", "--ckpt", "{ckpt}", "--output", "{picture}"),
     "goes on with pixels": (PIXEL, "train.py", "--resume", "{ckpt}"),
     "goes on with latents": (LATENT, "train.py", "--resume", "{ckpt}"),
     "goes on with an autoencoder": (AE, "train.py", "--resume", "{folder}"),
@@ -175,7 +175,8 @@ def test_a_hostile_checkpoint_runs_nothing_in_any_tool(tool, latent_run, tmp_pat
     path = runs / "checkpoint_epoch_000001.pt"
     for kind in ("hostile", "hostile pickle", "hostile legacy"):
         damage(kind, path, tmp_path)
-        places = {"ckpt": path, "folder": runs, "tree": tmp_path, "good": latent_run, "out": tmp_path / "out"}
+        places = {"ckpt": path, "folder": runs, "tree": tmp_path, "good": latent_run}
+        places |= {"out": tmp_path / "out", "picture": tmp_path / "out.png"}
         result = call(folder, script, *(arg.format(**places) for arg in args))
         only_looks = tool in ("inspects", "ranks")  # without unpickling anything
         assert result.code in (BAD_CHECKPOINT, NO_AE_CHECKPOINT, *([OK] if only_looks else [])), result.text

@@ -94,13 +94,19 @@ class Cluster:
         return subprocess.run(command, env=self.env, capture_output=True, text=True).stdout.splitlines()
 
     def wait_until(self, what: str, condition, job: str, patience: float = 150.0) -> None:
-        """Poll; meanwhile let requeued jobs start at once instead of after Slurm's two minutes."""
+        """Poll; meanwhile let requeued jobs start after a few seconds instead of Slurm's two minutes.
+
+        Not at once: slurmd refuses a job's credential in the second in which it revoked that job's last one.
+        """
         deadline = time.monotonic() + patience
+        waits: dict[str, float] = {}  # since when each requeued task was seen waiting
         while not condition():
             assert time.monotonic() < deadline, f"no {what} of job {job}: {self.states(job)}\n{self.log(job)}"
             for task in self._squeue(job, "%i %r"):
                 name, reason = task.split(maxsplit=1)
-                if reason == "BeginTime":
+                if reason != "BeginTime":
+                    waits.pop(name, None)
+                elif time.monotonic() - waits.setdefault(name, time.monotonic()) > 3:
                     subprocess.run(["scontrol", "update", f"JobId={name}", "StartTime=now"], env=self.env, timeout=60)
             time.sleep(0.5)
 
