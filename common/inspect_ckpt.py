@@ -95,13 +95,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per file and line")
     parser.add_argument("--verify", action="store_true", help="also read everything and verify the checksums")
     args = parser.parse_args(argv)
+    failure: Exit | None = None
     for path in [file for given in args.paths for file in files_of(given)]:
-        info = ckpt.inspect_checkpoint(path)
-        checksums = _verify(path) if args.verify else "not verified (--verify does)"
+        try:
+            info = ckpt.inspect_checkpoint(path)
+            checksums = _verify(path) if args.verify else "not verified (--verify does)"
+        except Exit as error:  # the other files are still shown
+            print(f"{emoji.error} {error}", file=sys.stderr)
+            failure, error.shown = error, True
+            continue
         if args.json:
             print(json.dumps(info | {"verified": args.verify}, default=repr))
         else:
             print(f"{emoji.step} {info['path']}\n{report(info)}\n{'checksums':>12}  {checksums}")
+    if failure:
+        raise failure
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -26,6 +27,8 @@ class Scaled(nn.Module):
         nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gain == 1:
+            return self.layer(x)
         if isinstance(self.layer, nn.Conv2d):  # its weights are few beside the pixels: the cheaper place for the gain
             layer = self.layer
             return F.conv2d(x, self.gain * layer.weight, layer.bias, layer.stride, layer.padding)
@@ -35,3 +38,14 @@ class Scaled(nn.Module):
 def scaled_linear(inputs: int, outputs: int, gain: float, std: float = math.sqrt(2)) -> Scaled:
     """A `Scaled` linear layer, (B, inputs) -> (B, outputs)."""
     return Scaled(nn.Linear(inputs, outputs), inputs, gain, std)
+
+
+def folded(net: nn.Module) -> nn.Module:
+    """A copy of `net` for drawing: its `Scaled` layers carry the gain in their weights, which spares every step it."""
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, Scaled):
+                module.layer.weight *= module.gain
+                module.gain = 1.0
+    return net

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.layers import Scaled, scaled_linear
 
 PIXEL_MEAN, PIXEL_STD = 0.13, 0.31  # of MNIST in [0, 1]
-WIDE, NARROW = 512, 256
+ENCODER, DECODER = (512, 256), (384, 1024)  # widths on the way in and out; drawing is the harder half
 GAIN = 16.0
 
 
@@ -20,7 +20,7 @@ def _dense(inputs: int, outputs: int) -> tuple[Scaled, nn.Module]:
 
 
 class Autoencoder(nn.Module):
-    """784 -> 512 -> 256 -> latent_dim -> 256 -> 512 -> 784: few, wide layers keep a processor busy.
+    """784 -> 512 -> 256 -> latent_dim -> 384 -> 1024 -> 784: few, wide layers keep a processor busy.
 
     use_sigmoid: let `decode` end in [0, 1]; without, in logits.
     """
@@ -28,11 +28,13 @@ class Autoencoder(nn.Module):
     def __init__(self, latent_dim: int = 16, use_sigmoid: bool = True) -> None:
         super().__init__()
         self.use_sigmoid = use_sigmoid
+        wide, narrow = ENCODER
         self.encoder = nn.Sequential(
-            *_dense(28 * 28, WIDE), *_dense(WIDE, NARROW), scaled_linear(NARROW, latent_dim, GAIN, std=1)
+            *_dense(28 * 28, wide), *_dense(wide, narrow), scaled_linear(narrow, latent_dim, GAIN, std=1)
         )
+        narrow, wide = DECODER
         self.decoder = nn.Sequential(
-            *_dense(latent_dim, NARROW), *_dense(NARROW, WIDE), scaled_linear(WIDE, 28 * 28, GAIN, std=1)
+            *_dense(latent_dim, narrow), *_dense(narrow, wide), scaled_linear(wide, 28 * 28, GAIN, std=1)
         )
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:

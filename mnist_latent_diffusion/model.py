@@ -16,7 +16,7 @@ from common import ckpt
 from common.autoencoder import build_autoencoder, read_autoencoder
 from common.diffusion import Schedules, draw, precompute_schedules, q_sample
 from common.error_codes import MODEL_MISMATCH, Exit
-from common.layers import scaled_linear
+from common.layers import folded, scaled_linear
 from common.time_embedding import TIME_DIM, TimeMLP
 
 __all__ = ["FiLMCondMLP", "LatentDenoiser", "TimeMLP", "generate_images", "precompute_schedules", "q_sample"]
@@ -95,11 +95,10 @@ class LatentDenoiser(nn.Module):
         FiLM is linear in time embedding + label embedding, so the gamma and beta of all T timesteps and of all labels
         are computed once, and a step only adds two rows.
         """
-        by_time = self.film(
-            self.time_mlp(torch.arange(len(self.signal), device=self.signal.device))
-        )  # (T, blocks * 2H)
-        by_label = self.film(self.label_embedding.weight) - self.film.layer.bias  # (classes + 1, blocks * 2H)
-        return lambda z, t, labels: self._mix(z, by_time[t] + by_label[labels], self.signal[t], self.noise[t])
+        net = folded(self)
+        by_time = net.film(net.time_mlp(torch.arange(len(net.signal), device=net.signal.device)))  # (T, blocks * 2H)
+        by_label = net.film(net.label_embedding.weight) - net.film.layer.bias  # (classes + 1, blocks * 2H)
+        return lambda z, t, labels: net._mix(z, by_time[t] + by_label[labels], net.signal[t], net.noise[t])
 
 
 def load_for_drawing(

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
 from common.diffusion import Schedules, draw, precompute_schedules, q_sample
-from common.layers import Scaled, scaled_linear
+from common.layers import Scaled, folded, scaled_linear
 from common.time_embedding import TIME_DIM, TimeMLP
 
 __all__ = ["Denoiser", "FiLMCond", "TimeMLP", "generate_images", "precompute_schedules", "q_sample"]
@@ -23,8 +23,8 @@ GAIN = 4.0  # see common.layers.Scaled
 Film = Callable[["FiLMCond"], torch.Tensor]  # the gamma and beta (B, 2C) of a layer
 
 
-def _conv(inputs: int, outputs: int, std: float = 1.0) -> Scaled:
-    return Scaled(nn.Conv2d(inputs, outputs, 3, padding=1), 9 * inputs, GAIN, std)
+def _conv(inputs: int, outputs: int, std: float = 1.0, size: int = 3, stride: int = 1) -> Scaled:
+    return Scaled(nn.Conv2d(inputs, outputs, size, stride, size // 2), size**2 * inputs, GAIN, std)
 
 
 class FiLMCond(nn.Module):
@@ -80,7 +80,7 @@ class Denoiser(nn.Module):
     denoiser it mixes the network's output v and x_t to epsilon (v-prediction, Salimans & Ho 2022, appendix D).
     """
 
-    def __init__(self, base_ch: int = 24, num_classes: int = 10, schedules: Schedules | None = None) -> None:
+    def __init__(self, base_ch: int = 16, num_classes: int = 10, schedules: Schedules | None = None) -> None:
         super().__init__()
         self.null_label = num_classes
         schedules = schedules or precompute_schedules()
@@ -89,12 +89,12 @@ class Denoiser(nn.Module):
         self.time_mlp = TimeMLP()
         self.label_embedding = nn.Embedding(num_classes + 1, TIME_DIM)
         nn.init.normal_(self.label_embedding.weight, std=0.1)
-        few, many = base_ch, 2 * base_ch
+        few, many = base_ch, 3 * base_ch  # most of the work is at 7 x 7, where it is cheap
         self.stem = nn.Sequential(nn.PixelUnshuffle(2), _conv(4, few))
         self.enter = ResBlock(few, few)
-        self.down = Scaled(nn.Conv2d(few, many, 3, stride=2, padding=1), 9 * few, GAIN, std=1)
+        self.down = _conv(few, many, stride=2)
         self.before, self.attention, self.after = ResBlock(many, many), Attention(many), ResBlock(many, many)
-        self.up = nn.Sequential(nn.Upsample(scale_factor=2), _conv(many, few))
+        self.up = nn.Sequential(_conv(many, few, size=1), nn.Upsample(scale_factor=2))
         self.leave = ResBlock(2 * few, few)
         self.norm = nn.GroupNorm(8, few)
         self.head = nn.Sequential(nn.SiLU(), _conv(few, 4, std=0), nn.PixelShuffle(2))
@@ -108,8 +108,8 @@ class Denoiser(nn.Module):
 
     def _mix(self, x: torch.Tensor, film: Film, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         wide = self.enter(self.stem(x), film)  # (B, C, 14, 14)
-        h = self.before(self.down(wide), film)  # (B, 2C, 7, 7)
-        h = self.after(self.attention(h), film)  # (B, 2C, 7, 7)
+        h = self.before(self.down(wide), film)  # (B, 3C, 7, 7)
+        h = self.after(self.attention(h), film)  # (B, 3C, 7, 7)
         h = self.leave(torch.cat([self.up(h), wide], dim=1), film)  # (B, C, 14, 14)
         v = self.head(self.norm(h))  # (B, 1, 28, 28)
         return signal * v + noise * x  # (B, 1, 28, 28)
@@ -117,17 +117,19 @@ class Denoiser(nn.Module):
     @torch.no_grad()
     def predictor(self) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
         """epsilon(x (B, 1, 28, 28), t, labels (B,)) for rows that share a timestep: FiLM comes from tables."""
-        times = self.time_mlp(torch.arange(len(self.signal), device=self.signal.device))  # (T, 256)
-        layers = [module for module in self.modules() if isinstance(module, FiLMCond)]
-        by_time = {layer: layer.film(times) for layer in layers}  # (T, 2C) each
-        embedding = self.label_embedding.weight  # (11, 256)
-        by_label = {layer: layer.film(embedding) - layer.film.layer.bias for layer in layers}  # (11, 2C) each
+        net = folded(self)
+        times = net.time_mlp(torch.arange(len(net.signal), device=net.signal.device))  # (T, 256)
+        embedding = net.label_embedding.weight  # (11, 256)
+        layers = [module for module in net.modules() if isinstance(module, FiLMCond)]
+        tables = [layer.film(times) for layer in layers]  # (T, 2C) each
+        widths = [table.shape[1] for table in tables]
+        by_time = torch.cat(tables, dim=1)  # (T, sum of 2C)
+        by_label = torch.cat([layer.film(embedding) - layer.film.layer.bias for layer in layers], dim=1)
 
         def predict(x: torch.Tensor, t: int, labels: torch.Tensor) -> torch.Tensor:
-            def film(layer: FiLMCond) -> torch.Tensor:
-                return by_time[layer][t] + by_label[layer][labels]  # (B, 2C)
-
-            return self._mix(x, film, self.signal[t], self.noise[t])  # (B, 1, 28, 28)
+            rows = (by_time[t] + by_label[labels]).split(widths, dim=1)  # (B, 2C) each
+            film = dict(zip(layers, rows, strict=True)).__getitem__
+            return net._mix(x, film, net.signal[t], net.noise[t])  # (B, 1, 28, 28)
 
         return predict
 

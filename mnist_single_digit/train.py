@@ -19,7 +19,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """This trainer's flags."""
     parser = Parser("Train pixel-space diffusion on MNIST.", "python train.py --only-digit 5 --generate-images")
     width = number(int, 8)
-    parser.flag("shape", "--base-ch", type=width, default=24, help="U-Net width, a multiple of 8 (default: 24)")
+    parser.flag("shape", "--base-ch", type=width, default=16, help="U-Net width, a multiple of 8 (default: 16)")
     add_diffusion_arguments(parser)
     add_training_arguments(parser, epochs=30, workers=4)
     args = parser.parse(argv)

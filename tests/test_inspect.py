@@ -123,3 +123,13 @@ def test_what_is_no_pytorch_file(content, tmp_path, capsys):
 def test_an_empty_folder(tmp_path, capsys):
     assert run_main(lambda: inspect_ckpt.main([str(tmp_path)])) == BAD_CHECKPOINT
     assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_a_damaged_file_does_not_hide_the_others(net, tmp_path, capsys):
+    (tmp_path / "a.pt").write_bytes(b"")
+    torch.save(net.state_dict(), tmp_path / "b.pt")
+    assert run_main(lambda: inspect_ckpt.main([str(tmp_path / name) for name in ("a.pt", "b.pt")])) == BAD_CHECKPOINT
+    shown = capsys.readouterr()
+    assert "a.pt" in shown.err
+    assert len(shown.err.splitlines()) == 1
+    assert "a state_dict" in shown.out
