@@ -21,7 +21,7 @@ from common.rng import generator
 LATENT = "mnist_latent_diffusion"
 DIGITS = ("--digit", *range(10))
 # README.md's recommended command
-RECOMMENDED_AE = ("--model", "mlp")
+RECOMMENDED_AE = ("--model", "mlp", "--epochs", 20)
 RECOMMENDED_LATENT = ("--batch-size", 256, "--lr", 4e-4, "--epochs", 40)
 
 
