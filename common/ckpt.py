@@ -10,6 +10,7 @@ A checkpoint without `val_loss` was saved within its epoch: it is partial, and i
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -27,17 +28,23 @@ FORMAT = 1
 NAME = "checkpoint_epoch_{epoch:06d}.pt"
 _NAME = re.compile(r"checkpoint_epoch_(\d{6,})\.pt")
 LATEST, BEST = "latest.pt", "best.pt"
+RUNS = "checkpoints"  # the folder that runs' folders lie in
+TIMESTAMP = re.compile(r"-\d{8}-\d{6}$")  # of a run's name
 MODEL_TYPES = ("ae-mlp", "ae-conv", "lddpm", "ddpm")
 
 State = dict[str, Any]
 Warn = Callable[[str], None]
 
 
-class UnreadableCheckpoint(Exit):
-    """The file is missing, damaged, or not a checkpoint of this project."""
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # a file server that does not answer now says nothing of the file
 
-    def __init__(self, path: str | Path, reason: str) -> None:
+
+class UnreadableCheckpoint(Exit):
+    """The file is missing, damaged, or not a checkpoint of this project. `passing`: it may be readable later."""
+
+    def __init__(self, path: str | Path, reason: str, passing: bool = False) -> None:
         super().__init__(BAD_CHECKPOINT, f"{path}: {reason}")
+        self.passing = passing
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -118,10 +125,13 @@ def prune(folder: str | Path, *, keep_every: int = 1, keep_last: int | None = No
     keep_every: of every so many epochs one is kept. keep_last: of those the newest so many (None: all).
     """
     kept = 1  # the newest, whatever its epoch
+    linked = os.path.realpath(Path(folder) / BEST)  # the best that could be saved, if a better one could not
     for epoch, path in run_checkpoints(folder)[1:]:
         wanted = epoch % keep_every == 0 and (keep_last is None or kept < keep_last)
         kept += wanted
         if not wanted and epoch != best_epoch:
+            if os.path.realpath(path) == linked:
+                continue
             with contextlib.suppress(OSError):  # the next save tries again
                 path.unlink()
 
@@ -143,14 +153,17 @@ def clear_leftovers(folder: str | Path, name: str = "*") -> None:
 
 
 def relink(folder: str | Path, state: State) -> None:
-    """Point latest.pt and best.pt to what `state`, the checkpoint just resumed from, knows as newest and best."""
+    """Point latest.pt and best.pt to what `state`, the checkpoint just resumed from, knows as newest and best.
+
+    If that best could not be saved when its epoch ended, best.pt stays with the last that could.
+    """
     best = (state.get("best") or {}).get("epoch")
     for name, epoch in ((LATEST, state["epoch"]), (BEST, best)):
-        target = Path(folder) / NAME.format(epoch=epoch or 0)
-        if target.is_file():
+        path, target = Path(folder) / name, Path(folder) / NAME.format(epoch=epoch or 0)
+        if target.is_file() and (name == LATEST or is_complete(peek_checkpoint(target))):
             link(target, name)
-        else:
-            (Path(folder) / name).unlink(missing_ok=True)
+        elif best is None or not path.exists():
+            path.unlink(missing_ok=True)  # a dangling symlink
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -185,7 +198,8 @@ def read_file(path: str | Path, *, verify: bool = True) -> Any:
     except Exit:
         raise
     except Exception as error:  # a damaged zip or pickle can raise anything; the reason goes to the user
-        raise UnreadableCheckpoint(path, f"cannot be read ({type(error).__name__}: {error})".splitlines()[0]) from None
+        reason = f"cannot be read ({type(error).__name__}: {error})".splitlines()[0]
+        raise UnreadableCheckpoint(path, reason, getattr(error, "errno", None) in _PASSING) from None
 
 
 def read_checkpoint(path: str | Path, *, verify: bool = True) -> State:
@@ -197,7 +211,8 @@ _WANTED = {"model", "args", "epoch", "exp_name", "format"}
 
 
 def _checked(path: str | Path, state: Any) -> State:
-    if not isinstance(state, dict) or not state.keys() >= _WANTED:
+    ours = isinstance(state, dict) and state.keys() >= _WANTED
+    if not ours or not isinstance(state["args"], dict) or not isinstance(state["epoch"], int):
         raise UnreadableCheckpoint(path, "a PyTorch file, but not a checkpoint of this project")
     if state["format"] != FORMAT:
         raise UnreadableCheckpoint(path, f"has format {state['format']}, this version reads {FORMAT}")
@@ -279,12 +294,20 @@ def run_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
 
 
 def newest_readable(folder: str | Path, warn: Warn, *, verify: bool = True) -> tuple[Path, State] | None:
-    """The newest checkpoint of a run that can be read; every one passed over is named through `warn`."""
+    """The newest checkpoint of a run that can be read; every one passed over is named through `warn`.
+
+    None if there is none. Raises UnreadableCheckpoint if none can be read because of a disk or file server that fails:
+    the run may well be whole, and must not be begun again.
+    """
+    passing = None
     for _, path in run_checkpoints(folder):
         try:
             return path, read_checkpoint(path, verify=verify)
         except UnreadableCheckpoint as error:
             warn(f"passing over {error}")
+            passing = error if error.passing else passing
+    if passing is not None:
+        raise passing
     return None
 
 
@@ -326,14 +349,30 @@ def resolve_resume_path(
 ) -> Path | None:
     """The checkpoint file to resume from, or None for a fresh start.
 
-    `--resume PATH` means that checkpoint; with `--auto-resume` beside it, the newest of PATH's run, so that a job
-    which is requeued with both goes on instead of back. `--auto-resume` alone means the newest run below `directory`
-    whose name begins with `prefix`. Raises UnreadableCheckpoint if `resume` names nothing readable.
+    `--resume PATH` means that checkpoint, or a run's newest readable one if PATH is its folder or latest.pt; with
+    `--auto-resume` beside it, the newest of PATH's run, so that a job which is requeued with both goes on instead of
+    back: for a PATH outside any run, a newer run of the same experiment below `directory`. `--auto-resume` alone means
+    the newest run below `directory` whose name begins with `prefix`. Raises UnreadableCheckpoint if `resume` names
+    nothing readable.
     """
     if resume is None:
         return find_latest_checkpoint(directory, prefix, warn) if auto_resume else None
-    path = resolve_checkpoint(Path(resume).absolute(), warn)
-    path = path.resolve() if path.is_symlink() else path  # latest.pt moves on; its target does not
+    path = Path(resume).absolute()
+    if path.name == LATEST and run_checkpoints(path.parent):
+        if not path.exists():
+            warn(f"passing over {path}: it points to no file")
+        path = path.parent
+    path = resolve_checkpoint(path, warn)
+    path = path.resolve() if path.is_symlink() else path  # best.pt moves on; its target does not
+    if path.parent.parent.name != RUNS:
+        path = path.resolve()  # through a symlink to the run's folder
+    if auto_resume and path.parent.parent.name != RUNS:
+        copied = read_checkpoint(path, verify=False)
+        prefix = f"{TIMESTAMP.sub('', copied['exp_name'])}-"
+        latest = find_latest_checkpoint(directory, prefix, warn)
+        if latest and read_checkpoint(latest, verify=False)["timestamp"] > copied["timestamp"]:
+            warn(f"{latest.parent.name} is newer than {path}: going on with it")
+            return latest
     newest = newest_readable(path.parent, warn) if auto_resume and _NAME.fullmatch(path.name) else None
     return newest[0] if newest else path
 
@@ -366,7 +405,10 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         size = path.stat().st_size
     except (OSError, ValueError) as error:
         raise UnreadableCheckpoint(path, str(getattr(error, "strerror", None) or error)) from None
-    ours = isinstance(content, dict) and content.keys() >= _WANTED
+    try:
+        ours = bool(_checked(path, content))
+    except UnreadableCheckpoint:
+        ours = False
     kind, weights = ("checkpoint", content["model"]) if ours else _foreign(content)
     tensors = peek.tensors_in(weights)
     largest = sorted(tensors, key=lambda name: -tensors[name].bytes)[:5]
@@ -387,7 +429,11 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
     info |= {key: content.get(key) for key in ("exp_name", "epoch", "batch", "global_step", "timestamp")}
     info |= {key: content.get(key) for key in ("train_loss", "val_loss", "best", "args")}
     model, inner = infer_model_from_checkpoint(content), content.get("ae_ckpt_data") or {}
-    info |= {"model": model, "complete": is_complete(content), "autoencoder": inner.get("exp_name"), "values": {}}
+    info |= {"model": model, "complete": is_complete(content), "autoencoder": None, "values": {}}
+    if inner:
+        size = sum(tensor.numel() for tensor in peek.tensors_in(inner.get("model")).values())
+        known = {key: inner.get(key) for key in ("exp_name", "epoch", "val_loss", "path")}
+        info["autoencoder"] = known | {"model": inner["args"]["model"], "parameters": size}
     return info
 
 

@@ -7,6 +7,7 @@ written with it. Here a write that fails is an OSError in the caller, and is mad
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -42,8 +43,10 @@ class Events(Appended):
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        # TensorBoard reads a run's files in the order of their names
-        super().__init__(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}")
+        # TensorBoard reads a run's files in the order of their names: ours must come last, whatever the clock says
+        names = [re.match(r"events\.out\.tfevents\.(\d+(?:\.\d+)?)\.", path.name) for path in folder.glob("events.*")]
+        stamp = max([time.time(), *(float(name[1]) + 1e-5 for name in names if name)])
+        super().__init__(folder / f"events.out.tfevents.{stamp:.6f}.{socket.gethostname()}.{os.getpid()}")
         self._records = RecordWriter(self)
         self._add(file_version="brain.Event:2")
         self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))

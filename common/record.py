@@ -52,9 +52,8 @@ class Record:
         """Add this start to config.json, and say what changed about the machine."""
         import torch
 
-        path = self.run.checkpoints / CONFIG
         try:
-            starts = json.loads(path.read_text())["starts"]
+            starts = json.loads((self.run.checkpoints / CONFIG).read_text())["starts"]
         except (OSError, ValueError, KeyError):
             starts = []
         now = {
@@ -76,7 +75,12 @@ class Record:
             name: {"value": value, "from": args.origin.get(name, "derived")} for name, value in args.flags().items()
         }
         content = {"exp_name": self.run.name, "flags": flags, "starts": [*starts, now]}
-        self._try("config.json", lambda: write_text(path, json.dumps(content, indent=1, default=str) + "\n"))
+        self._config = json.dumps(content, indent=1, default=str) + "\n"
+        self.config_again()
+
+    def config_again(self) -> None:
+        """Write config.json (again, where somebody deleted the run's folder)."""
+        self._try(CONFIG, lambda: write_text(self.run.checkpoints / CONFIG, self._config))
 
     def rewind(self) -> None:
         """Drop what was recorded after the checkpoint that the run resumes from (in a fresh run: everything).
@@ -129,9 +133,13 @@ class Record:
         from common.curves import draw_curves
 
         started = time.monotonic()
-        target = self.run.samples / "curves.png"
-        self._try("curves.png", lambda: draw_curves(self.run.checkpoints / METRICS, target, self.run.name))
-        self._curves_at, self._drawn = time.monotonic(), True
+
+        def draw() -> None:
+            draw_curves(self.run.checkpoints / METRICS, self.run.samples / "curves.png", self.run.name)
+            self._drawn = True
+
+        self._try("curves.png", draw)
+        self._curves_at = time.monotonic()
         self._curves_cost = min(self._curves_cost, self._curves_at - started)
 
     def images(self, images: torch.Tensor, epoch: int, step: int) -> None:

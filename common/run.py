@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -21,7 +22,8 @@ from common.error_codes import BAD_OUTPUT, RUN_LOCKED, STOPPED_EARLY, Exit
 from common.slurm import stop_requested
 
 LOCK_PATIENCE = 20.0  # seconds; a requeued job may overlap its predecessor's end
-_TIMESTAMP = "%Y%m%d-%H%M%S"
+LOCK = ".lock"
+_TIMESTAMP = "%Y%m%d-%H%M%S"  # see ckpt.TIMESTAMP
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.outdir / "checkpoints" / self.name
+        return self.outdir / ckpt.RUNS / self.name
 
     @property
     def samples(self) -> Path:
@@ -50,6 +52,18 @@ class Run:
     @property
     def log_file(self) -> Path:
         return self.logdir / f"{self.name}.log"
+
+    def lock_again(self) -> bool:
+        """Take the lock anew if somebody deleted the run's folder, and with it the lock; returns whether that was so.
+
+        Raises Exit(RUN_LOCKED) if another process has taken it since.
+        """
+        with suppress(OSError):
+            if os.path.samestat(os.stat(self.checkpoints / LOCK), os.fstat(self.lock.fileno())):
+                return False
+        before, self.lock = self.lock, _lock(self.checkpoints, 0)
+        before.close()
+        return True
 
     def discard_if_empty(self) -> None:
         """Leave no trace of a run that failed before it saved anything."""
@@ -75,7 +89,7 @@ def open_run(
     """
     settle(args, False)
     outdir = Path(args.outdir)
-    checkpoints = outdir / "checkpoints"
+    checkpoints = outdir / ckpt.RUNS
     source = ckpt.resolve_resume_path(args.resume, args.auto_resume, checkpoints, f"{name(args)}-", warn)
     if source is not None:
         return _resume(args, source, models, warn)
@@ -92,32 +106,40 @@ def open_run(
 def _resume(args: Args, source: Path, models: tuple[str, ...], warn: Callable[[str], None]) -> Run:
     folder = source.parent
     state = ckpt.read_model(source, models)
-    if folder.parent.name == "checkpoints":  # go on in the file's own run folder, wherever --outdir points
+    if folder.parent.name == ckpt.RUNS:  # go on in the file's own run folder, wherever --outdir points
         outdir, run_name = folder.parent.parent, folder.name
         if args.origin["outdir"] == "flag" and outdir.resolve() != Path(args.outdir).resolve():
             warn(f"continuing in {outdir}, where the checkpoint lies; --outdir {args.outdir} is for new runs")
         make_output_directories(outdir)
         lock = _lock(folder, LOCK_PATIENCE)
-        if args.auto_resume and (newest := ckpt.newest_readable(folder, warn)):
-            source, state = newest  # the predecessor may have saved once more while we waited for its lock
+        # the predecessor may have saved once more while we waited for its lock
+        newest = args.auto_resume or Path(args.resume).name in ("latest", ckpt.LATEST) or Path(args.resume).is_dir()
+        source, state = (newest and ckpt.newest_readable(folder, warn)) or (source, ckpt.read_model(source, models))
     else:  # a copy outside any run: its training goes on as a new run
         outdir = Path(args.outdir)
         make_output_directories(outdir)
-        run_name, lock = _claim(outdir / "checkpoints", re.sub(r"-\d{8}-\d{6}$", "", state["exp_name"]))
+        run_name, lock = _claim(outdir / ckpt.RUNS, ckpt.TIMESTAMP.sub("", state["exp_name"]))
     for change in args.adopt(state["args"]):
         warn(f"this resume changes {change}")
     return Run(run_name, outdir, Path(args.logdir or outdir / "logs"), lock, state, source)
 
 
 def _claim(checkpoints: Path, prefix: str) -> tuple[str, IO[str]]:
-    """A new name, claimed by creating its folder: of two jobs started in the same second one waits for the next."""
+    """A new name, claimed by creating its folder: of two jobs started in the same second one waits for the next.
+
+    So it does if a third, looking for an empty folder to take over, is quicker with the lock.
+    """
     while True:
         name = f"{prefix}-{datetime.now().strftime(_TIMESTAMP)}"
         try:
             (checkpoints / name).mkdir()
             return name, _lock(checkpoints / name, 0)
         except FileExistsError:
-            time.sleep(0.2)
+            pass
+        except Exit as error:
+            if error.code != RUN_LOCKED:
+                raise
+        time.sleep(0.2)
 
 
 def _take_over(checkpoints: Path, prefix: str) -> tuple[str, IO[str]] | None:
@@ -138,14 +160,14 @@ def _lock(folder: Path, patience: float) -> IO[str]:
     Exit(BAD_OUTPUT) if the folder cannot be written to.
     """
     try:
-        file = open(folder / ".lock", "a+")  # noqa: SIM115 - stays open for as long as the run lives
+        file = open(folder / LOCK, "a+")  # noqa: SIM115 - stays open for as long as the run lives
     except OSError as error:
         raise Exit(BAD_OUTPUT, f"cannot write to {folder}: {error.strerror or error}") from None
     deadline = time.monotonic() + patience
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # POSIX allows either for "held by another"
             if stop_requested():
                 file.close()
                 raise Exit(STOPPED_EARLY, f"stopped while waiting for {folder.name}; nothing was changed") from None
@@ -158,8 +180,8 @@ def _lock(folder: Path, patience: float) -> IO[str]:
             raise Exit(
                 RUN_LOCKED, f"{folder.name} is being trained by {holder}; wait for it, or stop it first"
             ) from None
-        except OSError:
-            pass  # a file system without locks: the lock is advisory, training goes on without
+        except OSError as error:
+            logging.getLogger("train").warning(f"no locks here ({error.strerror}): do not train {folder.name} twice")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()

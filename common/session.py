@@ -212,8 +212,10 @@ class Session:
         self.net.train()
         started = time.monotonic()
         before = self._seconds
+        with slurm.signals_held():  # DataLoader workers start here
+            batches = iter(loader)
         with self._progress(len(loader.sampler)) as tick:
-            for batch in loader:
+            for batch in batches:
                 yield _to(batch, self.device)
                 self._seconds = before + time.monotonic() - started
                 tick()
@@ -381,6 +383,9 @@ class Session:
             self.log.error(f"cannot save a checkpoint ({error}); earlier ones are whole, training goes on")
             return
         self._unsaved, self._saved_path = False, path
+        if self.run.lock_again():
+            self.log.warning(f"{self.run.checkpoints} was deleted and is made again, with this checkpoint in it")
+            self.record.config_again()
         self.log.debug(f"saved {path}")
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _received: int | None = None
@@ -39,6 +41,16 @@ def restore_signal_handlers(previous: dict[int, object]) -> None:
     """Put back what `install_signal_handlers` returned."""
     for number, handler in previous.items():
         signal.signal(number, handler)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let stop signals wait while processes are started, which inherit that: none dies of one in its first moments."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def stop_requested() -> bool:

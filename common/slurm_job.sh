@@ -30,6 +30,7 @@ train_and_requeue() {
     if [ -z "$limit" ]; then
         python train.py ${SLURM_ARRAY_TASK_ID:+--only-digit="$SLURM_ARRAY_TASK_ID"} "$@" &
         child=$!
+        [ -z "$limit" ] || kill -USR1 "$child" # the limit came before there was a child to tell
         while true; do # a trapped signal ends `wait` early
             wait "$child"
             code=$?

@@ -1,5 +1,6 @@
 """Checkpoints: written so that no crash loses one, found by what they recorded."""
 
+import errno
 import os
 import shutil
 
@@ -136,6 +137,11 @@ def test_dangling_and_cyclic_latest(tmp_path):
         assert ckpt.find_latest_checkpoint(tmp_path, target).name == "checkpoint_epoch_000003.pt"
         with pytest.raises(ckpt.UnreadableCheckpoint):
             ckpt.resolve_checkpoint(run / "latest.pt")
+        warnings = []
+        resumed = ckpt.resolve_resume_path(str(run / "latest.pt"), False, tmp_path, "run-", warnings.append)
+        assert resumed.name == "checkpoint_epoch_000003.pt"
+        assert len(warnings) == 1
+        assert "latest.pt: it points to no file" in warnings[0]
 
 
 def test_resume_path(tmp_path):
@@ -157,6 +163,57 @@ def test_resume_path(tmp_path):
         resolve(tmp_path / "nowhere", False)
     with pytest.raises(ckpt.UnreadableCheckpoint):
         resolve(tmp_path / "nowhere", True)
+
+
+def test_resume_through_a_symlink_to_the_runs_folder_is_that_run(tmp_path):
+    run = make_run(tmp_path / "checkpoints" / "run-a")
+    (tmp_path / "shortcut").symlink_to(run)
+    found = ckpt.resolve_resume_path(str(tmp_path / "shortcut"), False, run.parent, "run-")
+    assert found == run / "checkpoint_epoch_000003.pt"
+
+
+def test_a_copy_with_auto_resume_goes_on_with_the_run_that_it_began(tmp_path):
+    """As a job does that was submitted with --resume COPY and is requeued: on, not from the start again."""
+    copy = tmp_path / "copy.pt"
+    ckpt.save_checkpoint(copy, state_of(1, exp_name="run-20260101-000000"))
+    checkpoints = tmp_path / "checkpoints"
+    make_run(checkpoints / "run-20251231-000000", [4], time="2025-12-31T00:00:00+00:00")
+    make_run(checkpoints / "other-20260103-000000", [9], time="2026-01-03T00:00:00+00:00")
+    assert ckpt.resolve_resume_path(str(copy), True, checkpoints, "run-") == copy
+    later = make_run(checkpoints / "run-20260102-000000", [2], time="2026-01-02T00:00:00+00:00")
+    assert ckpt.resolve_resume_path(str(copy), True, checkpoints, "run-") == later / "checkpoint_epoch_000002.pt"
+    assert ckpt.resolve_resume_path(str(copy), False, checkpoints, "run-") == copy
+
+
+def test_the_best_that_was_saved_stays_when_a_better_one_could_not_be(tmp_path):
+    for epoch in (1, 2):
+        ckpt.save_checkpoint_and_link_latest(tmp_path, state_of(epoch, best={"epoch": epoch, "val_loss": 1 / epoch}))
+    state = state_of(4, best={"epoch": 3, "val_loss": 0.1})  # epoch 3 was better, and its save failed
+    ckpt.save_checkpoint_and_link_latest(tmp_path, state)
+    ckpt.prune(tmp_path, keep_last=1, best_epoch=3)
+    assert [epoch for epoch, _ in ckpt.run_checkpoints(tmp_path)] == [4, 2]
+    ckpt.save_checkpoint(tmp_path / "checkpoint_epoch_000003.pt", state_of(3, val_loss=None))  # within its epoch
+    ckpt.relink(tmp_path, state)
+    assert (tmp_path / "best.pt").resolve().name == "checkpoint_epoch_000002.pt"
+
+
+def test_a_disk_that_fails_does_not_begin_the_run_anew(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run-a")
+    real = ckpt.zipfile.ZipFile
+
+    def failing(epochs):
+        def open_zip(path, *rest):
+            if any(f"{epoch:06d}" in str(path) for epoch in epochs):
+                raise OSError(errno.EIO, "Input/output error")
+            return real(path, *rest)
+
+        monkeypatch.setattr(ckpt.zipfile, "ZipFile", open_zip)
+
+    failing([3])
+    assert ckpt.newest_readable(run, lambda _: None)[0].name == "checkpoint_epoch_000002.pt"
+    failing([1, 2, 3])
+    with pytest.raises(ckpt.UnreadableCheckpoint, match="Input/output error"):
+        ckpt.resolve_resume_path(None, True, tmp_path, "run-")
 
 
 def test_the_other_kind_of_model_is_refused(ae_run, latent_run, tiny, tmp_path):

@@ -1,6 +1,7 @@
 """A disk that fills up, for real: a small tmpfs (root only; skipped where mounting is not permitted)."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -200,3 +201,5 @@ def test_a_folder_that_is_deleted_in_mid_run_is_made_again(tiny, ae_run, tmp_pat
     folder = only_run(tmp_path)
     state = newest_state(folder)
     assert (state["epoch"], ckpt.is_complete(state)) == (8, True)
+    assert len(json.loads((folder / "config.json").read_text())["starts"]) == 1
+    assert (folder / ".lock").exists()

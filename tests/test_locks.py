@@ -1,6 +1,8 @@
 """Two processes never train one run: names are claimed exclusively, and a run in training is locked."""
 
 import multiprocessing
+import shutil
+from time import sleep
 
 import pytest
 from helpers import LATENT, call, finish, start
@@ -46,6 +48,53 @@ def test_a_run_that_is_being_trained_is_locked(latent_run, copy_of, tiny_latent,
         done.set()
         holder.join()
     run_module._lock(folder, 0).close()  # free again
+
+
+def test_a_lock_is_taken_again_where_the_folder_was_deleted(tmp_path):
+    folder = tmp_path / "checkpoints" / "run"
+    folder.mkdir(parents=True)
+    run = run_module.Run("run", tmp_path, tmp_path / "logs", run_module._lock(folder, 0))
+    assert run.lock_again() is False
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert run.lock_again() is True
+    assert run.lock_again() is False
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(lock_code, (folder,)) == RUN_LOCKED
+    run.lock.close()
+
+
+def lock_code(folder):
+    try:
+        run_module._lock(folder, 0)
+    except Exit as error:
+        return error.code
+
+
+def test_a_folder_taken_over_before_it_was_locked_is_left_to_the_other(tmp_path, monkeypatch):
+    locks = iter([Exit(RUN_LOCKED, "quicker"), "lock"])
+
+    def lock(*_):
+        if isinstance(answer := next(locks), Exit):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(run_module, "_lock", lock)
+    monkeypatch.setattr(run_module.time, "sleep", lambda _: sleep(1))
+    name, held = run_module._claim(tmp_path, "run")
+    assert held == "lock"
+    assert [path.name for path in sorted(tmp_path.iterdir())][-1] == name
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_posix_lets_a_lock_that_is_held_answer_permission_denied(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(run_module.fcntl, "lockf", refuse)
+    with pytest.raises(Exit) as caught:
+        run_module._lock(tmp_path, 0)
+    assert caught.value.code == RUN_LOCKED
 
 
 def test_the_lock_waits_for_a_predecessor_to_end(tmp_path):

@@ -286,6 +286,50 @@ def test_a_real_process_stopped_from_outside(folder, number, workers, flags, ref
     assert_same_record(only_run(tmp_path), references[folder])
 
 
+SLOW_WORKERS = """
+import runpy, sys, time
+sys.path.insert(0, "..")
+from common import device
+real = device.seed_worker
+def slow(worker):
+    print("WORKER", flush=True)
+    time.sleep(1)
+    real(worker)
+device.seed_worker = slow
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_signal_while_workers_start_kills_none_of_them(flags, tmp_path):
+    given = flags(AE, "--outdir", tmp_path, "--auto-resume", "--num-workers", 2)
+    process = start(AE, "-c", SLOW_WORKERS, *given, group=True)
+    while "WORKER" not in (line := process.stdout.readline()):
+        assert line, "ended early"
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGTERM)
+    stopped = finish(process)
+    assert stopped.code == STOPPED_EARLY, stopped.text
+    assert "and saved" in stopped.text
+
+
+@pytest.mark.parametrize("folder", [AE, LATENT, PIXEL])
+def test_two_threads_and_the_default_widths(folder, tiny, ae_run, tmp_path):
+    """The other tests run small networks on one thread; sums that threads share must come out the same too."""
+    own = {AE: ("--model", "conv"), LATENT: ("--ae-ckpt", ae_run), PIXEL: ()}[folder]
+    given = (*own, *tiny, "--epochs", 3)
+    two = {"OMP_NUM_THREADS": "2"}
+    assert run(folder, "train.py", *given, "--outdir", tmp_path / "untouched", env=two).code == 0
+    given = (*given, "--outdir", tmp_path / "killed", "--auto-resume")
+    process = start(folder, "train.py", *given, "--ckpt-every-sec", 0.01, env=two)
+    second = "killed/checkpoints/*/checkpoint_epoch_000002.pt"
+    wait_for(process, lambda: list(tmp_path.glob(second)), "second epoch")
+    process.kill()
+    finish(process)
+    assert run(folder, "train.py", *given, env=two).code == 0
+    assert_same_training(only_run(tmp_path / "killed"), only_run(tmp_path / "untouched"))
+
+
 # --- what must not matter ---
 
 

@@ -16,10 +16,12 @@ from helpers import (
     newest_state,
     only_run,
     recipe,
+    scalars,
 )
 
 from common import ckpt
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, run_main
+from common.events import Events
 
 
 @pytest.fixture
@@ -305,3 +307,16 @@ def test_wrong_input_leaves_no_empty_run(tmp_path, cache):
 def test_config_names_the_digits_that_were_used(ae_run, latent_run):
     for folder in (ae_run, latent_run):
         assert json.loads((folder / "config.json").read_text())["flags"]["data"]["value"] == "embedded"
+
+
+def test_tensorboard_goes_on_even_where_the_clock_went_back(tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "run"
+    now = 2e9
+    for purge_step, points in ((0, {0: 1.0, 10: 2.0, 20: 3.0}), (11, {11: 4.0, 21: 5.0})):
+        monkeypatch.setattr("common.events.time.time", lambda now=now: now)
+        events = Events(folder, purge_step)
+        for step, value in points.items():
+            events.scalars({"x": value}, step)
+        events.flush()
+        now -= 3600
+    assert scalars(tmp_path / "checkpoints" / "run") == {"x": [(0, 1.0), (10, 2.0), (11, 4.0), (21, 5.0)]}
