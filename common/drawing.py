@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 EVAL_IMAGES = 1000  # for --eval-every
-ROWS = 8  # of a filmstrip
+ROWS, FRAMES = 8, 20  # of a filmstrip
 Draw = Callable[..., "torch.Tensor"]  # draw(labels=None or a list, count=..., seed=..., ...) -> (N, 1, 28, 28)
 
 
@@ -33,8 +33,8 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
     add(
         "--show-process", action="store_true", help=f"also write a filmstrip of the first {ROWS}, and a GIF of the grid"
     )
-    frames = "pictures in the filmstrip, from noise to digit (default: 20)"
-    add("--process-steps", type=number(int, 2), default=20, metavar="N", help=frames)
+    frames = f"pictures in the filmstrip, from noise to digit (default: {FRAMES}, or all if there are fewer)"
+    add("--process-steps", type=number(int, 2), metavar="N", help=frames)
     add("--save-npz", metavar="FILE", help="also save the images, labels, seed and settings as numpy arrays")
     add(
         "--save-dir",
@@ -51,6 +51,11 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
     load(device) is the experiment's `load_for_drawing`. Raises Exit, for a bad output before anything is drawn.
     """
     output = check_output(args.output, ".png")
+    if args.show_process:
+        for path in _process_files(output):
+            check_output(path, path.suffix)
+    elif args.process_steps:
+        raise Exit(USAGE, "--process-steps says how --show-process is to look: give both")
     if args.save_npz:
         check_output(args.save_npz, ".npz")
     if args.save_dir:
@@ -93,19 +98,22 @@ def _check_folder(folder: Path) -> None:
 
 def _moments(args: Any, steps: int) -> list[int]:
     """How many steps are left when a picture is taken: evenly spaced from the first noise to the result."""
-    if args.process_steps > steps + 1:
-        raise Exit(
-            USAGE, f"--process-steps {args.process_steps} is more than the {steps + 1} pictures of {steps} steps"
-        )
-    count = args.process_steps - 1
+    wanted = args.process_steps or min(FRAMES, steps + 1)
+    if wanted > steps + 1:
+        raise Exit(USAGE, f"--process-steps {wanted} is more than the {steps + 1} pictures of {steps} steps")
+    count = wanted - 1
     return [round(steps * (count - i) / count) for i in range(count + 1)]
+
+
+def _process_files(output: Path) -> tuple[Path, Path]:
+    return output.with_name(f"{output.stem}_process.png"), output.with_name(f"{output.stem}_process.gif")
 
 
 def _save_process(frames: list[torch.Tensor], output: Path) -> None:
     """A filmstrip (a row an image, noise on the left) and an animation of the grid, beside the grid."""
     import torch
 
-    strip, animation = (output.with_name(f"{output.stem}_process{suffix}") for suffix in (".png", ".gif"))
+    strip, animation = _process_files(output)
     rows = torch.stack([frame[:ROWS] for frame in frames], dim=1)  # (rows, frames, 1, 28, 28)
     save_output(rows.flatten(0, 1), strip, nrow=len(frames))
     with one_line(animation):
@@ -117,8 +125,8 @@ def _save_npz(images: torch.Tensor, labels: list[int] | None, args: Any, state: 
     """images (N, 28, 28) uint8, labels (N,) int64 (-1: none was asked for), seed, settings (a JSON text)."""
     import numpy
 
-    names = ("ckpt", "digit", "guidance", "sampler", "steps", "seed")
-    settings = {name: getattr(args, name) for name in names}
+    names = ("ckpt", "ae_ckpt", "digit", "guidance", "sampler", "steps", "seed")
+    settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
     settings |= {"exp_name": state["exp_name"], "epoch": state["epoch"], "T": state["args"]["T"]}
     arrays = {
         "images": to_bytes(images).squeeze(1).numpy(),

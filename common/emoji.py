@@ -20,5 +20,6 @@ def __getattr__(name: str) -> str:
     if name not in _SYMBOLS:
         raise AttributeError(f"common.emoji has no {name!r}; it has {', '.join(_SYMBOLS)}")
     fancy, plain = _SYMBOLS[name]
-    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
-    return fancy if sys.stdout.isatty() and encoding == "utf8" else plain
+    stdout = sys.stdout  # None where it is closed
+    encoding = (getattr(stdout, "encoding", None) or "").lower().replace("-", "")
+    return fancy if stdout is not None and stdout.isatty() and encoding == "utf8" else plain

@@ -6,6 +6,7 @@ CLAUDE.md lists what each code means to a user.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -39,8 +40,13 @@ def run_main(main: Callable[[], None]) -> int:
     """Run a script's main; return its exit code, having shown an `Exit` that nobody showed yet."""
     from common import emoji
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except Exit as end:
         if not end.shown:
             symbol = emoji.error if end.code else emoji.ok
@@ -49,6 +55,17 @@ def run_main(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(f"{emoji.error} interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # `… | head` has seen enough; keep Python from complaining again at shutdown
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `… | head` has seen enough
+        _forget_stdout()
+    except OSError as error:
+        if error.filename is not None or error.errno != errno.ENOSPC:
+            raise
+        print(f"{emoji.error} cannot write the output: {error.strerror}", file=sys.stderr)
+        _forget_stdout()
+        return BAD_OUTPUT
     return OK
+
+
+def _forget_stdout() -> None:
+    """Keep Python from complaining at shutdown that it cannot flush."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from common.args import Parser, number
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
 from common.evaluate import scores_file
 
-_RISING = ("epoch", "global_step", "acc", "precision", "recall", "agreement", "images_per_second")
+_RISING = ("acc", "precision", "recall", "agreement", "confident", "per_second")
 COMPARABLE = ("epoch", "global_step", "fid", "precision", "recall", "agreement")  # between models of any kind
 _LOG_LINE = re.compile(r"\bepoch\W+(\d+)")
 _LOG_FIELD = re.compile(r"(\w+)[ =:]+(-?\d[\d.,]*(?:e[+-]?\d+)?)")
@@ -33,43 +35,47 @@ class Found(NamedTuple):
 
 def default_mode(metric: str) -> str:
     """ "max" for what should grow (epochs, steps, accuracies), "min" for everything else (losses, distances)."""
-    return "max" if any(word in metric for word in _RISING) else "min"
+    return "max" if metric in ("epoch", "global_step") or any(word in metric for word in _RISING) else "min"
 
 
 @cache
 def _written_figures(run_folder: Path) -> dict[int, dict[str, float]]:
     """Figures by epoch from the run's metrics.jsonl, or from its log file where there is none."""
     figures: dict[int, dict[str, float]] = {}
-    metrics = run_folder / "metrics.jsonl"
-    if metrics.is_file():
-        for line in metrics.read_text(errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-                figures[row["epoch"]] = row
-            except (ValueError, KeyError, TypeError):
-                continue
+    for line in _lines(run_folder / "metrics.jsonl"):
+        with suppress(ValueError, KeyError, TypeError):  # a torn line
+            row = json.loads(line)
+            figures[row["epoch"]] = row
+    if figures:
         return figures
-    log = run_folder.parent.parent / "logs" / f"{run_folder.name}.log"
-    if log.is_file():
-        for line in log.read_text(errors="replace").splitlines():
-            if match := _LOG_LINE.search(line):
-                fields = _LOG_FIELD.findall(line[match.end() :])
-                figures.setdefault(int(match[1]), {}).update((k, float(v.replace(",", ""))) for k, v in fields)
+    for line in _lines(run_folder.parent.parent / "logs" / f"{run_folder.name}.log"):
+        if match := _LOG_LINE.search(line):
+            for name, number in _LOG_FIELD.findall(line[match.end() :]):
+                with suppress(ValueError):  # a version, or a sentence's end
+                    figures.setdefault(int(match[1]), {})[name] = float(number.replace(",", ""))
     return figures
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _scores(path: Path) -> dict[str, Any]:
     """What `python -m common.evaluate` wrote beside the checkpoint."""
     try:
-        return json.loads(scores_file(path).read_text())
+        scores = json.loads(scores_file(path).read_text())
     except (OSError, ValueError):
         return {}
+    return scores if isinstance(scores, dict) else {}
 
 
 def metric_of(state: dict[str, Any], path: Path, metric: str) -> float | None:
-    """A checkpoint's own number, else its flag's of that name, else what the run wrote about its epoch."""
+    """A checkpoint's own number, else what the run wrote about its epoch, else its flag's of that name."""
     written = _written_figures(path.parent).get(state["epoch"], {})
-    for source in (state, state.get("scores") or {}, _scores(path), state["args"], written):
+    for source in (state, state.get("scores") or {}, _scores(path), written, state["args"]):
         value = source.get(metric)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
@@ -83,14 +89,15 @@ def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> list[Found]:
     """
     found, unknown = [], 0
     for path in sorted(folder.rglob("*.pt")):
-        if path.is_symlink() or path.name.startswith("."):
-            continue  # latest.pt and best.pt: their targets are in the list
+        if path.name.startswith(".") or (path.name in (ckpt.LATEST, ckpt.BEST) and ckpt.run_checkpoints(path.parent)):
+            continue  # symlinks to others in the list, or copies of them
         try:
             state = ckpt.peek_checkpoint(path)
+            model = ckpt.infer_model_from_checkpoint(state)
         except ckpt.UnreadableCheckpoint as error:
-            warn(f"passing over {error}")
+            warn(f"passing over {error}" if str(path) in str(error) else f"passing over {path}: {error}")
             continue
-        if not ckpt.is_complete(state):
+        if "val_loss" in state and not ckpt.is_complete(state):
             continue
         value = metric_of(state, path, metric)
         if value is None:
@@ -98,7 +105,7 @@ def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> list[Found]:
         elif math.isnan(value):
             warn(f"passing over {path}: its {metric} is NaN")
         else:
-            found.append(Found(value, path, ckpt.infer_model_from_checkpoint(state), state["epoch"]))
+            found.append(Found(value, path, model, state["epoch"]))
     if unknown:
         warn(f"{unknown} checkpoint(s) do not know {metric}")
     sign = 1 if mode == "min" else -1
@@ -106,7 +113,9 @@ def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> list[Found]:
 
 
 def _copy(source: Path, target: Path, force: bool) -> None:
-    if target.exists() and not force:
+    if target.is_dir():
+        raise Exit(BAD_OUTPUT, f"{target} is a folder; --copy-to wants a file's name")
+    if os.path.lexists(target) and not force:
         raise Exit(BAD_OUTPUT, f"{target} exists; --force overwrites it")
     try:
         with open(source, "rb") as file:
@@ -127,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="let --copy-to overwrite")
     parser.add_argument("--print-path-only", action="store_true", help="print just the best one's path")
     args = parser.parse_args(argv)
-    if not args.folder.is_dir():
+    if not os.path.isdir(args.folder):  # False also for names that are too long
         raise Exit(BAD_CHECKPOINT, f"{args.folder}: no such folder")
     mode = args.mode or default_mode(args.metric)
     ranking = rank(args.folder, args.metric, mode, lambda text: print(f"{emoji.warning} {text}", file=sys.stderr))
@@ -141,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.copy_to:
         _copy(best.path, args.copy_to, args.force)
     if args.print_path_only:
-        print(best.path)
+        sys.stdout.buffer.write(os.fsencode(best.path) + b"\n")  # exactly the name, whatever the locale
         return
     print(f"{'rank':>4}  {args.metric:>14}  {'epoch':>5}  {'model':<7}  checkpoint")
     for place, entry in enumerate(ranking[: args.top], 1):

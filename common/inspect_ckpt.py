@@ -6,8 +6,12 @@ Nothing of the file is run, and its tensors are not read, so a large file answer
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +20,15 @@ from common import ckpt, emoji
 from common.args import Parser
 from common.error_codes import BAD_CHECKPOINT, Exit, run_main
 
+SUFFIXES = (".pt", ".pth", ".ckpt")  # of the files that are looked for in folders
 
-def _age(timestamp: str) -> str:
-    seconds = (datetime.now(UTC) - datetime.fromisoformat(timestamp)).total_seconds()
+
+def _age(timestamp: Any) -> str:
+    try:
+        saved = datetime.fromisoformat(timestamp)
+    except (TypeError, ValueError):
+        return "at an unknown time"
+    seconds = (datetime.now(UTC) - (saved if saved.tzinfo else saved.replace(tzinfo=UTC))).total_seconds()
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= length:
             return f"{seconds / length:.1f} {unit} ago"
@@ -27,6 +37,30 @@ def _age(timestamp: str) -> str:
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def _cleaned(value: Any, text: bool) -> Any:
+    """For a terminal (text) without control characters; for JSON without NaN and infinities, which it does not know."""
+    if isinstance(value, dict):
+        return {_cleaned(key, text): _cleaned(inner, text) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cleaned(inner, text) for inner in value]
+    if isinstance(value, str) and text:
+        return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], value)
+    return None if isinstance(value, float) and not text and not math.isfinite(value) else value
+
+
+def _inner(autoencoder: dict[str, Any] | None) -> str | None:
+    """The autoencoder inside a latent checkpoint, in a line."""
+    if autoencoder is None:
+        return None
+    loss = autoencoder["val_loss"]
+    error = f", val loss {loss:.6f}" if isinstance(loss, float) else ""
+    what = f"{autoencoder['model']}, {autoencoder['parameters']:,} parameters, epoch {autoencoder['epoch']}{error}"
+    return f"{autoencoder['exp_name']} ({what})"
 
 
 def report(info: dict[str, Any]) -> str:
@@ -44,7 +78,7 @@ def report(info: dict[str, Any]) -> str:
             "val loss": info["val_loss"],
             "best": f"{best['val_loss']:.6f} in epoch {best['epoch']}" if best else "none yet",
             "saved": f"{info['timestamp']} ({_age(info['timestamp'])})",
-            "autoencoder": info["autoencoder"],
+            "autoencoder": _inner(info["autoencoder"]),
             "flags": " ".join(f"{name}={value}" for name, value in sorted(known.items())),
         }
     shapes = {name: f"{dtype} {shape}" for name, (dtype, shape) in info["tensors"].items()}
@@ -62,29 +96,35 @@ def report(info: dict[str, Any]) -> str:
 
 def files_of(path: Path) -> list[Path]:
     """The files that a path means: itself, a run's newest (or FOLDER/best), or a tree's runs, the newest of each."""
-    if path.name in ("best", "latest") and path.with_suffix(".pt").is_file():
-        return [path.with_suffix(".pt")]
-    if not path.is_dir():
-        return [path]  # if it is missing, reading it says so
+    try:
+        if path.name in ("best", "latest") and path.with_suffix(".pt").is_file():
+            return [path.with_suffix(".pt")]
+        if not path.is_dir():
+            return [path]  # if it is missing, reading it says so
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise ckpt.UnreadableCheckpoint(path, str(error.strerror)) from None
     if own := ckpt.run_checkpoints(path):
         return [own[0][1]]
-    folders = sorted({file.parent for file in path.rglob("*.pt")})
-    newest = [ckpt.run_checkpoints(folder)[0][1] for folder in folders if ckpt.run_checkpoints(folder)]
-    others = [file for file in sorted(path.rglob("*.pt")) if not ckpt.run_checkpoints(file.parent)]
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+    newest = [own[0][1] for folder in sorted({file.parent for file in files}) if (own := ckpt.run_checkpoints(folder))]
+    others = [file for file in files if not ckpt.run_checkpoints(file.parent)]
     if not newest and not others:
         raise Exit(BAD_CHECKPOINT, f"{path}: no checkpoint in this folder")
     return newest + others
 
 
-def _verify(path: Path) -> str:
+def _verify(path: Path) -> bool:
+    """Are the file's checksums right? False if it has none. Raises UnreadableCheckpoint if one is wrong."""
+    if not zipfile.is_zipfile(path):
+        return False
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile):
-        return "has none (not a zip archive)"
+    except Exception as error:  # a damaged archive can raise anything
+        raise ckpt.UnreadableCheckpoint(path, f"damaged ({type(error).__name__}: {error})") from None
     if damaged:
         raise ckpt.UnreadableCheckpoint(path, f"damaged: the checksum of its part {damaged!r} is wrong")
-    return "verified"
+    return True
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,21 +135,36 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per file and line")
     parser.add_argument("--verify", action="store_true", help="also read everything and verify the checksums")
     args = parser.parse_args(argv)
-    failure: Exit | None = None
-    for path in [file for given in args.paths for file in files_of(given)]:
-        try:
-            info = ckpt.inspect_checkpoint(path)
-            checksums = _verify(path) if args.verify else "not verified (--verify does)"
-        except Exit as error:  # the other files are still shown
-            print(f"{emoji.error} {error}", file=sys.stderr)
-            failure, error.shown = error, True
-            continue
-        if args.json:
-            print(json.dumps(info | {"verified": args.verify}, default=repr))
-        else:
-            print(f"{emoji.step} {info['path']}\n{report(info)}\n{'checksums':>12}  {checksums}")
-    if failure:
-        raise failure
+    failures: list[Exit] = []
+    for given in args.paths:
+        files: list[Path] = []
+        with _going_on(failures):
+            files = files_of(given)
+        for path in files:
+            with _going_on(failures):
+                info = ckpt.inspect_checkpoint(path) | {"verified": args.verify and _verify(path)}
+                print(json.dumps(_cleaned(info, text=False), default=repr) if args.json else _text(info, args.verify))
+    if failures:
+        raise failures[0]
+
+
+@contextmanager
+def _going_on(failures: list[Exit]) -> Iterator[None]:
+    """Show and keep an error; the other files are still shown."""
+    try:
+        yield
+    except Exit as error:
+        print(f"{emoji.error} {error}", file=sys.stderr)
+        error.shown = True
+        failures.append(error)
+
+
+def _text(info: dict[str, Any], asked: bool) -> str:
+    checksums = (
+        "verified" if info["verified"] else "has none (not a zip archive)" if asked else "not verified (--verify)"
+    )
+    shown = report(_cleaned(info, text=True))
+    return f"{emoji.step} {info['path']}\n{shown}\n{'checksums':>12}  {checksums}"
 
 
 if __name__ == "__main__":

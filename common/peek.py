@@ -8,15 +8,27 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # opens a file of torch's old format, before it wrote zip archives
-_BYTES = {"Double": 8, "Long": 8, "ComplexFloat": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2}
+_BYTES = {
+    "ComplexDouble": 16,
+    "Double": 8,
+    "Long": 8,
+    "ComplexFloat": 8,
+    "Float": 4,
+    "Int": 4,
+    "Half": 2,
+    "BFloat16": 2,
+    "Short": 2,
+}
 _NAMES = {"Double": "float64", "Float": "float32", "Half": "float16", "Long": "int64", "Int": "int32", "Short": "int16"}
 _NAMES |= {"Byte": "uint8", "Char": "int8"}
+_DTYPE = re.compile(r"[a-z]+(\d+)\w*")  # uint16, float8_e4m3fn: types that have no storage class of their own
 
 
 class Tensor(NamedTuple):
@@ -79,9 +91,18 @@ def _rebuild_tensor(storage: Any, _offset: int, shape: Any, *_rest: Any) -> Tens
     return Tensor(_NAMES.get(kind, kind.lower()), tuple(int(n) for n in shape), _BYTES.get(kind, 1))
 
 
+def _rebuild_typed(
+    _storage: Any, _offset: int, shape: Any, _stride: Any, _grad: Any, _hooks: Any, dtype: Any
+) -> Tensor:
+    name = getattr(dtype, "__name__", "?")
+    bits = match[1] if (match := _DTYPE.fullmatch(name)) else 8
+    return Tensor(name, tuple(int(n) for n in shape), int(bits) // 8)
+
+
 _KNOWN = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_typed,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_rest: data,
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
@@ -98,7 +119,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _KNOWN:
             return _KNOWN[module, name]
         qualified = f"{module}.{name}"
-        if not (module == "torch" and name.endswith("Storage")):
+        if not (module in ("torch", "torch.storage") and (name.endswith("Storage") or _DTYPE.fullmatch(name))):
             self.strangers.add(qualified)
         return type(name, (Stranger,), {"qualified_name": qualified})
 
@@ -113,6 +134,8 @@ def read(path: str | Path) -> tuple[Any, set[str]]:
     Raises ValueError with a reason in one line if it is no PyTorch file, OSError if it cannot be opened.
     """
     strangers: set[str] = set()
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise ValueError("is a folder, not a file" if Path(path).is_dir() else "not a file")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -136,21 +159,18 @@ def read(path: str | Path) -> tuple[Any, set[str]]:
 def tensors_in(value: Any, name: str = "") -> dict[str, Tensor]:
     """All tensors within a read object, by their dotted names (a module's as its state_dict would call them)."""
     found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-
-    def walk(value: Any, name: str) -> None:
+    seen: set[int] = set()  # a file may hold objects that contain themselves, or nest them thousands deep
+    waiting = [(value, name)]
+    while waiting:
+        value, name = waiting.pop()
         if isinstance(value, Tensor):
             found[name or "tensor"] = value
-            return
-        if isinstance(value, Stranger):
-            value = value.contents
-        elif isinstance(value, list | tuple):
-            value = dict(enumerate(value))
-        if isinstance(value, dict) and id(value) not in seen:
+            continue
+        inner = value.contents if isinstance(value, Stranger) else value
+        inner = dict(enumerate(inner)) if isinstance(inner, list | tuple) else inner
+        if isinstance(inner, dict) and id(value) not in seen:
             seen.add(id(value))
-            for key, inner in value.items():
-                own = str(key) not in ("_parameters", "_buffers", "_modules")
-                walk(inner, ".".join(filter(None, (name, str(key)))) if own else name)
-
-    walk(value, name)
+            hidden = ("_parameters", "_buffers", "_modules")
+            names = (name if key in hidden else ".".join(filter(None, (name, str(key)))) for key in inner)
+            waiting.extend(reversed(list(zip(inner.values(), names, strict=True))))
     return found

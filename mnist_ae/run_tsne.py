@@ -52,7 +52,8 @@ def tsne_map(latents: Any, perplexity: float = 30.0) -> Any:
     """(N, D) latents -> (N, 2) map (van der Maaten & Hinton 2008), begun from the principal components."""
     from sklearn.manifold import TSNE
 
-    return TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(latents)
+    init = "pca" if latents.shape[1] > 1 else "random"
+    return TSNE(2, perplexity=perplexity, init=init, random_state=0).fit_transform(latents)
 
 
 def cluster_metrics(latents: Any, labels: Any) -> dict[str, float]:
@@ -131,13 +132,15 @@ def progress(what: str) -> Iterator[None]:
 def outputs(output: str) -> dict[str, Path]:
     """The files to write, by their standard names: in a folder, or a .png path with the others beside it."""
     path = Path(output)
+    if path.suffix.lower() in (".jpg", ".jpeg", ".pdf", ".svg", ".gif", ".tif", ".tiff") and not path.is_dir():
+        raise Exit(USAGE, f"--output {output}: pictures are written as .png, or into a folder")
     named = path.suffix.lower() == ".png" and not path.is_dir()
     folder = path.parent if named else path
     files = {name: folder / name for name in (MAP, BY_DIGIT, RECONSTRUCTIONS, METRICS)}
     if named:
         files[MAP] = path
     for file in files.values():
-        check_output(file, file.suffix)
+        check_output(file, file.suffix.lower())
     if len(set(files.values())) < len(files):
         raise Exit(USAGE, f"--output {output}: that is the name of another of the three pictures")
     return files
@@ -158,10 +161,10 @@ def parse_args(argv: list[str] | None = None) -> Any:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    files = outputs(args.output)
     set_threads()
     device = get_device(args.device)
     data = read_autoencoder(args.checkpoint)
+    files = outputs(args.output)
     autoencoder = build_autoencoder(data, device)
     digits = HF_MNIST("test", args.cache_dir, data["args"]["only_digit"], args.data)
     latents, labels, images = encode_digits(autoencoder, digits, args.n_samples, args.seed, device)

@@ -4,7 +4,7 @@ import re
 import sys
 
 import pytest
-from helpers import AE, LATENT, REPO, call, environment, finish, inside, recipe, run, start
+from helpers import AE, LATENT, PIXEL, REPO, call, environment, finish, inside, recipe, run, start
 
 from common import error_codes, slurm
 from common.args import Parser, add_training_arguments
@@ -19,7 +19,8 @@ from common.error_codes import (
     run_main,
 )
 
-SCRIPTS = [(AE, "train.py"), (AE, "infer.py"), (LATENT, "train.py"), (LATENT, "infer.py")]
+SCRIPTS = [(folder, script) for folder in (AE, LATENT, PIXEL) for script in ("train.py", "infer.py")]
+SCRIPTS.append((AE, "run_tsne.py"))
 TOOLS = ["common.data", "common.find_best_ckpt", "common.inspect_ckpt", "common.evaluate"]
 
 WRONG = [
@@ -242,5 +243,12 @@ def test_output_may_be_piped_and_cut_off(latent_run):
     import subprocess
 
     command = f"{sys.executable} -m common.inspect_ckpt {latent_run} | true"
-    result = subprocess.run(command, shell=True, cwd=REPO, env=environment(), capture_output=True, text=True)
+    env = environment()
+    env.pop("PYTHONUNBUFFERED", None)
+    result = subprocess.run(command, shell=True, cwd=REPO, env=env, capture_output=True, text=True)
     assert result.stderr == ""
+    for place, code in ((">/dev/full", BAD_OUTPUT), (">&-", 0)):
+        command = f"{sys.executable} -m common.inspect_ckpt {latent_run} {place}"
+        result = subprocess.run(command, shell=True, cwd=REPO, env=env, capture_output=True, text=True)
+        assert result.returncode == code, result.stderr
+        assert len(result.stderr.splitlines()) == bool(code), result.stderr

@@ -159,6 +159,7 @@ TOOLS = {
     "trains on its latents": (LATENT, "train.py", "--ae-ckpt", "{ckpt}", "--outdir", "{out}"),
     "finds it as an autoencoder": (LATENT, "train.py", "--ae-ckpt-dir", "{tree}", "--outdir", "{out}"),
     "scores": ("common", "evaluate.py", "--ckpt", "{ckpt}"),
+    "maps its latents": (AE, "run_tsne.py", "--checkpoint", "{ckpt}", "--output", "{out}"),
     "inspects": ("common", "inspect_ckpt.py", "{ckpt}"),
     "ranks": ("common", "find_best_ckpt.py", "{folder}"),
 }

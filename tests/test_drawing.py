@@ -60,6 +60,13 @@ def test_the_process_runs_from_noise_to_the_very_images_of_the_grid(folder, samp
     assert (last[::2, ::2] == pixels(tmp_path / "a.png")).all()
 
 
+def test_few_steps_make_a_short_film(runs, tmp_path):
+    flags = ("--ckpt", runs[LATENT], "--num-images", 4, "--show-process", "--steps", 3)
+    assert call(LATENT, "infer.py", *flags, "--output", tmp_path / "a.png").code == 0
+    with Image.open(tmp_path / "a_process.gif") as film:
+        assert film.n_frames == 4
+
+
 @pytest.mark.parametrize("folder", [LATENT, PIXEL])
 def test_arrays_and_single_files_hold_the_same_images(folder, runs, tmp_path):
     forms = ("--save-npz", tmp_path / "a.npz", "--save-dir", tmp_path / "singly")
@@ -95,6 +102,7 @@ def test_bytes_are_rounded_as_in_the_grid():
         (("--show-process", "--process-steps", 1), USAGE),
         (("--show-process", "--process-steps", 22), USAGE),  # T is 20
         (("--show-process", "--process-steps", 12, "--steps", 10), USAGE),
+        (("--process-steps", 5), USAGE),  # without --show-process it would do nothing
         (("--save-npz", "/proc/nowhere/a.npz"), BAD_OUTPUT),
         (("--save-npz", "a.zip"), BAD_OUTPUT),
         (("--save-dir", "."), BAD_OUTPUT),  # not empty

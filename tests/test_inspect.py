@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import REPO, environment, make_run
+from helpers import REPO, environment, make_run, state_of
 from torch import nn
 
 from common import ckpt, inspect_ckpt
@@ -75,6 +75,44 @@ def test_a_hostile_pickle_is_described_and_runs_nothing(legacy, wrap, tmp_path, 
     assert not (tmp_path / "touched").exists()
 
 
+def test_many_lists_of_tensors_are_all_counted(tmp_path):
+    torch.save({"state_dict": {f"k{i}": [torch.ones(2)] for i in range(300)}}, tmp_path / "a.pt")
+    assert ckpt.inspect_checkpoint(tmp_path / "a.pt")["parameters"] == 600
+
+
+def test_objects_that_contain_themselves_or_nest_deep(tmp_path):
+    deep = around = [torch.ones(2)]
+    around.append(around)
+    for _ in range(200):
+        deep = [deep]
+    torch.save({"weights": deep}, tmp_path / "a.pt")
+    assert ckpt.inspect_checkpoint(tmp_path / "a.pt")["parameters"] == 2
+
+
+def test_types_without_a_storage_class(tmp_path):
+    content = {"a": torch.zeros(4).to(torch.float8_e4m3fn), "b": torch.zeros(3, dtype=torch.uint16)}
+    torch.save(content, tmp_path / "a.pt")
+    info = ckpt.inspect_checkpoint(tmp_path / "a.pt")
+    assert info["tensors"] == {"a": ["float8_e4m3fn", [4]], "b": ["uint16", [3]]}
+    assert (info["tensor_bytes"], info["classes"]) == (4 + 2 * 3, [])
+
+
+@pytest.mark.parametrize("change", [{"timestamp": None}, {"timestamp": "2026-01-01T00:00:00"}, {"args": [1]}])
+def test_checkpoints_with_odd_entries(change, tmp_path, capsys):
+    torch.save(state_of(1) | change, tmp_path / "a.pt")
+    assert run_main(lambda: inspect_ckpt.main([str(tmp_path / "a.pt")])) == 0
+    assert "parameters" in capsys.readouterr().out
+
+
+def test_terminals_and_scripts_get_nothing_they_cannot_take(tmp_path, capsys):
+    torch.save(state_of(1, exp_name="a\x1b[31mred\nline", train_loss=float("nan")), tmp_path / "a.pt")
+    inspect_ckpt.main([str(tmp_path / "a.pt")])
+    assert "a\\x1b[31mred\\nline" in capsys.readouterr().out
+    inspect_ckpt.main([str(tmp_path / "a.pt"), "--json"])
+    text = capsys.readouterr().out
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["train_loss"] is None
+
+
 def test_dtypes_and_sizes(tmp_path):
     content = {str(t): torch.zeros(5, 2).to(t) for t in (torch.float64, torch.bfloat16, torch.int8, torch.bool)}
     torch.save(content, tmp_path / "a.pt")
@@ -93,7 +131,7 @@ def test_torch_is_not_even_imported(latent_run):
 def test_folders_and_trees(ae_run, latent_run, tmp_path, capsys):
     for name in ("one", "two"):
         make_run(tmp_path / "checkpoints" / name)
-    torch.save({"w": torch.ones(2)}, tmp_path / "other.pt")
+    torch.save({"w": torch.ones(2)}, tmp_path / "other.pth")
     inspect_ckpt.main([str(tmp_path), "--json"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row.get("epoch") for row in rows] == [3, 3, None]
@@ -113,6 +151,21 @@ def test_verify_finds_a_flipped_bit(tmp_path, capsys):
     assert "checksum" in capsys.readouterr().err
 
 
+def test_verify_says_what_it_did(tmp_path, capsys):
+    torch.save(torch.ones(2), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    inspect_ckpt.main([str(tmp_path / "old.pt"), "--verify", "--json"])
+    assert json.loads(capsys.readouterr().out)["verified"] is False
+    inspect_ckpt.main([str(tmp_path / "old.pt"), "--verify"])
+    assert "has none" in capsys.readouterr().out
+
+
+def test_what_is_no_file_at_all(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (tmp_path / "pipe.pt", tmp_path / ("x" * 300), tmp_path / "nowhere.pt"):
+        assert run_main(lambda path=path: inspect_ckpt.main([str(path)])) == BAD_CHECKPOINT
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 not really", b"\x80\x02."])
 def test_what_is_no_pytorch_file(content, tmp_path, capsys):
     (tmp_path / "a.pt").write_bytes(content)
@@ -125,11 +178,15 @@ def test_an_empty_folder(tmp_path, capsys):
     assert "no checkpoint" in capsys.readouterr().err
 
 
-def test_a_damaged_file_does_not_hide_the_others(net, tmp_path, capsys):
+def test_a_damaged_file_or_an_empty_folder_does_not_hide_the_others(net, tmp_path, capsys):
     (tmp_path / "a.pt").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
     torch.save(net.state_dict(), tmp_path / "b.pt")
-    assert run_main(lambda: inspect_ckpt.main([str(tmp_path / name) for name in ("a.pt", "b.pt")])) == BAD_CHECKPOINT
+    assert (
+        run_main(lambda: inspect_ckpt.main([str(tmp_path / name) for name in ("a.pt", "empty", "b.pt")]))
+        == BAD_CHECKPOINT
+    )
     shown = capsys.readouterr()
     assert "a.pt" in shown.err
-    assert len(shown.err.splitlines()) == 1
+    assert len(shown.err.splitlines()) == 2
     assert "a state_dict" in shown.out

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -79,6 +80,10 @@ def test_copying_the_best(tree, tmp_path, capsys):
     assert ckpt.read_checkpoint(target)["epoch"] == 2
     assert best(tree, "--copy-to", target, "--metric", "epoch", "--force", capsys=capsys)[0] == 0
     assert ckpt.read_checkpoint(target)["epoch"] == 3
+    (tmp_path / "dangling.pt").symlink_to(tmp_path / "nowhere")
+    for wrong in (tmp_path, tmp_path / "dangling.pt"):
+        assert best(tree, "--copy-to", wrong, capsys=capsys)[0] == BAD_OUTPUT
+    assert (tmp_path / "dangling.pt").is_symlink()
 
 
 def test_nothing_to_find(tree, tmp_path, capsys):
@@ -110,6 +115,44 @@ def test_the_best_of_real_runs_by_its_log_alone(latent_run, copy_of, capsys):
     figures = find_best_ckpt._written_figures(folder)
     assert figures[1]["train_loss"] == pytest.approx(wanted, abs=1e-6)
     assert set(figures) == {1, 2}
+    lowest = min(figures, key=lambda epoch: figures[epoch]["val_loss"])
+    for path in folder.glob("checkpoint_*.pt"):  # as if they held no losses
+        state = ckpt.read_checkpoint(path)
+        del state["val_loss"], state["train_loss"]
+        ckpt.save_checkpoint(path, state)
+    code, path, _ = best(folder, "--print-path-only", capsys=capsys)
+    assert (code, path) == (0, str(folder / f"checkpoint_epoch_{lowest:06d}.pt"))
+
+
+def test_a_figure_of_the_epoch_goes_before_the_flag_of_that_name(tree, capsys):
+    save(tree / "a", 3, args={"model": "ae-mlp", "lr": 1.0})
+    (tree / "a" / "metrics.jsonl").write_text('{"epoch": 3, "lr": 0.25}\n')
+    find_best_ckpt._written_figures.cache_clear()
+    assert "0.25" in best(tree, "--metric", "lr", capsys=capsys)[1]
+
+
+def test_odd_neighbours_do_not_spoil_the_ranking(tree, capsys):
+    save(tree / "c", 1, args={"model": "vae"})
+    save(tree / "d", 1, args=None)
+    for name in ("latest.pt", "best.pt"):  # copies, where symlinks are not allowed
+        (tree / "a" / name).unlink(missing_ok=True)
+        shutil.copy(tree / "a" / "checkpoint_epoch_000002.pt", tree / "a" / name)
+    logs = tree.parent / "logs"
+    logs.mkdir()
+    (logs / "a.log").write_text("epoch 1 took 1.2.3 and 0.25.\n")
+    find_best_ckpt.scores_file(tree / "a" / "checkpoint_epoch_000001.pt").write_text("[1]")
+    find_best_ckpt._written_figures.cache_clear()
+    code, table, warnings = best(tree, capsys=capsys)
+    assert code == 0
+    assert table.count("/a/") == 4  # three rows and the last line
+    assert "/c/" in warnings
+    assert "/d/" in warnings
+    assert best(tree, "--metric", "fid", capsys=capsys)[0] == BAD_CHECKPOINT
+
+
+def test_what_grows_is_best_when_largest():
+    modes = {metric: find_best_ckpt.default_mode(metric) for metric in ("epoch", "confident", "seconds_per_epoch")}
+    assert modes == {"epoch": "max", "confident": "max", "seconds_per_epoch": "min"}
 
 
 def test_find_best_as_a_process(latent_run):
@@ -127,7 +170,8 @@ def test_inspect(latent_run, ae_run, capsys):
         assert word in text, word
     inspect_ckpt.main([str(latent_run), str(ae_run / "checkpoint_epoch_000001.pt"), "--json"])
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
-    assert (first["model"], first["epoch"], first["autoencoder"]) == ("lddpm", 2, ae_run.name)
+    assert (first["model"], first["epoch"], first["autoencoder"]["exp_name"]) == ("lddpm", 2, ae_run.name)
+    assert first["autoencoder"]["parameters"] == second["parameters"]
     assert (second["model"], second["epoch"], second["complete"]) == ("ae-mlp", 1, True)
     assert first["parameters"] == sum(math.prod(shape) for _, shape in first["tensors"].values())
 

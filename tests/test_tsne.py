@@ -55,9 +55,9 @@ def test_a_folder_gets_the_files_under_their_names(tsne, all_digits, cache, tmp_
 
 
 def test_a_png_is_the_map_and_the_rest_lies_beside_it(tsne, tmp_path):
-    result = tsne("--output", tmp_path / "my map.png")
+    result = tsne("--output", tmp_path / "my map.PNG")
     assert result.code == 0, result.text
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(("my map.png", *NAMES[1:]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(("my map.PNG", *NAMES[1:]))
 
 
 def test_the_map_keeps_clusters_apart_and_is_the_same_every_time(all_digits):
@@ -68,6 +68,7 @@ def test_the_map_keeps_clusters_apart_and_is_the_same_every_time(all_digits):
     first, again = module.tsne_map(latents, 10), module.tsne_map(latents, 10)
     assert (first == again).all()
     assert silhouette_score(first, np.repeat(range(4), 20)) > 0.5
+    assert module.tsne_map(latents[:, :1], 10).shape == (80, 2)  # --latent-dim 1
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,7 @@ def test_the_map_keeps_clusters_apart_and_is_the_same_every_time(all_digits):
         (("--n-samples", 5), USAGE),
         (("--output", "/proc/nowhere"), BAD_OUTPUT),
         (("--output", "reconstructions.png"), USAGE),
+        (("--output", "map.jpg"), USAGE),
         (("--checkpoint", "nothing.pt"), BAD_CHECKPOINT),
     ],
 )
@@ -96,12 +98,13 @@ def test_other_checkpoints(latent_run, ae_run, cache, tmp_path):
     assert "only 3s" in one_digit.text
 
 
-def test_the_notebook_runs_whole(all_digits, cache):
+def test_the_notebook_runs_whole(all_digits, cache, monkeypatch):
     notebook = nbformat.read(REPO / AE / "tsne_visualization.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)  # committed without outputs
     assert "CHECKPOINT = None" in code[0].source
-    settings = {"CHECKPOINT": str(all_digits), "N_SAMPLES": 150, "CACHE_DIR": str(cache), "DATA": "embedded"}
+    monkeypatch.setenv("SCRATCH", str(all_digits.parent.parent))  # it finds the newest by itself
+    settings = {"N_SAMPLES": 150, "CACHE_DIR": str(cache), "DATA": "embedded"}
     code[0].source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(REPO / AE)}}).execute()
     pictures = [o for cell in code for o in cell.outputs if "image/png" in o.get("data", {})]

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from peers import PlainDenoiser, seconds_per_epoch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.diffusion import draw, precompute_schedules
+from common.error_codes import STOPPED_EARLY
 from common.modules import module_of
 
 TRAIN_IMAGES = 54_000
@@ -36,6 +36,32 @@ def first(self, *args):
     sys.exit(0)
 Session.step = first
 train.main(sys.argv[1:])
+"""
+STOP_AT = """
+import os, signal, sys, threading, time
+sys.path.insert(0, ".")
+import train
+from common.error_codes import run_main
+from common.session import Session
+moment, calls = sys.argv[1], []
+def soon():
+    def send():
+        print("SIGNAL", time.time(), flush=True)
+        os.kill(os.getpid(), signal.SIGUSR1)
+    threading.Timer(0.02 if moment == "validate" else 0.3, send).start()
+def patch(name, when, after):
+    real = getattr(Session, name)
+    def patched(self, *args):
+        calls.append(name)
+        if len(calls) == when and not after:
+            soon()
+        result = real(self, *args)
+        if len(calls) == when and after:
+            soon()
+        return result
+    setattr(Session, name, patched)
+patch(*{"step": ("step", 5, False), "validate": ("validate", 1, False), "preview": ("validate", 1, True)}[moment])
+sys.exit(run_main(lambda: train.main(sys.argv[2:])))
 """
 SCRIPTS = (
     *(
@@ -105,18 +131,19 @@ def main_job(figures: Figures, out: Path, cache: list[str], full: bool) -> None:
             return float(re.search(r"FIRST ([\d.]+)", run(where, *command)[1])[1])
 
         figures.add(f"{where}: first training step after importing torch", best_of(3, first_step), "s")
-    figures.add("a stop signal in the middle of training: until the run has saved and ended", _stop(out, cache), "s")
+    for moment in ("step", "validate", "preview"):
+        figures.add(f"a stop signal in a {moment}: until the run has saved and ended", _stop(out, cache, moment), "s")
 
 
-def _stop(out: Path, cache: list[str]) -> float:
-    command = (sys.executable, "train.py", "--model", "conv", "--outdir", out / "stop", "--data", "hub", *cache)
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT / "mnist_ae", stdout=subprocess.DEVNULL)
-    while not list((out / "stop").glob("checkpoints/*/*.pt")):
-        time.sleep(0.05)
-    started = time.perf_counter()
-    process.send_signal(signal.SIGUSR1)
-    process.wait(60)
-    return time.perf_counter() - started
+def _stop(out: Path, cache: list[str], moment: str) -> float:
+    """Seconds from a signal to the end of a pixel trainer that is in its training steps, a validation, or a preview."""
+    flags = ("--only-digit", 5, "--generate-images", "--outdir", out / moment, "--data", "hub", *cache)
+    words = [sys.executable, "-c", STOP_AT, moment, *map(str, flags)]
+    process = subprocess.Popen(words, cwd=ROOT / "mnist_single_digit", stdout=subprocess.PIPE, text=True)
+    sent = float(re.search(r"SIGNAL ([\d.]+)", process.communicate()[0])[1])
+    if process.returncode != STOPPED_EARLY:
+        sys.exit(f"a stop in {moment} ended with code {process.returncode}")
+    return time.time() - sent
 
 
 def tools(figures: Figures, out: Path, full: bool) -> None:
