@@ -57,9 +57,12 @@ def score(
     images (N, 1, 28, 28) in [0, 1]; wanted (N,) labels, None if none were asked for. real: held-out digits (HF_MNIST);
     one half is the reference, the other sets the floor, cut to N digits if it has more.
     """
+    import numpy
+
     from common.classifier import judge
     from common.metrics import bootstrap, covered, frechet_distance, imbalance
 
+    rng = numpy.random.default_rng(0)
     first, second = _halves(real)
     reference_images, reference_labels = real[first]
     reference = judge(classifier, reference_images)[0].numpy()
@@ -69,12 +72,13 @@ def score(
     for column, shown, asked in (("floor", spare_images, spare_labels), ("value", images, wanted)):
         features, probabilities = (part.numpy() for part in judge(classifier, shown))
         predicted = probabilities.argmax(1)
-        balance = (reference_labels if asked is None else asked).numpy()
+        balance = (reference_labels if wanted is None else asked).numpy()
         size = min(len(features), half)  # precision and recall want sets of equal size
+        some = features[rng.permutation(len(features))[:size]]  # not the first ones: drawings come digit by digit
         samples: dict[str, tuple[Callable[..., float], Any]] = {
             "fid": (lambda rows: frechet_distance(rows, reference), features),
-            "precision": (lambda rows: rows.mean(), covered(reference[:size], features[:size])),
-            "recall": (lambda rows: rows.mean(), covered(features[:size], reference[:size])),
+            "precision": (lambda rows: rows.mean(), covered(reference[:size], some)),
+            "recall": (lambda rows: rows.mean(), covered(some, reference[:size])),
             "imbalance": (lambda rows, balance=balance: imbalance(rows, balance), predicted),
             "confident": (lambda rows: rows.mean(), probabilities.max(1) > 0.9),
         }
@@ -95,6 +99,8 @@ def score_epoch(
 
     shown: by suffix, what to score: a function that returns (images, wanted labels or None), as `score` takes them.
     """
+    import torch
+
     args = session.args
     if not args.eval_every or session.epoch % args.eval_every:
         return {}
@@ -103,6 +109,8 @@ def score_epoch(
     figures = {}
     for suffix, show in shown.items():
         images, wanted = show()
+        if wanted is None and only:
+            wanted = torch.full((len(images),), args.only_digit)
         rows = score(images, wanted, real, classifier, errors=False)
         figures |= {f"{name}{suffix}": row["value"] for name, row in rows.items()}
     return figures
@@ -162,6 +170,15 @@ def scores_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}.scores.json")
 
 
+def read_scores(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """What was written there about the checkpoint with this `state`; {} if it was about another of that name."""
+    try:
+        scores = json.loads(path.read_text())
+        return scores if scores["timestamp"] == state["timestamp"] else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Score a checkpoint.", "python -m common.evaluate --ckpt RUN_FOLDER --digit 0 1 2 3 4 5 6 7 8 9")
     parser.add_argument("--ckpt", required=True, help="checkpoint file, its run's folder (newest) or FOLDER/best")
@@ -188,11 +205,14 @@ def main(argv: list[str] | None = None) -> None:
         images, labels, seconds = _reconstruct(path, real, args.n, device)
     else:
         images, labels, seconds = _draw(args, path, model, device)
-    figures = score(images, None if labels is None else torch.tensor(labels), real, classifier)
+    wanted = labels or (None if only is None else [only] * len(images))
+    figures = score(images, None if wanted is None else torch.tensor(wanted), real, classifier)
 
     kind = "reconstructions" if model.startswith("ae-") else "unconditional" if labels is None else "with labels"
     print(f"{len(images):,} images, {kind}, from {trained['exp_name']}, epoch {trained['epoch']}")
     print(f"judged by a classifier that reads {accuracy:.2%} of the test digits ({real.source}) correctly")
+    if (spare := len(_halves(real)[1])) < len(images):
+        print(f"{emoji.warning} there are only {spare:,} real digits for the last column")
     print(f"{'':>10} {'value':>9} {'+-':>8} {'real':>9}")
     for name, row in figures.items():
         print(f"{name:>10} {row['value']:>9.4f} {row['error']:>8.4f} {row['floor']:>9.4f}   {MEANING[name]}")
@@ -201,10 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: getattr(args, name) for name in ("n", "seed", "digit", "guidance", "sampler", "steps")}
     suffix = "_labelled" if kind == "with labels" else ""  # so that one file holds both, and neither hides the other
     target = args.json or scores_file(path)
-    try:
-        known = json.loads(target.read_text()) if target.is_file() else {}
-    except (OSError, ValueError):
-        known = {}
+    known = read_scores(target, trained) | {"timestamp": trained["timestamp"]}
     known |= {f"{name}{suffix}": row["value"] for name, row in figures.items()}
     details = {"figures": figures, "settings": settings, "images_per_second": len(images) / seconds}
     known[f"details{suffix}"] = details | {"classifier_accuracy": accuracy, "data": real.source}

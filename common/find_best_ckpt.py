@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from common import ckpt, emoji
 from common.args import Parser, number
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
-from common.evaluate import scores_file
+from common.evaluate import read_scores, scores_file
 
 _RISING = ("acc", "precision", "recall", "agreement", "confident", "per_second")
 COMPARABLE = ("epoch", "global_step", "fid", "precision", "recall", "agreement")  # between models of any kind
@@ -63,19 +63,10 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def _scores(path: Path) -> dict[str, Any]:
-    """What `python -m common.evaluate` wrote beside the checkpoint."""
-    try:
-        scores = json.loads(scores_file(path).read_text())
-    except (OSError, ValueError):
-        return {}
-    return scores if isinstance(scores, dict) else {}
-
-
 def metric_of(state: dict[str, Any], path: Path, metric: str) -> float | None:
-    """A checkpoint's own number, else what the run wrote about its epoch, else its flag's of that name."""
+    """A checkpoint's number: its own, `common.evaluate`'s, what its run wrote about the epoch, or a flag's."""
     written = _written_figures(path.parent).get(state["epoch"], {})
-    for source in (state, state.get("scores") or {}, _scores(path), written, state["args"]):
+    for source in (state, read_scores(scores_file(path), state), state.get("scores") or {}, written, state["args"]):
         value = source.get(metric)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)

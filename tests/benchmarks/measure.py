@@ -59,11 +59,11 @@ class Figures:
     def add(
         self, figure: str, ours: float, unit: str = "", *, peer: float | None = None, reference: float | None = None
     ) -> None:
-        """peer: the same, measured in this run. reference: seconds on the reference machine; ours is scaled to it."""
+        """peer: the same, measured in this run. reference: the reference's; seconds are scaled to its machine."""
         rate = matmul_rate()
         row = {"figure": figure, "ours": ours, "unit": unit, "peer": peer, "matmul": rate}
         row["peer / ours"] = peer / ours if peer and ours else None
-        row["at 47"] = ours * rate / REFERENCE_RATE if reference else None
+        row["at 47"] = ours * rate / REFERENCE_RATE if unit == "s" else None
         self.rows.append(row | {"reference": reference})
         print(f"  {figure}: {ours:.4g} {unit}" + (f", peer {peer:.4g}" if peer else ""), file=sys.stderr, flush=True)
 

@@ -86,7 +86,7 @@ def everything(figures: Figures, cache_dir: Path, seconds: float, longer: float 
     digits, _ = split_train_val(HF_MNIST("train", cache_dir, DIGIT, "hub"), 42)
     real, (judge, _) = HF_MNIST("test", cache_dir, DIGIT, "hub"), load_classifier(cache_dir, "hub")
     full = longer is not None
-    steps, count = (STEPS, DRAWINGS) if full else (50, DRAWINGS // 2)
+    steps, count = (STEPS, DRAWINGS) if full else (25, DRAWINGS // 4)
     wanted = torch.full((count,), DIGIT)
     table: dict[str, dict[str, float]] = {}
     for name in NETWORKS:
@@ -116,7 +116,6 @@ def everything(figures: Figures, cache_dir: Path, seconds: float, longer: float 
         if name == "ours" and longer:
             best.advance(longer - seconds)
             _score(row, f"after {longer:.0f} s", best.draw(count, steps), wanted, real, judge)
-    for name, row in table.items():
         for figure, value in row.items():
             figures.add(f"digit 5, {name}: {figure}", value)
     fastest = max(row["training images/s"] for name, row in table.items() if name != "ours")
