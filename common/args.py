@@ -291,8 +291,8 @@ def add_diffusion_arguments(parser: Parser) -> None:
 
 def add_sampling_arguments(parser: Parser) -> None:
     """The flags that drawing from a diffusion model shares: labels, guidance, seed, sampler, steps."""
+    add_device_argument(parser)
     add = parser.add_argument
-    add("--device", help="cuda, cuda:N, mps or cpu (default: the best there is)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="random seed of the noise (default: 42)")
     add(
         "--digit",
@@ -324,9 +324,9 @@ def check_sampling(args: argparse.Namespace, trained: dict[str, Any]) -> None:
         raise Exit(MODEL_MISMATCH, f"this model was trained on {only}s only; --digit can only be {only}")
 
 
-def wanted_labels(args: argparse.Namespace, count: int) -> list[int] | None:
-    """The label of each of `count` images as --digit asks for, in equal runs; None for unconditional drawing."""
-    return [args.digit[i * len(args.digit) // count] for i in range(count)] if args.digit else None
+def wanted_labels(digits: list[int] | None, count: int) -> list[int] | None:
+    """The label of each of `count` images: equal runs of `digits`, as --digit names them; None if it names none."""
+    return [digits[i * len(digits) // count] for i in range(count)] if digits else None
 
 
 def check_betas(parser: Parser, args: Args) -> None:

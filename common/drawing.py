@@ -63,7 +63,7 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
     set_threads()
     draw, state = load(get_device(args.device))
     check_sampling(args, state["args"])
-    labels = wanted_labels(args, args.num_images)
+    labels = wanted_labels(args.digit, args.num_images)
     moments = _moments(args, args.steps or state["args"]["T"]) if args.show_process else []
     frames: dict[int, Any] = dict.fromkeys(moments)
     started = time.perf_counter()
@@ -150,20 +150,17 @@ def _save_singly(images: torch.Tensor, labels: list[int] | None, folder: Path) -
     print(f"{emoji.ok} singly: {len(images)} files in {folder}")
 
 
-def digits_in_turn(count: int, only_digit: int | None) -> list[int]:
-    """`count` labels: equal runs of all digits, or `only_digit` throughout."""
-    return [i * 10 // count if only_digit is None else only_digit for i in range(count)]
-
-
 def preview_and_scored(args: Args, draw: Draw) -> tuple[Callable, dict[str, Callable]]:
     """(preview(), what `score_epoch` is to score), for a diffusion trainer: draws with and without labels."""
     import torch
 
+    digits = list(range(10)) if args.only_digit is None else [args.only_digit]
+
     def preview() -> torch.Tensor:
-        return draw(labels=digits_in_turn(args.samples_per_epoch, args.only_digit), guidance=DEFAULT_GUIDANCE)
+        return draw(labels=wanted_labels(digits, args.samples_per_epoch), guidance=DEFAULT_GUIDANCE)
 
     def with_labels() -> tuple[torch.Tensor, torch.Tensor]:
-        labels = digits_in_turn(EVAL_IMAGES, args.only_digit)
+        labels = wanted_labels(digits, EVAL_IMAGES)
         return draw(labels=labels, guidance=DEFAULT_GUIDANCE).cpu(), torch.tensor(labels)
 
     return preview, {"": lambda: (draw(count=EVAL_IMAGES).cpu(), None), "_labelled": with_labels}

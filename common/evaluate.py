@@ -141,7 +141,7 @@ def _draw(args: Any, path: Path, model: str, device: torch.device) -> tuple[torc
 
     draw, state = module_of(model).load_for_drawing(path, device)
     check_sampling(args, state["args"])
-    labels = wanted_labels(args, args.n)
+    labels = wanted_labels(args.digit, args.n)
     options = {"guidance": args.guidance, "sampler": args.sampler, "steps": args.steps}
     parts, started = [], time.perf_counter()
     for first in tqdm(range(0, args.n, CHUNK), desc="drawing", disable=not sys.stderr.isatty()):

@@ -56,7 +56,6 @@ class Learner:
         amp: bool = False,
         ema: float | None = None,
         weight_decay: float = 0.01,
-        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         import torch
         from torch.optim.swa_utils import AveragedModel
@@ -66,7 +65,7 @@ class Learner:
         self.ema = AveragedModel(self.net, multi_avg_fn=_ema_update(ema)) if ema is not None else None
         self.parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         fused = device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(self.parameters, betas=betas, weight_decay=weight_decay, fused=fused)
+        self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=weight_decay, fused=fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp)
 
     @property

@@ -40,9 +40,7 @@ def imbalance(predicted: np.ndarray, wanted: np.ndarray, classes: int = 10) -> f
     return float(abs(shares[0] - shares[1]).sum() / 2)
 
 
-def bootstrap(statistic: Callable[..., float], *samples: np.ndarray, repeats: int = 50, seed: int = 0) -> float:
-    """Standard error of `statistic(*samples)` by resampling the rows of the samples together, `repeats` times."""
-    rng = np.random.default_rng(seed)
-    count = len(samples[0])
-    draws = [statistic(*(s[rows] for s in samples)) for rows in rng.integers(0, count, (repeats, count))]
-    return float(np.std(draws, ddof=1))
+def bootstrap(statistic: Callable[[np.ndarray], float], sample: np.ndarray, repeats: int = 50) -> float:
+    """Standard error of `statistic(sample)` by resampling the sample's rows `repeats` times, from a fixed seed."""
+    picks = np.random.default_rng(0).integers(0, len(sample), (repeats, len(sample)))
+    return float(np.std([statistic(sample[rows]) for rows in picks], ddof=1))

@@ -8,7 +8,8 @@
 # from here: a preempted job is requeued by Slurm, a cancelled one by nobody.
 # In a job array the task's number is the digit: sbatch --array=0-9 job.sh.
 
-limit="" child=""
+limit="" child="" made=""
+_clean() { [ -z "$made" ] || rm -rf "$made"; }
 _on_limit() { limit=yes; [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null; }
 _on_term() { limit=""; [ -z "$child" ] && exit 143; kill -TERM "$child" 2>/dev/null; }
 trap _on_limit USR1 USR2 # before anything slow: an untrapped signal would kill this shell
@@ -17,8 +18,8 @@ trap _on_term TERM
 : "${SCRATCH:?error: set SCRATCH to a folder that outlives the job}"
 source ../mnist_single_digit/setup.sh || exit 1
 if [ -z "${SLURM_TMPDIR:-}" ]; then
-    SLURM_TMPDIR="$(mktemp -d)"
-    trap 'rm -rf "$SLURM_TMPDIR"' EXIT
+    SLURM_TMPDIR="$(mktemp -d)" made="$SLURM_TMPDIR"
+    trap _clean EXIT
 fi
 export SLURM_TMPDIR
 if [ -d "$SCRATCH/hf_cache" ]; then # fetched by: python -m common.data --cache-dir "$SCRATCH/hf_cache"
@@ -44,6 +45,7 @@ train_and_requeue() {
 requeue() {
     local job="${SLURM_JOB_ID:-}"
     [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+    _clean # requeueing ends this shell without its EXIT trap
     if command -v scontrol >/dev/null 2>&1; then
         echo "time limit: saved; requeueing job $job"
         scontrol requeue "$job" && return

@@ -57,13 +57,20 @@ class Figures:
         self.rows: list[dict[str, Any]] = []
 
     def add(
-        self, figure: str, ours: float, unit: str = "", *, peer: float | None = None, reference: float | None = None
+        self,
+        figure: str,
+        ours: float,
+        unit: str = "",
+        *,
+        peer: float | None = None,
+        reference: float | None = None,
+        scaled: bool = False,
     ) -> None:
-        """peer: the same, measured in this run. reference: the reference's; seconds are scaled to its machine."""
+        """peer: the same, measured in this run. reference: the reference's. scaled: show ours at its machine's rate."""
         rate = matmul_rate()
         row = {"figure": figure, "ours": ours, "unit": unit, "peer": peer, "matmul": rate}
         row["peer / ours"] = peer / ours if peer and ours else None
-        row["at 47"] = ours * rate / REFERENCE_RATE if unit == "s" else None
+        row["at 47"] = ours * rate / REFERENCE_RATE if scaled else None
         self.rows.append(row | {"reference": reference})
         print(f"  {figure}: {ours:.4g} {unit}" + (f", peer {peer:.4g}" if peer else ""), file=sys.stderr, flush=True)
 

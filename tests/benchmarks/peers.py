@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+LABEL_DROPOUT = 0.1
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.diffusion import Schedules, draw_timesteps, q_sample, uniform_timesteps  # noqa: E402
+from common.diffusion import Schedules, epsilon_loss, uniform_timesteps  # noqa: E402
 from common.time_embedding import TimeMLP  # noqa: E402
 
 
@@ -151,7 +152,7 @@ class OneByOne(torch.utils.data.Dataset):
 def seconds_per_epoch(cache_dir: Path, schedules: Schedules, latent: bool, batches: int = 40) -> float:
     """Seconds of a plain epoch of 54,000 digits at batch 128, from `batches` batches; data loaded by one worker."""
     loader = torch.utils.data.DataLoader(OneByOne(cache_dir), batch_size=128, shuffle=True, num_workers=1)
-    autoencoder, denoiser = PlainAutoencoder(), PlainDenoiser(pixels=False)
+    autoencoder, denoiser, uniform = PlainAutoencoder(), PlainDenoiser(pixels=False), uniform_timesteps(schedules)
     net = denoiser if latent else autoencoder
     optimizer, rng, started = torch.optim.AdamW(net.parameters(), 2e-4), torch.Generator(), 0.0
     for number, (images, labels) in enumerate(loader):
@@ -162,7 +163,7 @@ def seconds_per_epoch(cache_dir: Path, schedules: Schedules, latent: bool, batch
         if latent:
             with torch.no_grad():
                 z = autoencoder.encode(images)
-            loss = plain_loss(net, z, labels, schedules, rng)
+            loss = epsilon_loss(net, z, labels, schedules, uniform, rng, LABEL_DROPOUT)
         else:
             loss = F.mse_loss(net(images), images)
         optimizer.zero_grad()
@@ -170,12 +171,3 @@ def seconds_per_epoch(cache_dir: Path, schedules: Schedules, latent: bool, batch
         optimizer.step()
         loss.item()
     return (time.perf_counter() - started) / batches * (54_000 / 128)
-
-
-def plain_loss(
-    net: nn.Module, x0: torch.Tensor, labels: torch.Tensor, schedules: Schedules, rng: torch.Generator
-) -> torch.Tensor:
-    """The noise's squared error at uniform timesteps; a tenth of the labels is dropped."""
-    t, epsilon = draw_timesteps(len(x0), uniform_timesteps(schedules), rng), torch.randn(x0.shape, generator=rng)
-    labels = labels.masked_fill(torch.rand(len(x0), generator=rng) < 0.1, net.null_label)
-    return F.mse_loss(net(q_sample(x0, t, epsilon, schedules), t, labels), epsilon)

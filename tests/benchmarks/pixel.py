@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from measure import Figures
-from peers import PlainDenoiser, diffusers_unet, lucidrains, plain_loss
+from peers import LABEL_DROPOUT, PlainDenoiser, diffusers_unet, lucidrains
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -62,10 +62,7 @@ class Trained:
             rng = generator(0, "pixel benchmark", self.steps)
             rows = torch.randint(len(self.images), (BATCH,), generator=rng)
             x, labels = 2 * self.images[rows] - 1, self.labels[rows]
-            if self.name == "ours":
-                loss = epsilon_loss(net, x, labels, self.schedules, self.timesteps, rng, 0.1)
-            else:
-                loss = plain_loss(net, x, labels, self.schedules, rng)
+            loss = epsilon_loss(net, x, labels, self.schedules, self.timesteps, rng, LABEL_DROPOUT)
             self.losses.append(loss.item())
             self.learner.step(loss, self.steps)
             self.steps += 1

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 from measure import Figures, run, train
-from peers import PlainAutoencoder, PlainDenoiser, plain_loss
+from peers import LABEL_DROPOUT, PlainAutoencoder, PlainDenoiser
 from torch.nn.functional import mse_loss
 
+from common.args import wanted_labels
 from common.classifier import judge, load_classifier, train_classifier
 from common.data import HF_MNIST, split_train_val
-from common.diffusion import draw, precompute_schedules
+from common.diffusion import draw, epsilon_loss, precompute_schedules, uniform_timesteps
 from common.evaluate import score
 from common.rng import generator
 
@@ -30,7 +31,7 @@ def classifier(figures: Figures, cache_dir: Path) -> None:
     train_set, test = (HF_MNIST(split, cache_dir, source="hub") for split in ("train", "test"))
     started = time.perf_counter()
     net = train_classifier(train_set)
-    figures.add("digit classifier: training", time.perf_counter() - started, "s")
+    figures.add("digit classifier: training", time.perf_counter() - started, "s", scaled=True)
     _, probabilities = judge(net, test[torch.arange(len(test))][0])
     figures.add(
         "digit classifier: accuracy on the 10,000 test digits",
@@ -53,7 +54,7 @@ def ours(figures: Figures, out: Path, cache: list[str], title: str, ae: tuple, l
     place = ("--outdir", out / re.sub(r"\W", "", title), "--data", "hub", *cache)
     first, ae_run = train("mnist_ae", *ae, *place)
     second, latent_run = train(LATENT, "--ae-ckpt", ae_run, *latent, *place)
-    figures.add(f"{title}: training, both stages", first + second, "s")
+    figures.add(f"{title}: training, both stages", first + second, "s", scaled=True)
     text = run("mnist_ae", "infer.py", "--ckpt", ae_run, "--data", "hub", "--output", out / "r.png", *cache)[1]
     error = float(re.search(r": ([\d.]+)$", text, re.MULTILINE)[1])
     figures.add(f"{title}: test reconstruction error", error, reference=0.0170)
@@ -80,6 +81,7 @@ def plain(figures: Figures, cache_dir: Path, epochs: tuple[int, int], count: int
     images, labels = train_set[torch.arange(len(train_set))]
     test = HF_MNIST("test", cache_dir, source="hub")
     schedules, autoencoder, denoiser = precompute_schedules(), PlainAutoencoder(), PlainDenoiser(pixels=False)
+    uniform = uniform_timesteps(schedules)
     title = f"plain design, {epochs[0]} + {epochs[1]} epochs"
     for net, many in ((autoencoder, epochs[0]), (denoiser, epochs[1])):
         optimizer, rng = torch.optim.AdamW(net.parameters(), 2e-4), generator(0, "plain")
@@ -88,7 +90,7 @@ def plain(figures: Figures, cache_dir: Path, epochs: tuple[int, int], count: int
                 if net is denoiser:
                     with torch.no_grad():
                         z = autoencoder.encode(images[rows])
-                    loss = plain_loss(net, z, labels[rows], schedules, rng)
+                    loss = epsilon_loss(net, z, labels[rows], schedules, uniform, rng, LABEL_DROPOUT)
                 else:
                     loss = mse_loss(net(images[rows]), images[rows])
                 optimizer.zero_grad()
@@ -98,7 +100,7 @@ def plain(figures: Figures, cache_dir: Path, epochs: tuple[int, int], count: int
     with torch.no_grad():
         shown = test[torch.arange(len(test))][0]
         figures.add(f"{title}: test reconstruction error", mse_loss(autoencoder(shown), shown).item())
-        for name, wanted in (("with labels", [i * 10 // count for i in range(count)]), ("without labels", None)):
+        for name, wanted in (("with labels", wanted_labels(range(10), count)), ("without labels", None)):
             z = draw(denoiser, (16,), schedules, labels=wanted, count=count)
             asked = None if wanted is None else torch.tensor(wanted)
             _add(figures, f"{title}: {name}", score(autoencoder.decode(z), asked, real, net, errors=False))

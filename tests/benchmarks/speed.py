@@ -99,7 +99,12 @@ def main_job(figures: Figures, out: Path, cache: list[str], full: bool) -> None:
         peer = seconds_per_epoch(cache_dir, schedules, latent=False) if model == "mlp" else None
         reference = 169.0 if model == "mlp" else None
         figures.add(
-            f"{model} autoencoder: one epoch, everything included", seconds, "s", peer=peer, reference=reference
+            f"{model} autoencoder: one epoch, everything included",
+            seconds,
+            "s",
+            peer=peer,
+            reference=reference,
+            scaled=True,
         )
         flops = training_flops(f"ae-{model}")
         share = flops * TRAIN_IMAGES / seconds / 1e9 / ((before + after) / 2)
@@ -109,7 +114,12 @@ def main_job(figures: Figures, out: Path, cache: list[str], full: bool) -> None:
     latent_run = train("mnist_latent_diffusion", *flags)[1]
     peer = seconds_per_epoch(cache_dir, schedules, latent=True)
     figures.add(
-        "latent diffusion: one epoch, everything included", epoch_seconds(latent_run), "s", peer=peer, reference=200.0
+        "latent diffusion: one epoch, everything included",
+        epoch_seconds(latent_run),
+        "s",
+        peer=peer,
+        reference=200.0,
+        scaled=True,
     )
 
     imports = best_of(3, lambda: run(".", "-c", "import torch, torchvision")[0])
@@ -122,7 +132,7 @@ def main_job(figures: Figures, out: Path, cache: list[str], full: bool) -> None:
     plain, started = PlainDenoiser(pixels=False), time.perf_counter()
     draw(plain, (16,), schedules, count=64)
     peer = time.perf_counter() - started
-    figures.add("drawing 64 images, T = 1000: the loop", min(loops), "s", peer=peer, reference=11.0)
+    figures.add("drawing 64 images, T = 1000: the loop", min(loops), "s", peer=peer, reference=11.0, scaled=True)
     figures.add("drawing: start-up beyond importing torch and torchvision", min(walls), "s")
     for where, flags in (("mnist_ae", ("--model", "mlp")), ("mnist_latent_diffusion", ("--ae-ckpt", folder))):
 

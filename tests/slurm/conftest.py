@@ -56,15 +56,17 @@ def _missing() -> str:
 
 
 class Cluster:
-    """Talks to the test's Slurm; `scratch` is its $SCRATCH."""
+    """Talks to the test's Slurm; `scratch` is its $SCRATCH, `temporary` its /tmp."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.scratch = folder, folder / "scratch"
+        self.temporary = folder / "tmp"
         self.scratch.mkdir()
+        self.temporary.mkdir()
         venv = Path(sys.prefix)
         paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.env = environment(SLURM_CONF=str(folder / "slurm.conf"), SCRATCH=str(self.scratch))
-        self.env |= {"VIRTUAL_ENV": str(venv), "PATH": paths}
+        self.env |= {"VIRTUAL_ENV": str(venv), "PATH": paths, "TMPDIR": str(self.temporary)}
 
     def call(self, *command: object) -> str:
         """Run one of Slurm's commands; returns its stdout."""

@@ -57,6 +57,7 @@ def test_a_job_goes_on_through_time_limits_until_it_is_done(folder, cluster, dat
     prefix = {PIXEL: "ddpm-d3", LATENT: "lddpm-"}[folder]
     interrupted = only_run(cluster.scratch / "ddpm-output", f"{prefix}*")
     assert_same_training(interrupted, only_run(tmp_path / "untouched"))
+    assert not list(cluster.temporary.glob("tmp.*"))  # every allocation removed its copy of the data
 
 
 def long_job(cluster, data, *options, seed) -> str:
