@@ -3,9 +3,9 @@
     python tests/benchmarks/run.py --cache-dir mnist_latent_diffusion/hf_cache [--full] [--json figures.json]
 
 Needs full MNIST in the cache folder, tests/requirements.txt, and an otherwise idle machine. The short mode takes a few
-minutes on two cores and trains too little for the quality figures to mean much; --full takes about an hour and a
-half (46 minutes with --pixel-seconds 60 on a fast machine). "reference" figures come from two cores where a 2048 x 2048 float32 matrix product ran at 47 GFLOP/s; "at 47"
-scales ours to that rate.
+minutes on two cores and trains too little for the quality figures to mean much; --full takes about an hour and a half
+(46 minutes with --pixel-seconds 60 on a fast machine). "reference" figures come from two cores where a 2048 x 2048
+float32 matrix product ran at 47 GFLOP/s; "at 47" scales ours to that rate.
 """
 
 from __future__ import annotations
