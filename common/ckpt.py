@@ -152,6 +152,14 @@ def clear_leftovers(folder: str | Path, name: str = "*") -> None:
             leftover.unlink()
 
 
+def _holds_an_epoch(path: Path) -> bool:
+    """Is this a readable checkpoint from the end of its epoch?"""
+    try:
+        return is_complete(peek_checkpoint(path))
+    except UnreadableCheckpoint:
+        return False
+
+
 def relink(folder: str | Path, state: State) -> None:
     """Point latest.pt and best.pt to what `state`, the checkpoint just resumed from, knows as newest and best.
 
@@ -160,7 +168,7 @@ def relink(folder: str | Path, state: State) -> None:
     best = (state.get("best") or {}).get("epoch")
     for name, epoch in ((LATEST, state["epoch"]), (BEST, best)):
         path, target = Path(folder) / name, Path(folder) / NAME.format(epoch=epoch or 0)
-        if target.is_file() and (name == LATEST or is_complete(peek_checkpoint(target))):
+        if target.is_file() and (name == LATEST or _holds_an_epoch(target)):
             link(target, name)
         elif best is None or not path.exists():
             path.unlink(missing_ok=True)  # a dangling symlink
@@ -433,7 +441,7 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
     if inner:
         size = sum(tensor.numel() for tensor in peek.tensors_in(inner.get("model")).values())
         known = {key: inner.get(key) for key in ("exp_name", "epoch", "val_loss", "path")}
-        info["autoencoder"] = known | {"model": inner["args"]["model"], "parameters": size}
+        info["autoencoder"] = known | {"model": (inner.get("args") or {}).get("model"), "parameters": size}
     return info
 
 

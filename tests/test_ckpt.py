@@ -195,6 +195,9 @@ def test_the_best_that_was_saved_stays_when_a_better_one_could_not_be(tmp_path):
     ckpt.save_checkpoint(tmp_path / "checkpoint_epoch_000003.pt", state_of(3, val_loss=None))  # within its epoch
     ckpt.relink(tmp_path, state)
     assert (tmp_path / "best.pt").resolve().name == "checkpoint_epoch_000002.pt"
+    (tmp_path / "checkpoint_epoch_000003.pt").write_bytes(b"damaged")  # no reason not to go on from epoch 4
+    ckpt.relink(tmp_path, state)
+    assert (tmp_path / "best.pt").resolve().name == "checkpoint_epoch_000002.pt"
 
 
 def test_a_disk_that_fails_does_not_begin_the_run_anew(tmp_path, monkeypatch):
