@@ -42,36 +42,33 @@ class FiLMCond(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + two FiLM-conditioned convolutions (He et al. 2016), with a 1 x 1 convolution where the widths differ."""
+    """x + two FiLM-conditioned convolutions (He et al. 2016)."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first, self.second = FiLMCond(inputs, outputs, std=1.4), FiLMCond(outputs, outputs, std=0.5)
-        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.first, self.second = FiLMCond(channels, channels, std=1.4), FiLMCond(channels, channels, std=0.5)
 
     def forward(self, x: torch.Tensor, film: Film) -> torch.Tensor:
-        h = self.first(x, film(self.first))  # (B, C', H, W)
-        return self.skip(x) + self.second(h, film(self.second))  # (B, C', H, W)
+        h = self.first(x, film(self.first))  # (B, C, H, W)
+        return x + self.second(h, film(self.second))  # (B, C, H, W)
 
 
 class Attention(nn.Module):
-    """x + self-attention over all positions (as in the U-Net of Ho et al. 2020, appendix B)."""
+    """x + self-attention over all positions, with one head (as in the U-Net of Ho et al. 2020, appendix B)."""
 
-    def __init__(self, channels: int, heads: int = 4) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.heads = heads
         self.norm = nn.GroupNorm(8, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1))  # (B, 3, heads, C/heads, HW)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, HW, C/heads) each
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=2)  # (B, HW, C) each
         # for 49 positions a third quicker on a CPU than F.scaled_dot_product_attention
-        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)  # (B, heads, HW, HW)
-        h = weights @ v  # (B, heads, HW, C/heads)
-        return x + self.out(h.transpose(-1, -2).reshape(x.shape))  # (B, C, H, W)
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(1, 2)).softmax(dim=-1)  # (B, HW, HW)
+        h = (weights @ v).transpose(1, 2).reshape(x.shape)  # (B, C, H, W)
+        return x + self.out(h)  # (B, C, H, W)
 
 
 class Denoiser(nn.Module):
@@ -93,11 +90,11 @@ class Denoiser(nn.Module):
         nn.init.normal_(self.label_embedding.weight, std=0.1)
         few, many = base_ch, 3 * base_ch  # most of the work is at 7 x 7, where it is cheap
         self.stem = nn.Sequential(nn.PixelUnshuffle(2), _conv(4, few))
-        self.enter = ResBlock(few, few)
+        self.enter = ResBlock(few)
         self.down = _conv(few, many, stride=2)
-        self.before, self.attention, self.after = ResBlock(many, many), Attention(many), ResBlock(many, many)
+        self.before, self.attention, self.after = ResBlock(many), Attention(many), ResBlock(many)
         self.up = nn.Sequential(_conv(many, few, size=1), nn.Upsample(scale_factor=2))
-        self.leave = ResBlock(2 * few, few)
+        self.leave = ResBlock(few)
         self.norm = nn.GroupNorm(8, few)
         self.head = nn.Sequential(nn.SiLU(), _conv(few, 4, std=0), nn.PixelShuffle(2))
         self.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
@@ -112,7 +109,7 @@ class Denoiser(nn.Module):
         wide = self.enter(self.stem(x), film)  # (B, C, 14, 14)
         h = self.before(self.down(wide), film)  # (B, 3C, 7, 7)
         h = self.after(self.attention(h), film)  # (B, 3C, 7, 7)
-        h = self.leave(torch.cat([self.up(h), wide], dim=1), film)  # (B, C, 14, 14)
+        h = self.leave(self.up(h) + wide, film)  # (B, C, 14, 14)
         v = self.head(self.norm(h))  # (B, 1, 28, 28)
         return signal * v + noise * x  # (B, 1, 28, 28)
 
