@@ -50,11 +50,12 @@ def set_threads() -> int:
     OMP_NUM_THREADS wins if it is set. Without this, torch on a shared node would start a thread for every core of
     the machine and be slower for it.
     """
+    # asked before torch is imported: where OMP_PROC_BIND is set, its OpenMP then ties this thread to a single core
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     import torch
 
     _keep_freed_memory()
     if not os.environ.get("OMP_NUM_THREADS"):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = os.environ.get("SLURM_CPUS_PER_TASK", "")
         torch.set_num_threads(min(cores, int(share)) if share.isdigit() and int(share) else cores)
     return torch.get_num_threads()

@@ -188,9 +188,9 @@ def main(argv: list[str] | None = None) -> None:
     add_data_arguments(parser)
     args = parser.parse_args(argv)
 
+    set_threads()
     import torch
 
-    set_threads()
     device = get_device(args.device)
     path = ckpt.resolve_checkpoint(args.ckpt).resolve()
     trained = ckpt.read_checkpoint(path)

@@ -44,9 +44,9 @@ def walks_between(autoencoder, images, steps: int):
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
+    set_threads()
     import torch
 
-    set_threads()
     device = get_device(args.device)
     data = read_autoencoder(args.ckpt)
     autoencoder = build_autoencoder(data, device)
