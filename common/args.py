@@ -19,7 +19,7 @@ from common import emoji
 from common.error_codes import MODEL_MISMATCH, USAGE, Exit
 
 SAMPLERS = ("ddpm", "ddim")
-DEFAULT_GUIDANCE = 1.2  # a little diversity for two more digits in a hundred that are what was asked for
+DEFAULT_GUIDANCE = 1.1  # a little variety for one more digit in a hundred that is what was asked for
 _KINDS = {
     "place": "where things live and run (always today's, also on resume)",
     "shape": "model and data (fixed for a run; taken from the checkpoint on resume)",
@@ -305,7 +305,7 @@ def add_sampling_arguments(parser: Parser) -> None:
         "--guidance",
         type=number(float, 0),
         metavar="SCALE",
-        help="classifier-free guidance scale, with --digit: 1 follows the label plainly, more exaggerates it (1.2)",
+        help=f"classifier-free guidance scale, with --digit; 1 is none, more exaggerates (default: {DEFAULT_GUIDANCE})",
     )
     add("--sampler", choices=SAMPLERS, default="ddpm", help="ancestral ddpm, or deterministic ddim (default: ddpm)")
     add("--steps", type=number(int, 1), help="reverse steps, at most T (default: T)")

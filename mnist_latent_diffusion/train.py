@@ -15,7 +15,7 @@ from common.error_codes import NO_AE_CHECKPOINT, Exit, run_main
 from common.evaluate import score_epoch
 from common.session import open_session
 
-LABEL_DROPOUT = 0.5  # how often the denoiser does not see the label, so that it can also draw without one
+LABEL_DROPOUT = 0.3  # how often the denoiser does not see the label, so that it can also draw without one
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
