@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
+FRESH = 5.0  # seconds for which a measured rate serves: figures often come in bunches
 REFERENCE_RATE = 47.0  # GFLOP/s of the machine on which the figures called "reference" were measured
 
 
@@ -55,6 +56,7 @@ class Figures:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.rate, self.rated = 0.0, float("-inf")  # the matrix product's rate, and when it was measured
 
     def add(
         self,
@@ -67,7 +69,9 @@ class Figures:
         scaled: bool = False,
     ) -> None:
         """peer: the same, measured in this run. reference: the reference's. scaled: show ours at its machine's rate."""
-        rate = matmul_rate()
+        if time.perf_counter() - self.rated > FRESH:
+            self.rate, self.rated = matmul_rate(), time.perf_counter()
+        rate = self.rate
         row = {"figure": figure, "ours": ours, "unit": unit, "peer": peer, "matmul": rate}
         row["peer / ours"] = peer / ours if peer and ours else None
         row["at 47"] = ours * rate / REFERENCE_RATE if scaled else None

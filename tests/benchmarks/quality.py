@@ -20,6 +20,7 @@ from common.evaluate import score
 from common.rng import generator
 
 LATENT = "mnist_latent_diffusion"
+MANY = 5000  # drawings in the full mode
 DIGITS = ("--digit", *range(10))
 # README.md's recommended command
 RECOMMENDED_AE = ("--model", "mlp", "--epochs", 20)
@@ -61,7 +62,7 @@ def ours(figures: Figures, out: Path, cache: list[str], title: str, ae: tuple, l
     for name, path, flags in (
         ("reconstructions", ae_run, ()),
         ("with labels", latent_run, DIGITS),
-        ("with labels, guidance 1", latent_run, (*DIGITS, "--guidance", 1)),
+        *([("with labels, guidance 1", latent_run, (*DIGITS, "--guidance", 1))] if count == MANY else []),
         ("without labels", latent_run, ()),
     ):
         _add(figures, f"{title}: {name}", _evaluated(path, out, count, cache, *flags))
@@ -107,12 +108,12 @@ def plain(figures: Figures, cache_dir: Path, epochs: tuple[int, int], count: int
 
 
 def everything(figures: Figures, out: Path, cache: list[str], full: bool) -> None:
-    """All of it; in the short mode after one epoch each, with 1,000 drawings."""
-    classifier(figures, Path(cache[1]))
+    """All of it; in the short mode after one epoch each, with 1,000 drawings, and less of it."""
     if full:
-        ours(figures, out, cache, "defaults, mlp", ("--model", "mlp"), (), 5000)
-        ours(figures, out, cache, "recommended", RECOMMENDED_AE, RECOMMENDED_LATENT, 5000)
-        plain(figures, Path(cache[1]), (25, 30), 5000)
+        classifier(figures, Path(cache[1]))
+        ours(figures, out, cache, "defaults, mlp", ("--model", "mlp"), (), MANY)
+        ours(figures, out, cache, "recommended", RECOMMENDED_AE, RECOMMENDED_LATENT, MANY)
+        plain(figures, Path(cache[1]), (25, 30), MANY)
     else:
         one = ("--epochs", 1)
         ours(figures, out, cache, "1 + 1 epochs, mlp", ("--model", "mlp", *one), one, 1000)
