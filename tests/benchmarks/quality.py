@@ -21,6 +21,7 @@ from common.rng import generator
 
 LATENT = "mnist_latent_diffusion"
 MANY = 5000  # drawings in the full mode
+FEW, FEW_STEPS = 1000, 250  # in the short mode
 DIGITS = ("--digit", *range(10))
 # README.md's recommended command
 RECOMMENDED_AE = ("--model", "mlp", "--epochs", 20)
@@ -59,11 +60,12 @@ def ours(figures: Figures, out: Path, cache: list[str], title: str, ae: tuple, l
     text = run("mnist_ae", "infer.py", "--ckpt", ae_run, "--data", "hub", "--output", out / "r.png", *cache)[1]
     error = float(re.search(r": ([\d.]+)$", text, re.MULTILINE)[1])
     figures.add(f"{title}: test reconstruction error", error, reference=0.0170)
+    steps = ("--steps", FEW_STEPS) if count == FEW else ()
     for name, path, flags in (
         ("reconstructions", ae_run, ()),
-        ("with labels", latent_run, DIGITS),
+        ("with labels", latent_run, (*DIGITS, *steps)),
         *([("with labels, guidance 1", latent_run, (*DIGITS, "--guidance", 1))] if count == MANY else []),
-        ("without labels", latent_run, ()),
+        ("without labels", latent_run, steps),
     ):
         _add(figures, f"{title}: {name}", _evaluated(path, out, count, cache, *flags))
 
@@ -102,13 +104,14 @@ def plain(figures: Figures, cache_dir: Path, epochs: tuple[int, int], count: int
         shown = test[torch.arange(len(test))][0]
         figures.add(f"{title}: test reconstruction error", mse_loss(autoencoder(shown), shown).item())
         for name, wanted in (("with labels", wanted_labels(range(10), count)), ("without labels", None)):
-            z = draw(denoiser, (16,), schedules, labels=wanted, count=count)
+            steps = FEW_STEPS if count == FEW else None
+            z = draw(denoiser, (16,), schedules, labels=wanted, count=count, steps=steps)
             asked = None if wanted is None else torch.tensor(wanted)
             _add(figures, f"{title}: {name}", score(autoencoder.decode(z), asked, real, net, errors=False))
 
 
 def everything(figures: Figures, out: Path, cache: list[str], full: bool) -> None:
-    """All of it; in the short mode after one epoch each, with 1,000 drawings, and less of it."""
+    """All of it; in the short mode after one epoch each, with fewer drawings and steps, and less of it."""
     if full:
         classifier(figures, Path(cache[1]))
         ours(figures, out, cache, "defaults, mlp", ("--model", "mlp"), (), MANY)
@@ -116,5 +119,5 @@ def everything(figures: Figures, out: Path, cache: list[str], full: bool) -> Non
         plain(figures, Path(cache[1]), (25, 30), MANY)
     else:
         one = ("--epochs", 1)
-        ours(figures, out, cache, "1 + 1 epochs, mlp", ("--model", "mlp", *one), one, 1000)
-        plain(figures, Path(cache[1]), (1, 1), 1000)
+        ours(figures, out, cache, "1 + 1 epochs, mlp", ("--model", "mlp", *one), one, FEW)
+        plain(figures, Path(cache[1]), (1, 1), FEW)

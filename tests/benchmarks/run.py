@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the trainings of README.md, not only short ones")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some parts (default: all)")
-    parser.add_argument("--pixel-seconds", type=float, help="training time per network (default: 12; full: 600)")
+    parser.add_argument("--pixel-seconds", type=float, help="training time per network (default: 10; full: 600)")
     args = parser.parse_args()
     cache = ["--cache-dir", str(Path(args.cache_dir).resolve())]
     threads = set_threads()
@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         measure.run(".", "-m", "common.data", *cache, "--data", "hub")  # warm the decoded cache
-        seconds = args.pixel_seconds or (600.0 if args.full else 12.0)
+        seconds = args.pixel_seconds or (600.0 if args.full else 10.0)
         parts = {
             "speed": lambda: speed.main_job(figures, out, cache, args.full),
             "tools": lambda: speed.tools(figures, out, args.full),

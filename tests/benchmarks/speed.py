@@ -91,10 +91,12 @@ def training_flops(model: str, batch: int = 128) -> float:
 
 def main_job(figures: Figures, out: Path, cache: list[str], full: bool) -> None:
     """Epochs, drawing and start-up of the autoencoders and the latent diffusion."""
-    cache_dir, schedules = Path(cache[1]), precompute_schedules()
+    cache_dir, schedules, epochs = Path(cache[1]), precompute_schedules(), 4 if full else 3
     for model in ("conv", "mlp") if full else ("mlp",):  # the last one serves the latent diffusion
         before = matmul_rate()
-        folder = train("mnist_ae", "--model", model, "--epochs", 4, "--outdir", out / model, "--data", "hub", *cache)[1]
+        folder = train(
+            "mnist_ae", "--model", model, "--epochs", epochs, "--outdir", out / model, "--data", "hub", *cache
+        )[1]
         seconds, after = epoch_seconds(folder), matmul_rate()
         peer = seconds_per_epoch(cache_dir, schedules, latent=False) if model == "mlp" else None
         reference = 169.0 if model == "mlp" else None
@@ -110,7 +112,7 @@ def main_job(figures: Figures, out: Path, cache: list[str], full: bool) -> None:
         share = flops * TRAIN_IMAGES / seconds / 1e9 / ((before + after) / 2)
         figures.add(f"{model} autoencoder: training arithmetic per image", flops / 1e6, "MFLOP")
         figures.add(f"{model} autoencoder: share of the matrix product's rate", 100 * share, "%")
-    flags = ("--epochs", 4, "--ae-ckpt", folder, "--outdir", out / "latent", "--data", "hub", *cache)
+    flags = ("--epochs", epochs, "--ae-ckpt", folder, "--outdir", out / "latent", "--data", "hub", *cache)
     latent_run = train("mnist_latent_diffusion", *flags)[1]
     peer = seconds_per_epoch(cache_dir, schedules, latent=True)
     figures.add(
