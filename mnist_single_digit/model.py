@@ -23,6 +23,11 @@ GAIN = 4.0  # see common.layers.Scaled
 Film = Callable[["FiLMCond"], torch.Tensor]  # the gamma and beta (B, 2C) of a layer
 
 
+def _norm(channels: int, affine: bool = True) -> nn.GroupNorm:
+    """8 channels a group: a CPU is slow at fewer, and with 16 the first minutes teach the net less."""
+    return nn.GroupNorm(channels // 8, channels, affine=affine)
+
+
 def _conv(inputs: int, outputs: int, std: float = 1.0, size: int = 3, stride: int = 1) -> Scaled:
     return Scaled(nn.Conv2d(inputs, outputs, size, stride, size // 2), size**2 * inputs, GAIN, std)
 
@@ -32,7 +37,7 @@ class FiLMCond(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, std: float = 1.0) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(8, inputs, affine=False)  # FiLM scales and shifts
+        self.norm = _norm(inputs, affine=False)  # FiLM scales and shifts
         self.film = scaled_linear(TIME_DIM, 2 * inputs, GAIN, std=0.3)
         self.conv = _conv(inputs, outputs, std)
 
@@ -58,7 +63,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(8, channels)
+        self.norm = _norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
@@ -95,8 +100,7 @@ class Denoiser(nn.Module):
         self.before, self.attention, self.after = ResBlock(many), Attention(many), ResBlock(many)
         self.up = nn.Sequential(_conv(many, few, size=1), nn.Upsample(scale_factor=2))
         self.leave = ResBlock(few)
-        self.norm = nn.GroupNorm(8, few)
-        self.head = nn.Sequential(nn.SiLU(), _conv(few, 4, std=0), nn.PixelShuffle(2))
+        self.head = nn.Sequential(_norm(few), nn.SiLU(), _conv(few, 4, std=0), nn.PixelShuffle(2))
         self.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -110,7 +114,7 @@ class Denoiser(nn.Module):
         h = self.before(self.down(wide), film)  # (B, 3C, 7, 7)
         h = self.after(self.attention(h), film)  # (B, 3C, 7, 7)
         h = self.leave(self.up(h) + wide, film)  # (B, C, 14, 14)
-        v = self.head(self.norm(h))  # (B, 1, 28, 28)
+        v = self.head(h)  # (B, 1, 28, 28)
         return signal * v + noise * x  # (B, 1, 28, 28)
 
     @torch.no_grad()
