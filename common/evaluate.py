@@ -18,6 +18,7 @@ from common import ckpt, emoji
 from common.args import Parser, add_data_arguments, add_sampling_arguments, check_sampling, number, wanted_labels
 from common.device import get_device, set_threads
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, Exit, run_main
+from common.images import check_output
 from common.record import write_text
 
 if TYPE_CHECKING:
@@ -139,8 +140,7 @@ def _draw(args: Any, path: Path, model: str, device: torch.device) -> tuple[torc
 
     from common.modules import module_of
 
-    draw, state = module_of(model).load_for_drawing(path, device)
-    check_sampling(args, state["args"])
+    draw, _ = module_of(model).load_for_drawing(path, device)
     labels = wanted_labels(args.digit, args.n)
     options = {"guidance": args.guidance, "sampler": args.sampler, "steps": args.steps}
     parts, started = [], time.perf_counter()
@@ -195,13 +195,17 @@ def main(argv: list[str] | None = None) -> None:
     path = ckpt.resolve_checkpoint(args.ckpt).resolve()
     trained = ckpt.read_checkpoint(path)
     model = ckpt.infer_model_from_checkpoint(trained)
+    if args.json:
+        check_output(args.json, ".json")
+    if not model.startswith("ae-"):
+        check_sampling(args, trained["args"])
+    elif args.digit or args.steps or args.guidance is not None or args.sampler != "ddpm":
+        raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
     only = trained["args"]["only_digit"]
     real, classifier, accuracy = _judges(
         args, args.digit or ([] if only is None else [only]), lambda text: print(f"{emoji.info} {text}")
     )
     if model.startswith("ae-"):
-        if args.digit or args.guidance or args.steps:
-            raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
         images, labels, seconds = _reconstruct(path, real, args.n, device)
     else:
         images, labels, seconds = _draw(args, path, model, device)

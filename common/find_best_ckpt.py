@@ -31,6 +31,7 @@ class Found(NamedTuple):
     path: Path
     model: str
     epoch: int
+    measured: str  # how, if it is a score
 
 
 def default_mode(metric: str) -> str:
@@ -63,14 +64,33 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def metric_of(state: dict[str, Any], path: Path, metric: str) -> float | None:
-    """A checkpoint's number: its own, `common.evaluate`'s, what its run wrote about the epoch, or a flag's."""
-    written = _written_figures(path.parent).get(state["epoch"], {})
-    for source in (state, read_scores(scores_file(path), state), state.get("scores") or {}, written, state["args"]):
-        value = source.get(metric)
+def metric_of(state: dict[str, Any], path: Path, metric: str) -> tuple[float, str] | None:
+    """(A checkpoint's number, how it was measured if it is a score), None if it does not know it.
+
+    Its own number, `common.evaluate`'s, what its run wrote about the epoch, or a flag's.
+    """
+    written, scores = _written_figures(path.parent).get(state["epoch"], {}), read_scores(scores_file(path), state)
+    for source, measured in (
+        (state, ""),
+        (scores, _measured(scores, metric)),
+        (state.get("scores"), "--eval-every"),
+        (written, ""),
+        (state["args"], ""),
+    ):
+        value = source.get(metric) if isinstance(source, dict) else None
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            return float(value), measured
     return None
+
+
+def _measured(scores: dict[str, Any], metric: str) -> str:
+    """What figures of `common.evaluate` must share to compare: everything but the seed."""
+    try:
+        details = scores["details_labelled" if metric.endswith("_labelled") else "details"]
+        settings = {name: value for name, value in details["settings"].items() if name != "seed"}
+        return json.dumps([settings, details["data"], details["classifier_accuracy"]])
+    except (KeyError, TypeError, AttributeError):
+        return ""
 
 
 def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> list[Found]:
@@ -90,13 +110,13 @@ def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> list[Found]:
             continue
         if "val_loss" in state and not ckpt.is_complete(state):
             continue
-        value = metric_of(state, path, metric)
-        if value is None:
+        known = metric_of(state, path, metric)
+        if known is None:
             unknown += 1
-        elif math.isnan(value):
+        elif math.isnan(known[0]):
             warn(f"passing over {path}: its {metric} is NaN")
         else:
-            found.append(Found(value, path, model, state["epoch"]))
+            found.append(Found(known[0], path, model, state["epoch"], known[1]))
     if unknown:
         warn(f"{unknown} checkpoint(s) do not know {metric}")
     sign = 1 if mode == "min" else -1
@@ -137,6 +157,9 @@ def main(argv: list[str] | None = None) -> None:
     if len(kinds) > 1 and not args.metric.startswith(COMPARABLE):
         text = f"{args.metric} of {', '.join(kinds)} do not compare; give the folder of one experiment"
         print(f"{emoji.warning} {text}", file=sys.stderr)
+    if len({(entry.measured, entry.measured != "" and entry.model.startswith("ae-")) for entry in ranking}) > 1:
+        text = f"{args.metric} was not measured alike everywhere (images, sampler, classifier, reconstructions …)"
+        print(f"{emoji.warning} {text}; score with the same flags", file=sys.stderr)
     best = ranking[0]
     if args.copy_to:
         _copy(best.path, args.copy_to, args.force)

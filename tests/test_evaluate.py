@@ -11,7 +11,7 @@ from scipy.linalg import sqrtm
 from common import metrics
 from common.classifier import judge, load_classifier, train_classifier
 from common.data import HF_MNIST
-from common.error_codes import MODEL_MISMATCH, USAGE
+from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, USAGE
 from common.evaluate import score
 from common.rng import generator
 
@@ -105,10 +105,27 @@ def test_scoring_an_autoencoder(ae_run, copy_of, cache, judged):
     result = run(".", "-m common.evaluate", *flags)
     assert result.code == 0, result.text
     assert "reconstructions" in result.text
-    wrong = run(".", "-m common.evaluate", *flags, "--digit", 3)
-    assert wrong.code == MODEL_MISMATCH
-    assert len(wrong.errors) == 1
+    for sampling in (("--digit", 3), ("--sampler", "ddim")):
+        wrong = run(".", "-m common.evaluate", *flags, *sampling)
+        assert wrong.code == MODEL_MISMATCH
+        assert len(wrong.errors) == 1
     assert run(".", "-m common.evaluate", "--ckpt", folder, "--n", 3).code == USAGE
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (("--steps", 10**6), USAGE),
+        (("--guidance", 2), USAGE),
+        (("--json", "scores.txt"), BAD_OUTPUT),
+        (("--json", "/dev/null/scores.json"), BAD_OUTPUT),
+    ],
+)
+def test_wrong_flags_are_told_before_anything_is_trained(latent_run, flags, code, tmp_path):
+    place = ("--data", "embedded", "--cache-dir", tmp_path)
+    result = run(".", "-m common.evaluate", "--ckpt", latent_run, *place, *flags)
+    assert (result.code, len(result.errors)) == (code, 1), result.text
+    assert not list(tmp_path.iterdir()), "no digits, no classifier"
 
 
 @pytest.mark.parametrize("folder", [AE, LATENT])

@@ -155,6 +155,20 @@ def test_what_grows_is_best_when_largest():
     assert modes == {"epoch": "max", "confident": "max", "seconds_per_epoch": "min"}
 
 
+def test_scores_that_were_measured_differently_are_told(tmp_path, capsys):
+    for epoch in (1, 2, 3):
+        save(tmp_path / "a", epoch)
+        details = {"settings": {"n": 5000, "digit": None, "seed": epoch}, "data": "hub", "classifier_accuracy": 0.99}
+        scores = {"timestamp": "2026-01-01T00:00:00+00:00", "fid": 1 / epoch, "details": details}
+        find_best_ckpt.scores_file(tmp_path / "a" / f"checkpoint_epoch_{epoch:06d}.pt").write_text(json.dumps(scores))
+    assert best(tmp_path, "--metric", "fid", capsys=capsys)[::2] == (0, "")
+    save(tmp_path / "b", 1, scores={"fid": 0.1})  # of train.py --eval-every, from fewer images
+    save(tmp_path / "b", 2, scores=[0.1])  # of somebody else
+    code, _, errors = best(tmp_path, "--metric", "fid", capsys=capsys)
+    assert code == 0
+    assert "not measured alike" in errors
+
+
 def test_find_best_as_a_process(latent_run):
     """stdout is the path and nothing else, for use in scripts; folders above and the run itself both do."""
     for folder in (latent_run, latent_run.parent):

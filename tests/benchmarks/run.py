@@ -1,18 +1,20 @@
-"""Every speed and quality figure of README.md in one run: ours beside the peers', and the matrix product's rate.
+"""The speed and quality figures of README.md in one run: ours beside the peers', and the matrix product's rate.
 
     python tests/benchmarks/run.py --cache-dir mnist_latent_diffusion/hf_cache [--full] [--json figures.json]
 
-Needs full MNIST in the cache folder, tests/requirements.txt, and an otherwise idle machine. The short mode takes a few
-minutes on two cores and trains too little for the quality figures to mean much; --full takes about an hour and a half
-(46 minutes with --pixel-seconds 60 on a fast machine). "reference" figures come from two cores where a 2048 x 2048
-float32 matrix product ran at 47 GFLOP/s; "at 47" scales ours to that rate.
+Needs full MNIST in the cache folder and an otherwise idle machine, and installs tests/requirements.txt if the peers'
+libraries are missing. The short mode takes four and a half minutes on two cores and trains too little for the quality
+figures to mean much; --full takes 44 minutes with --pixel-seconds 100, about twice that without. "reference"
+figures come from two cores where a 2048 x 2048 float32 matrix product ran at 47 GFLOP/s; "at 47" scales ours to it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,9 +27,11 @@ import quality
 import speed
 import torch
 
+from common.args import number
 from common.device import set_threads
 
 PARTS = ("speed", "tools", "pixel", "quality")
+PEERS = ("denoising_diffusion_pytorch", "diffusers")
 
 
 def main() -> None:
@@ -36,8 +40,14 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the trainings of README.md, not only short ones")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some parts (default: all)")
-    parser.add_argument("--pixel-seconds", type=float, help="training time per network (default: 10; full: 600)")
+    parser.add_argument(
+        "--pixel-seconds", type=number(float, 1), help="training time per network (default: 10; full: 600)"
+    )
     args = parser.parse_args()
+    if not all(importlib.util.find_spec(peer) for peer in PEERS):
+        wanted = str(Path(__file__).parent.parent / "requirements.txt")
+        if subprocess.run([sys.executable, "-m", "pip", "install", "-r", wanted]).returncode:
+            sys.exit(f"the networks to compare with are in {wanted}, which cannot be installed")
     cache = ["--cache-dir", str(Path(args.cache_dir).resolve())]
     threads = set_threads()
     os.environ.pop("SCRATCH", None)
