@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,14 @@ def load_classifier(
     except OSError as error:
         progress(f"the classifier cannot be kept in {path.parent} ({error.strerror or error})")
     return net, accuracy
+
+
+def fingerprint(net: DigitClassifier) -> str:
+    """12 hex digits of the SHA-256 of all weights: figures of classifiers that differ in it do not compare."""
+    digest = hashlib.sha256()
+    for tensor in net.state_dict().values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from torch.nn.functional import mse_loss
 from common.args import SAMPLERS
 from common.rng import generator
 
+PART = 256  # rows that go through a net at once when drawing; more are slower on a CPU
+
 
 class Schedules(NamedTuple):
     """Float32 tensors of shape (T,)."""
@@ -194,6 +196,18 @@ def guided(predict: Callable[..., torch.Tensor], labels: torch.Tensor, null_labe
     return predict_guided
 
 
+def _in_parts(predict: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`predict`, asked about at most PART rows at a time, so that its memory does not grow with the drawing."""
+
+    def predict_parts(x: torch.Tensor, t: int, labels: torch.Tensor) -> torch.Tensor:
+        if len(x) <= PART:
+            return predict(x, t, labels)
+        parts = zip(x.split(PART), labels.split(PART), strict=True)
+        return torch.cat([predict(some, t, theirs) for some, theirs in parts])
+
+    return predict_parts
+
+
 def draw(
     net: nn.Module,
     shape: tuple[int, ...],
@@ -218,7 +232,7 @@ def draw(
     device = schedules.beta.device
     if labels is None:
         labels = [net.null_label] * count
-    predict = guided(net.predictor(), torch.tensor(labels, device=device), net.null_label, guidance)
+    predict = guided(_in_parts(net.predictor()), torch.tensor(labels, device=device), net.null_label, guidance)
     noise = noise_source(seed, (len(labels), *shape), device)
 
     def watch(left: int, x: torch.Tensor) -> None:

@@ -53,7 +53,7 @@ def _halves(real: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def score(
     images: torch.Tensor, wanted: torch.Tensor | None, real: Any, classifier: Any, *, errors: bool = True
 ) -> dict[str, dict[str, float]]:
-    """{figure: {"value", "error" (bootstrap standard error), "floor" (what real digits score)}}.
+    """{figure: {"value", "error", "floor" (what real digits score), "floor_error"}}; errors by bootstrap.
 
     images (N, 1, 28, 28) in [0, 1]; wanted (N,) labels, None if none were asked for. real: held-out digits (HF_MNIST);
     one half is the reference, the other sets the floor, cut to N digits if it has more.
@@ -88,8 +88,8 @@ def score(
         for name, (statistic, rows) in samples.items():
             entry = found.setdefault(name, {})
             entry[column] = float(statistic(rows))
-            if column == "value" and errors:
-                entry["error"] = bootstrap(statistic, rows)
+            if errors:
+                entry["error" if column == "value" else "floor_error"] = bootstrap(statistic, rows)
     return {name: found[name] for name in ORDER if name in found}
 
 
@@ -191,6 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     set_threads()
     import torch
 
+    from common.classifier import fingerprint
+
     device = get_device(args.device)
     path = ckpt.resolve_checkpoint(args.ckpt).resolve()
     trained = ckpt.read_checkpoint(path)
@@ -201,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         check_sampling(args, trained["args"])
     elif args.digit or args.steps or args.guidance is not None or args.sampler != "ddpm":
         raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
-    only = trained["args"]["only_digit"]
+    only = trained["args"].get("only_digit")
     real, classifier, accuracy = _judges(
         args, args.digit or ([] if only is None else [only]), lambda text: print(f"{emoji.info} {text}")
     )
@@ -216,10 +218,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(images):,} images, {kind}, from {trained['exp_name']}, epoch {trained['epoch']}")
     print(f"judged by a classifier that reads {accuracy:.2%} of the test digits ({real.source}) correctly")
     if (spare := len(_halves(real)[1])) < len(images):
-        print(f"{emoji.warning} there are only {spare:,} real digits for the last column")
-    print(f"{'':>10} {'value':>9} {'+-':>8} {'real':>9}")
+        print(f"{emoji.warning} there are only {spare:,} real digits for the column 'real'")
+    print(f"{'':>10} {'value':>9} {'+-':>8} {'real':>9} {'+-':>8}")
     for name, row in figures.items():
-        print(f"{name:>10} {row['value']:>9.4f} {row['error']:>8.4f} {row['floor']:>9.4f}   {MEANING[name]}")
+        cells = f"{row['value']:>9.4f} {row['error']:>8.4f} {row['floor']:>9.4f} {row['floor_error']:>8.4f}"
+        print(f"{name:>10} {cells}   {MEANING[name]}")
     print(f"{'images/s':>10} {len(images) / seconds:>9.1f}")
     print(f"{emoji.info} not Inception figures: they compare only with figures of this classifier")
     settings = {name: getattr(args, name) for name in ("n", "seed", "digit", "guidance", "sampler", "steps")}
@@ -228,7 +231,8 @@ def main(argv: list[str] | None = None) -> None:
     known = read_scores(target, trained) | {"timestamp": trained["timestamp"]}
     known |= {f"{name}{suffix}": row["value"] for name, row in figures.items()}
     details = {"figures": figures, "settings": settings, "images_per_second": len(images) / seconds}
-    known[f"details{suffix}"] = details | {"classifier_accuracy": accuracy, "data": real.source}
+    judged = {"classifier": fingerprint(classifier), "classifier_accuracy": accuracy, "data": real.source}
+    known[f"details{suffix}"] = details | judged
     try:
         write_text(target, json.dumps(known, indent=1) + "\n")
     except OSError as error:

@@ -88,7 +88,7 @@ def _measured(scores: dict[str, Any], metric: str) -> str:
     try:
         details = scores["details_labelled" if metric.endswith("_labelled") else "details"]
         settings = {name: value for name, value in details["settings"].items() if name != "seed"}
-        return json.dumps([settings, details["data"], details["classifier_accuracy"]])
+        return json.dumps([settings, details["classifier"]])
     except (KeyError, TypeError, AttributeError):
         return ""
 

@@ -205,3 +205,22 @@ def test_noise_is_a_function_of_seed_and_step():
     assert torch.equal(diffusion.noise_source(1, (5,))(3), diffusion.noise_source(1, (5,))(3))
     draws = [diffusion.noise_source(seed, (5,))(step) for seed in (1, 2) for step in (0, 1)]
     assert len({tuple(draw.tolist()) for draw in draws}) == 4
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_large_drawings_go_through_the_net_in_parts(guidance, monkeypatch):
+    """Its memory stays bounded, and every row keeps its noise and its label."""
+
+    class Net:
+        null_label, asked = 10, []
+
+        def predictor(self):
+            return lambda x, t, labels: self.asked.append(len(x)) or x * 0.1 + labels[:, None] / (t + 1)
+
+    wish = {"labels": list(range(9)), "guidance": guidance, "seed": 1}
+    schedules = diffusion.precompute_schedules(12, **BETAS)
+    whole = diffusion.draw(Net(), (4,), schedules, **wish)
+    monkeypatch.setattr(diffusion, "PART", 4)
+    Net.asked.clear()
+    torch.testing.assert_close(diffusion.draw(Net(), (4,), schedules, **wish), whole)
+    assert max(Net.asked) == 4

@@ -9,7 +9,7 @@ from helpers import AE, LATENT, call, newest_state, only_run, run
 from scipy.linalg import sqrtm
 
 from common import metrics
-from common.classifier import judge, load_classifier, train_classifier
+from common.classifier import fingerprint, judge, load_classifier, train_classifier
 from common.data import HF_MNIST
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, USAGE
 from common.evaluate import score
@@ -60,6 +60,7 @@ def test_the_classifier_reads_digits_and_is_kept(judged, cache):
     again, same = load_classifier(cache, "embedded", progress=lambda text: pytest.fail(f"not from the cache: {text}"))
     assert same == accuracy
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+    assert fingerprint(net) == fingerprint(again)
 
 
 def test_the_classifier_is_a_function_of_its_seed(cache):
@@ -68,6 +69,7 @@ def test_the_classifier_is_a_function_of_its_seed(cache):
     torch.rand(3)
     assert torch.equal(a.head.weight, b.head.weight)
     assert not torch.equal(a.head.weight, c.head.weight)
+    assert fingerprint(a) == fingerprint(b) != fingerprint(c)
 
 
 def test_worse_pictures_score_worse(judged):
@@ -81,7 +83,7 @@ def test_worse_pictures_score_worse(judged):
     assert bad["precision"]["value"] < real["precision"]["value"]
     assert wrong["agreement"]["value"] < 0.5 < real["agreement"]["value"]
     assert real["fid"]["floor"] == bad["fid"]["floor"] > 0
-    assert all({"value", "error", "floor"} <= row.keys() for row in bad.values())
+    assert all({"value", "error", "floor", "floor_error"} <= row.keys() for row in bad.values())
 
 
 def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
@@ -95,6 +97,7 @@ def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
     written = json.loads((folder / "checkpoint_epoch_000002.scores.json").read_text())
     assert {"fid", "precision", "recall", "fid_labelled", "agreement_labelled"} <= written.keys()
     assert written["details_labelled"]["settings"]["steps"] == 5
+    assert written["details_labelled"]["classifier"] == fingerprint(judged[0])
     best = run(".", "-m common.find_best_ckpt", folder, "--metric", "fid", "--print-path-only")
     assert str(folder / "checkpoint_epoch_000002.pt") in best.text
 

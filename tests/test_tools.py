@@ -158,7 +158,7 @@ def test_what_grows_is_best_when_largest():
 def test_scores_that_were_measured_differently_are_told(tmp_path, capsys):
     for epoch in (1, 2, 3):
         save(tmp_path / "a", epoch)
-        details = {"settings": {"n": 5000, "digit": None, "seed": epoch}, "data": "hub", "classifier_accuracy": 0.99}
+        details = {"settings": {"n": 5000, "digit": None, "seed": epoch}, "classifier": "0123456789ab"}
         scores = {"timestamp": "2026-01-01T00:00:00+00:00", "fid": 1 / epoch, "details": details}
         find_best_ckpt.scores_file(tmp_path / "a" / f"checkpoint_epoch_{epoch:06d}.pt").write_text(json.dumps(scores))
     assert best(tmp_path, "--metric", "fid", capsys=capsys)[::2] == (0, "")

@@ -45,6 +45,20 @@ def run(folder: str, *command: object) -> tuple[float, str]:
     return time.perf_counter() - started, reply.stdout
 
 
+_PEAK = """
+import resource, subprocess, sys
+code = subprocess.run([sys.executable, *sys.argv[1:]]).returncode
+print("PEAK", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+sys.exit(code)
+"""
+
+
+def peak_gigabytes(folder: str, *command: object) -> tuple[float, float]:
+    """(wall seconds, the most memory that it held at once, in 10^9 bytes) of `python ...` in an experiment's folder."""
+    seconds, text = run(folder, "-c", _PEAK, *command)
+    return seconds, int(re.findall(r"^PEAK (\d+)$", text, re.MULTILINE)[-1]) / 1e9
+
+
 def train(folder: str, *flags: object) -> tuple[float, Path]:
     """(wall seconds, run folder) of a train.py."""
     seconds, text = run(folder, "train.py", *flags)

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import Figures
+from measure import Figures, peak_gigabytes, train
 from peers import LABEL_DROPOUT, PlainDenoiser, diffusers_unet, lucidrains
+from quality import DIGITS, add_quality, evaluated
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,6 +28,7 @@ from common.rng import generator
 DIGIT, BATCH, DRAWINGS = 5, 128, 200
 STEPS = 250  # of T = 1000, for everybody: at 1,000 the peers would draw for an hour
 RATES = (2e-4, 1e-3)
+GRID = ("--base-ch", 48, "--lr", 1e-3, "--lr-scheduler", "cosine", "--epochs", 20)  # README.md's, of all digits
 TRAINING, SAMPLING = "training images/s", "16 samples, T = 1000, seconds"
 # where the matrix product runs at measure.REFERENCE_RATE
 REFERENCES = {
@@ -119,6 +121,19 @@ def everything(figures: Figures, cache_dir: Path, seconds: float, longer: float 
     fastest, quickest = max(row[TRAINING] for row in peers), min(row[SAMPLING] for row in peers)
     figures.add("digit 5: our training images/s over the fastest peer's", mine[TRAINING] / fastest)
     figures.add("digit 5: the fastest peer's sampling time over ours", quickest / mine[SAMPLING])
+
+
+def all_digits(figures: Figures, out: Path, cache: list[str]) -> None:
+    """The real scripts on all digits: an epoch with its previews, and README.md's grid."""
+    folder, place = "mnist_single_digit", ("--data", "hub", *cache)
+    epoch = ("train.py", "--epochs", 1, "--generate-images", "--outdir", out / "epoch")
+    seconds, peak = peak_gigabytes(folder, *epoch, *place)
+    figures.add("all digits: an epoch with --generate-images, from start to end", seconds, "s", scaled=True)
+    figures.add("all digits: … its peak memory", peak, "GB")
+    seconds, run_folder = train(folder, *GRID, "--outdir", out / "grid", *place)
+    figures.add("all digits, README.md's grid: training", seconds / 60, "min", scaled=True)
+    found = evaluated(run_folder, out, 500, cache, *DIGITS, "--guidance", 2, "--steps", 100)
+    add_quality(figures, "all digits, README.md's grid", found)
 
 
 def _drawing_seconds(trained: dict[str, Trained]) -> dict[str, float]:

@@ -42,7 +42,7 @@ def classifier(figures: Figures, cache_dir: Path) -> None:
     )
 
 
-def _evaluated(path: Path, out: Path, count: int, cache: list[str], *flags: object) -> dict[str, dict[str, float]]:
+def evaluated(path: Path, out: Path, count: int, cache: list[str], *flags: object) -> dict[str, dict[str, float]]:
     """The figures of common.evaluate."""
     scores = out / "scores.json"
     scores.unlink(missing_ok=True)
@@ -67,10 +67,10 @@ def ours(figures: Figures, out: Path, cache: list[str], title: str, ae: tuple, l
         *([("with labels, guidance 1", latent_run, (*DIGITS, "--guidance", 1))] if count == MANY else []),
         ("without labels", latent_run, steps),
     ):
-        _add(figures, f"{title}: {name}", _evaluated(path, out, count, cache, *flags))
+        add_quality(figures, f"{title}: {name}", evaluated(path, out, count, cache, *flags))
 
 
-def _add(figures: Figures, title: str, found: dict[str, dict[str, float]]) -> None:
+def add_quality(figures: Figures, title: str, found: dict[str, dict[str, float]]) -> None:
     fid = found["fid"]
     figures.add(f"{title}: Fréchet distance (real digits {fid['floor']:.3f})", fid["value"])
     figures.add(f"{title}: … over that of real digits", fid["value"] / fid["floor"])
@@ -107,7 +107,7 @@ def plain(figures: Figures, cache_dir: Path, epochs: tuple[int, int], count: int
             steps = FEW_STEPS if count == FEW else None
             z = draw(denoiser, (16,), schedules, labels=wanted, count=count, steps=steps)
             asked = None if wanted is None else torch.tensor(wanted)
-            _add(figures, f"{title}: {name}", score(autoencoder.decode(z), asked, real, net, errors=False))
+            add_quality(figures, f"{title}: {name}", score(autoencoder.decode(z), asked, real, net, errors=False))
 
 
 def everything(figures: Figures, out: Path, cache: list[str], full: bool) -> None:

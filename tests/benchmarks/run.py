@@ -30,7 +30,7 @@ import torch
 from common.args import number
 from common.device import set_threads
 
-PARTS = ("speed", "tools", "pixel", "quality")
+PARTS = ("speed", "tools", "pixel", "digits", "quality")
 PEERS = ("denoising_diffusion_pytorch", "diffusers")
 
 
@@ -60,6 +60,7 @@ def main() -> None:
             "speed": lambda: speed.main_job(figures, out, cache, args.full),
             "tools": lambda: speed.tools(figures, out, args.full),
             "pixel": lambda: pixel.everything(figures, Path(cache[1]), seconds, 3 * seconds if args.full else None),
+            "digits": lambda: pixel.all_digits(figures, out, cache) if args.full else None,
             "quality": lambda: quality.everything(figures, out, cache, args.full),
         }
         for name in args.only:
