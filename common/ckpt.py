@@ -3,7 +3,7 @@
 A checkpoint is `torch.save` of plain Python types and tensors, so that it loads with `weights_only=True`, the only
 way this project loads anything. Keys: model, ema, optimizer, scaler, epoch (that the weights belong to, from 1),
 global_step, batch (batches done in the epoch), args, exp_name, timestamp (UTC), train_loss, val_loss, best, scores,
-running (sums behind train_loss), format.
+running (sums behind train_loss), format; of latent diffusion also ae_ckpt_data, its autoencoder.
 A checkpoint without `val_loss` was saved within its epoch: it is partial, and is replaced when the epoch ends.
 """
 

@@ -60,7 +60,10 @@ class DigitClassifier(nn.Module):
 
 
 def random_affine(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Rotate (10 degrees), scale (10 %), shear and shift (1.5 pixels) every image by its own random amounts."""
+    """Rotate (10 degrees), scale (10 %), shear and shift (1.5 pixels) every image by its own random amounts.
+
+    (B, 1, 28, 28) in [0, 1] -> the same shape and range; outside the image is black.
+    """
 
     def uniform(limit: float) -> torch.Tensor:
         return (2 * torch.rand(len(images), generator=rng) - 1) * limit  # (B,)

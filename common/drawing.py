@@ -14,6 +14,7 @@ from common.ckpt import atomic_write
 from common.device import get_device, set_threads
 from common.error_codes import BAD_OUTPUT, USAGE, Exit
 from common.images import check_output, make_image_grid, one_line, save_gif, save_output, to_bytes
+from common.progress import progress
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,9 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
     moments = _moments(args, args.steps or state["args"]["T"]) if args.show_process else []
     frames: dict[int, Any] = dict.fromkeys(moments)
     started = time.perf_counter()
-    images = draw(
+    images = draw_with_progress(
+        draw,
+        state,
         labels=labels,
         count=args.num_images,
         guidance=args.guidance,
@@ -75,7 +78,7 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
         sampler=args.sampler,
         steps=args.steps,
         frames=frames,
-    ).cpu()
+    )
     seconds = time.perf_counter() - started
     origin = f"{state['exp_name']}, epoch {state['epoch']}"
     save_output(images, output)
@@ -86,6 +89,13 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
         _save_npz(images, labels, args, state, Path(args.save_npz))
     if args.save_dir:
         _save_singly(images, labels, Path(args.save_dir))
+
+
+def draw_with_progress(draw: Draw, state: dict[str, Any], *, steps: int | None, **how: Any) -> torch.Tensor:
+    """draw(...)'s images on the CPU, showing how far it is. state: the checkpoint's; how: see `diffusion.draw`."""
+    total = steps or state["args"]["T"]
+    with progress("drawing", total, "step", lambda text: print(f"{emoji.info} {text}", flush=True)) as tick:
+        return draw(steps=steps, callback=lambda left, _x: left == total or tick(), **how).cpu()
 
 
 def _check_folder(folder: Path) -> None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from common import ckpt, emoji
 from common.args import Parser, add_data_arguments, add_sampling_arguments, check_sampling, number, wanted_labels
 from common.device import get_device, set_threads
-from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, Exit, run_main
+from common.drawing import draw_with_progress
+from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, Exit, run_main
 from common.images import check_output
 from common.record import write_text
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from common.session import Session
 
-CHUNK = 500  # images drawn at a time
+CHUNK = 500  # digits reconstructed at a time
 ORDER = ("fid", "precision", "recall", "agreement", "imbalance", "confident")
 MEANING = {
     "fid": "Fréchet distance in the classifier's feature space (lower is better)",
@@ -110,6 +111,9 @@ def score_epoch(
     figures = {}
     for suffix, show in shown.items():
         images, wanted = show()
+        if not images.isfinite().all():
+            session.log.warning(f"epoch {session.epoch} gives images that are not finite: not scored")
+            continue
         if wanted is None and only:
             wanted = torch.full((len(images),), args.only_digit)
         rows = score(images, wanted, real, classifier, errors=False)
@@ -134,21 +138,15 @@ def _judges(
 
 
 def _draw(args: Any, path: Path, model: str, device: torch.device) -> tuple[torch.Tensor, list[int] | None, float]:
-    """(images, wanted labels, seconds) from a diffusion checkpoint, a chunk at a time."""
-    import torch
-    from tqdm import tqdm
-
+    """(images, wanted labels, seconds) from a diffusion checkpoint."""
     from common.modules import module_of
 
-    draw, _ = module_of(model).load_for_drawing(path, device)
+    draw, state = module_of(model).load_for_drawing(path, device)
     labels = wanted_labels(args.digit, args.n)
     options = {"guidance": args.guidance, "sampler": args.sampler, "steps": args.steps}
-    parts, started = [], time.perf_counter()
-    for first in tqdm(range(0, args.n, CHUNK), desc="drawing", disable=not sys.stderr.isatty()):
-        count = min(CHUNK, args.n - first)
-        chosen = labels[first : first + count] if labels else None
-        parts.append(draw(labels=chosen, count=count, seed=args.seed + first, **options).cpu())
-    return torch.cat(parts), labels, time.perf_counter() - started
+    started = time.perf_counter()
+    images = draw_with_progress(draw, state, labels=labels, count=args.n, seed=args.seed, **options)
+    return images, labels, time.perf_counter() - started
 
 
 def _reconstruct(path: Path, real: Any, count: int, device: torch.device) -> tuple[torch.Tensor, list[int], float]:
@@ -197,8 +195,8 @@ def main(argv: list[str] | None = None) -> None:
     path = ckpt.resolve_checkpoint(args.ckpt).resolve()
     trained = ckpt.read_checkpoint(path)
     model = ckpt.infer_model_from_checkpoint(trained)
-    if args.json:
-        check_output(args.json, ".json")
+    target = args.json or scores_file(path)
+    check_output(target, ".json")
     if not model.startswith("ae-"):
         check_sampling(args, trained["args"])
     elif args.digit or args.steps or args.guidance is not None or args.sampler != "ddpm":
@@ -211,6 +209,8 @@ def main(argv: list[str] | None = None) -> None:
         images, labels, seconds = _reconstruct(path, real, args.n, device)
     else:
         images, labels, seconds = _draw(args, path, model, device)
+    if not images.isfinite().all():
+        raise Exit(BAD_CHECKPOINT, f"{path} gives images that are not finite; choose an earlier checkpoint")
     wanted = labels or (None if only is None else [only] * len(images))
     figures = score(images, None if wanted is None else torch.tensor(wanted), real, classifier)
 
@@ -226,8 +226,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'images/s':>10} {len(images) / seconds:>9.1f}")
     print(f"{emoji.info} not Inception figures: they compare only with figures of this classifier")
     settings = {name: getattr(args, name) for name in ("n", "seed", "digit", "guidance", "sampler", "steps")}
+    settings["only_digit"] = only  # decides which real digits it is compared with
     suffix = "_labelled" if kind == "with labels" else ""  # so that one file holds both, and neither hides the other
-    target = args.json or scores_file(path)
     known = read_scores(target, trained) | {"timestamp": trained["timestamp"]}
     known |= {f"{name}{suffix}": row["value"] for name, row in figures.items()}
     details = {"figures": figures, "settings": settings, "images_per_second": len(images) / seconds}

@@ -19,7 +19,16 @@ from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
 from common.evaluate import read_scores, scores_file
 
 _RISING = ("acc", "precision", "recall", "agreement", "confident", "per_second")
-COMPARABLE = ("epoch", "global_step", "fid", "precision", "recall", "agreement")  # between models of any kind
+COMPARABLE = (
+    "epoch",
+    "global_step",
+    "fid",
+    "precision",
+    "recall",
+    "agreement",
+    "imbalance",
+    "confident",
+)  # between models of any kind
 _LOG_LINE = re.compile(r"\bepoch\W+(\d+)")
 _LOG_FIELD = re.compile(r"(\w+)[ =:]+(-?\d[\d.,]*(?:e[+-]?\d+)?)")
 
@@ -73,7 +82,7 @@ def metric_of(state: dict[str, Any], path: Path, metric: str) -> tuple[float, st
     for source, measured in (
         (state, ""),
         (scores, _measured(scores, metric)),
-        (state.get("scores"), "--eval-every"),
+        (state.get("scores"), f"--eval-every {state['args'].get('only_digit')} {state['args'].get('data')}"),
         (written, ""),
         (state["args"], ""),
     ):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from common.error_codes import (
 )
 from common.learner import Learner, LossFn, learning_rate
 from common.logger_utils import close_handlers, log_args_rich, setup_component_logger
+from common.progress import progress
 from common.record import Record
 from common.rng import derive_seed, generator
 from common.run import Run, open_run
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 STEP_SCALARS_EVERY = 50  # steps between TensorBoard points of the running loss
-PLAIN_LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
 WRONG_INPUT = (MODEL_MISMATCH, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA)  # found out only when a run was begun
 
 
@@ -214,34 +213,17 @@ class Session:
         before = self._seconds
         with slurm.signals_held():  # DataLoader workers start here
             batches = iter(loader)
-        with self._progress(len(loader.sampler)) as tick:
+        title = f"epoch {self.epoch}/{self.args.epochs}"
+        done = self.steps_per_epoch - len(loader.sampler)
+        with progress(title, self.steps_per_epoch, "batch", self.log.info, done=done, more=self._mean_loss) as tick:
             for batch in batches:
                 yield _to(batch, self.device)
                 self._seconds = before + time.monotonic() - started
                 tick()
                 self.poll()
 
-    @contextmanager
-    def _progress(self, remaining: int) -> Iterator[Callable[[], object]]:
-        """A tqdm bar on a terminal; elsewhere one plain line per interval. Yields what to call after each batch."""
-        title = f"epoch {self.epoch}/{self.args.epochs}"
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            first = self.steps_per_epoch - remaining
-            with tqdm(total=self.steps_per_epoch, initial=first, desc=title, unit="batch", leave=False) as bar:
-                yield bar.update
-            return
-        last = time.monotonic()
-
-        def tick() -> None:
-            nonlocal last
-            if time.monotonic() - last >= PLAIN_LINE_EVERY:
-                last = time.monotonic()
-                mean = self._loss_sum / self._loss_rows
-                self.log.info(f"{title}: batch {self.batch}/{self.steps_per_epoch}, mean loss so far {mean:.6f}")
-
-        yield tick
+    def _mean_loss(self) -> str:
+        return f", mean loss so far {self._loss_sum / self._loss_rows:.6f}"
 
     def step(self, loss_of: LossFn, batch: Any) -> None:
         """Learn one batch. Raises Exit(NON_FINITE_LOSS) before a bad loss could reach the weights."""
@@ -269,7 +251,10 @@ class Session:
         self._unsaved = True
 
     def validate(self, loader: DataLoader, loss_of: LossFn) -> float:
-        """Mean loss per row over `loader`, with the weights that are drawn with; the same noise every epoch."""
+        """Mean loss per row over `loader`, with the weights that are drawn with; the same noise every epoch.
+
+        Raises Exit(NON_FINITE_LOSS) if it is NaN or infinite.
+        """
         import torch
 
         net, total, rows = self.best_net, 0.0, 0
@@ -280,6 +265,8 @@ class Session:
                 loss = loss_of(net, _to(batch, self.device), self.rng("validation", index))
                 total += loss.item() * _rows(batch)
                 rows += _rows(batch)
+        if not math.isfinite(total):
+            raise Exit(NON_FINITE_LOSS, f"the validation loss became {total} in epoch {self.epoch}; not saved")
         return total / rows
 
     def poll(self, *_: Any) -> None:
@@ -309,11 +296,8 @@ class Session:
         The order matters: until the checkpoint at the end, whatever interrupts this repeats it as a whole.
 
         preview() returns images (N, C, H, W) in [0, 1]; it is called with --generate-images. scalars: more figures
-        for TensorBoard, metrics.jsonl and the checkpoint's `scores`. Raises Exit(NON_FINITE_LOSS) if val_loss is NaN or
-        infinite.
+        for TensorBoard, metrics.jsonl and the checkpoint's `scores`.
         """
-        if not math.isfinite(val_loss):
-            raise Exit(NON_FINITE_LOSS, f"the validation loss became {val_loss} in epoch {self.epoch}; not saved")
         pictures = preview() if preview is not None and self.args.generate_images else None
         if pictures is not None:
             self.record.images(pictures, self.epoch, self.global_step)

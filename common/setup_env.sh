@@ -9,7 +9,7 @@ _ddpm_setup() {
     local root stamp
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-        if [ ! -x "$HOME/venv/ddpm/bin/python" ]; then
+        if [ ! -e "$HOME/venv/ddpm/bin/activate" ]; then # the last thing that is written: an interrupted one has none
             echo "creating the virtual environment ~/venv/ddpm"
             "${PYTHON:-python3}" -m venv "$HOME/venv/ddpm" || return 1
         fi

@@ -9,7 +9,10 @@
 #SBATCH --open-mode=append
 
 # Submit from this folder: sbatch job.sh [more flags of train.py]; it takes the newest autoencoder in $SCRATCH/ddpm-output
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" && [ -e train.py ] || {
+    echo "error: submit job.sh from its own folder: (cd mnist_latent_diffusion && sbatch job.sh)" >&2
+    exit 1
+}
 source ../common/slurm_job.sh
 
 train_and_requeue --cache-dir="$SLURM_TMPDIR" --outdir="$SCRATCH/ddpm-output" --data=hub \

@@ -9,7 +9,10 @@
 #SBATCH --open-mode=append
 
 # Submit from this folder: sbatch job.sh [more flags of train.py, e.g. --only-digit 3], or sbatch --array=0-9 job.sh
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" && [ -e train.py ] || {
+    echo "error: submit job.sh from its own folder: (cd mnist_single_digit && sbatch job.sh)" >&2
+    exit 1
+}
 source ../common/slurm_job.sh
 
 train_and_requeue --cache-dir="$SLURM_TMPDIR" --outdir="$SCRATCH/ddpm-output" --data=hub \

@@ -1,5 +1,6 @@
 """The pixel experiment: its network, its recipe, its drawing, and the job that a cluster runs."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import time
 
 import pytest
 import torch
-from helpers import PIXEL, REPO, assert_same_training, call, finish, newest_state, only_run, run, scalars, start
+from helpers import AE, LATENT, PIXEL, REPO, call, newest_state, only_run, run, scalars
 from PIL import Image
 
 from common.diffusion import precompute_schedules, reverse_steps
@@ -82,19 +83,6 @@ def test_a_run_leaves_everything(pixel_run):
     assert Image.open(samples / "epoch_000001.png").size == (62, 62)
 
 
-def test_stopped_and_resumed(pixel_run, flags, tmp_path):
-    process = start(PIXEL, "train.py", *flags, "--no-generate-images", "--outdir", tmp_path)
-    while not list(tmp_path.glob("checkpoints/*/config.json")):
-        time.sleep(0.05)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    stopped = finish(process)
-    assert stopped.code in (STOPPED_EARLY, 0), stopped.text
-    again = call(PIXEL, "train.py", *flags, "--auto-resume", "--outdir", tmp_path)
-    assert again.code == 0, again.text
-    assert_same_training(only_run(tmp_path), pixel_run)
-
-
 def test_drawing(pixel_run, latent_run, tmp_path):
     first, second, third = (tmp_path / f"{name}.png" for name in "abc")
     assert call(PIXEL, "infer.py", "--checkpoint", pixel_run, "--n", 5, "--out", first).code == 0
@@ -105,6 +93,16 @@ def test_drawing(pixel_run, latent_run, tmp_path):
     wrong = call(PIXEL, "infer.py", "--checkpoint", latent_run, "--out", first)
     assert wrong.code == MODEL_MISMATCH
     assert len(wrong.errors) == 1
+
+
+def test_scoring(pixel_run, cache, tmp_path):
+    scores = tmp_path / "scores.json"
+    flags = ("--n", 200, "--digit", 3, "--json", scores, "--data", "embedded", "--cache-dir", cache)
+    result = run(".", "-m common.evaluate", "--ckpt", pixel_run, *flags)
+    assert result.code == 0, result.text
+    written = json.loads(scores.read_text())
+    assert {"fid_labelled", "precision_labelled", "agreement_labelled"} <= written.keys()
+    assert written["details_labelled"]["settings"]["only_digit"] == 3
 
 
 def test_wrong_widths(flags):
@@ -152,3 +150,28 @@ def test_the_job_saves_and_requeues(scontrol, tiny, tmp_path):
     else:
         assert "NO WORKING scontrol" in text
         assert job.returncode == STOPPED_EARLY
+
+
+@pytest.mark.parametrize("folder", [AE, LATENT, PIXEL])
+def test_a_job_from_the_wrong_folder(folder, tmp_path):
+    environment = {"PATH": os.environ["PATH"], "SCRATCH": str(tmp_path), "SLURM_SUBMIT_DIR": str(REPO)}
+    job = subprocess.run(["bash", REPO / folder / "job.sh"], env=environment, capture_output=True, text=True)
+    assert job.returncode == 1
+    assert job.stderr == f"error: submit job.sh from its own folder: (cd {folder} && sbatch job.sh)\n"
+
+
+def test_an_interrupted_environment_is_made_again(tmp_path):
+    """venv writes bin/python first and bin/activate last; the `python` here stands in for both, and for pip."""
+    binaries = tmp_path / "venv" / "ddpm" / "bin"
+    binaries.mkdir(parents=True)
+    (binaries / "python").touch(mode=0o755)
+    stand_in = tmp_path / "python3"
+    stand_in.write_text(f'#!/bin/bash\n[ "$2" != venv ] || touch "{binaries}/activate"\necho "{tmp_path}"\n')
+    stand_in.chmod(0o755)
+    (tmp_path / "python").symlink_to(stand_in)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    words = ["bash", "-c", "source common/setup_env.sh requirements.txt"]
+    first, second = (subprocess.run(words, cwd=REPO, env=environment, capture_output=True, text=True) for _ in "12")
+    assert (first.returncode, first.stderr, second.returncode, second.stderr) == (0, "", 0, "")
+    assert "creating" in first.stdout
+    assert "creating" not in second.stdout

@@ -1,0 +1,42 @@
+"""How long work shows that it gets on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+PLAIN_LINE_EVERY = 30.0  # seconds between lines where there is no terminal
+
+
+@contextmanager
+def progress(
+    title: str,
+    total: int,
+    unit: str,
+    say: Callable[[str], object],
+    *,
+    done: int = 0,
+    more: Callable[[], str] = lambda: "",
+) -> Iterator[Callable[[], object]]:
+    """A tqdm bar on a terminal; elsewhere `say` gets one plain line per interval. Yields what to call after each unit.
+
+    done: how many of the `total` units lie behind already. more(): what else a plain line tells.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, initial=done, desc=title, unit=unit, leave=False) as bar:
+            yield bar.update
+        return
+    told = time.monotonic()
+
+    def tick() -> None:
+        nonlocal done, told
+        done += 1
+        if time.monotonic() - told >= PLAIN_LINE_EVERY:
+            told = time.monotonic()
+            say(f"{title}: {unit} {done}/{total}{more()}")
+
+    yield tick
