@@ -4,7 +4,7 @@
 
 Needs full MNIST in the cache folder and an otherwise idle machine, and installs tests/requirements.txt if the peers'
 libraries are missing. The short mode takes four and a half minutes on two cores and trains too little for the quality
-figures to mean much; --full takes 44 minutes with --pixel-seconds 100, about twice that without. "reference"
+figures to mean much; --full takes 70 minutes with --pixel-seconds 100, over two hours without. "reference"
 figures come from two cores where a 2048 x 2048 float32 matrix product ran at 47 GFLOP/s; "at 47" scales ours to it.
 """
 
