@@ -6,6 +6,7 @@ learning rates (by the loss after a quarter of the time), then draws with the sa
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,7 @@ def everything(figures: Figures, cache_dir: Path, seconds: float, longer: float 
     table: dict[str, dict[str, float]] = {}
     trained: dict[str, Trained] = {}
     for name in NETWORKS:
+        print(f"  digit 5, {name}: training for {seconds:.0f} s and more", file=sys.stderr, flush=True)
         pilots = [Trained(name, rate, digits) for rate in RATES]
         for pilot in pilots:
             pilot.advance(seconds / 4)

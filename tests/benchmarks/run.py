@@ -3,7 +3,7 @@
     python tests/benchmarks/run.py --cache-dir mnist_latent_diffusion/hf_cache [--full] [--json figures.json]
 
 Needs full MNIST in the cache folder and an otherwise idle machine, and installs tests/requirements.txt if the peers'
-libraries are missing. The short mode takes four and a half minutes on two cores and trains too little for the quality
+libraries are missing. The short mode takes nearly five minutes on two cores and trains too little for the quality
 figures to mean much; --full takes 70 minutes with --pixel-seconds 100, over two hours without. "reference"
 figures come from two cores where a 2048 x 2048 float32 matrix product ran at 47 GFLOP/s; "at 47" scales ours to it.
 """
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--json", type=_file, help="also write the figures there")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some parts (default: all)")
     parser.add_argument(
-        "--pixel-seconds", type=number(float, 1), help="training time per network (default: 10; full: 600)"
+        "--pixel-seconds", type=number(float, 1), help="training time per network (default: 8; full: 600)"
     )
     args = parser.parse_args()
     if args.only == ["digits"] and not args.full:
@@ -57,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         measure.run(".", "-m", "common.data", *cache, "--data", "hub")  # warm the decoded cache
-        seconds = args.pixel_seconds or (600.0 if args.full else 10.0)
+        seconds = args.pixel_seconds or (600.0 if args.full else 8.0)
         parts = {
             "speed": lambda: speed.main_job(figures, out, cache, args.full),
             "tools": lambda: speed.tools(figures, out, args.full),
