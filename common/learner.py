@@ -69,7 +69,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp)
 
     @property
-    def best_net(self) -> nn.Module:
+    def averaged_net(self) -> nn.Module:
         """The weights to draw and to validate with: the EMA's, where there is one."""
         return self.ema.module if self.ema is not None else self.net
 

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 from common.args import Args
 from common.ckpt import atomic_write, clear_leftovers
 from common.events import Appended, Events
-from common.run import Run
 
 if TYPE_CHECKING:
     import torch
+
+    from common.run import Run
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 
@@ -32,6 +33,15 @@ CONFIG, METRICS = "config.json", "metrics.jsonl"
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
     atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def flags_in(folder: Path) -> dict[str, Any]:
+    """The flags in a run folder's config.json, {} if there is none that can be read."""
+    try:
+        flags = json.loads((folder / CONFIG).read_text())["flags"]
+        return {name: entry["value"] for name, entry in flags.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 class Record:

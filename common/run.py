@@ -11,14 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
 from common import ckpt
-from common.args import Args
+from common.args import Args, Difference, flag_of
 from common.device import make_output_directories
 from common.error_codes import BAD_OUTPUT, RUN_LOCKED, STOPPED_EARLY, Exit
+from common.record import flags_in
 from common.slurm import stop_requested
 
 LOCK_PATIENCE = 20.0  # seconds; a requeued job may overlap its predecessor's end
@@ -73,39 +73,127 @@ class Run:
             self.log_file.unlink(missing_ok=True)
 
 
+# --- which run a start means ------------------------------------------------------------------------------------------
+
+
 def open_run(
     args: Args,
     name: Callable[[Args], str],
-    settle: Callable[[Args, bool], None],
     models: tuple[str, ...],
-    warn: Callable[[str], None],
+    warn: ckpt.Warn,
+    identify: Callable[[Args], None],
+    settle: Callable[[Args], None],
 ) -> Run:
     """The run that the flags mean: resumed where --resume or --auto-resume finds one, else claimed under a new name.
 
-    name(args) is the run's name up to its timestamp, with `*` for parts that nothing has fixed yet.
-    settle(args, fresh) completes the flags: before the search (fresh=False: as far as they allow), and again for a
-    run that starts from nothing (fresh=True: or raise Exit). On resume the checkpoint's flags become today's defaults;
-    Exit(MODEL_MISMATCH) if its model is none of `models`, the types that this trainer trains.
+    models: the types that this trainer trains. identify(args) completes what follows from files that flags name.
+    settle(args) completes the rest for a run that starts from nothing, or raises Exit; name(args) is then its name up
+    to the timestamp. On resume the checkpoint's flags become today's defaults.
+    Raises Exit(MODEL_MISMATCH) if --resume names another kind of model.
     """
-    settle(args, False)
+    identify(args)
     outdir = Path(args.outdir)
     checkpoints = outdir / ckpt.RUNS
-    source = ckpt.resolve_resume_path(args.resume, args.auto_resume, checkpoints, f"{name(args)}-", warn)
-    if source is not None:
-        return _resume(args, source, models, warn)
+    if args.resume:
+        source, state = resume_target(args.resume, args.auto_resume, warn, models)
+        if args.auto_resume and source.parent.parent.name != ckpt.RUNS:
+            source, state = _begun_from(args, state, checkpoints, models, warn) or (source, state)
+        return _resume(args, source, state, warn)
     if args.auto_resume:
-        warn(f"nothing to resume in {checkpoints} for {name(args)}-*: starting a new run")
-    settle(args, True)
+        found, passed_over = find_run(args, checkpoints, models, warn)
+        if found:
+            return _resume(args, *found, warn)
+        none = f"nothing to resume in {checkpoints} for these flags: starting a new run"
+        warn(f"{none}. {_said(args, *passed_over)}" if passed_over else none)
+    settle(args)
     make_output_directories(outdir)
-    run_name, lock = (_take_over(checkpoints, name(args)) if args.auto_resume else None) or _claim(
-        checkpoints, name(args)
-    )
+    prefix = name(args)
+    run_name, lock = (args.auto_resume and _take_over(checkpoints, prefix, args)) or _claim(checkpoints, prefix)
     return Run(run_name, outdir, Path(args.logdir or outdir / "logs"), lock)
 
 
-def _resume(args: Args, source: Path, models: tuple[str, ...], warn: Callable[[str], None]) -> Run:
+def recorded_runs(directory: str | Path, warn: ckpt.Warn) -> list[tuple[Path, ckpt.State]]:
+    """(folder, state) of the runs below `directory`, newest first by what they recorded, each by a glance.
+
+    A run of nothing but damaged checkpoints is named through `warn`. Raises UnreadableCheckpoint if a disk fails.
+    """
+    runs = []
+    for folder in Path(directory).glob("*/"):
+        damaged: list[str] = []
+        if found := ckpt.newest_readable(folder, damaged.append, ckpt.peek_checkpoint):
+            runs.append((folder, found[1]))
+        else:
+            for text in damaged:
+                warn(text)
+    return sorted(runs, key=lambda run: (str(run[1].get("timestamp")), run[0].name), reverse=True)
+
+
+def find_run(
+    args: Args, checkpoints: Path, models: tuple[str, ...], warn: ckpt.Warn, since: str = ""
+) -> tuple[tuple[Path, ckpt.State] | None, tuple[Path, Difference] | None]:
+    """(the newest run that today's flags mean, the newest other one of this trainer and in what it differs).
+
+    A run is a checkpoint's (file, state). A run is what it does: see `Args.difference`. since: only runs that recorded
+    a later time.
+    """
+    passed_over = None
+    for folder, glance in recorded_runs(checkpoints, warn):
+        if glance["args"].get("model") not in models or str(glance.get("timestamp")) <= since:
+            continue
+        difference = args.difference(glance["args"])
+        if difference is None and (found := ckpt.newest_readable(folder, warn)):
+            difference = args.difference(found[1]["args"])  # of an old file a glance does not tell all
+            if difference is None:
+                return found, None
+        if difference is not None:
+            passed_over = passed_over or (folder, difference)
+    return None, passed_over
+
+
+def _said(args: Args, folder: Path, difference: Difference) -> str:
+    recorded, today = ("all" if value is None else value for value in difference[1:])
+    name = flag_of(difference.name) if difference.name in args.kinds else difference.name
+    return (
+        f"Passed over {folder.name}, the newest, which has {name} {recorded}, not {today}; "
+        f"go on with it: {args.resume_command(folder)}"
+    )
+
+
+def resume_target(
+    path: str, newest: bool, warn: ckpt.Warn, models: tuple[str, ...] = ckpt.MODEL_TYPES
+) -> tuple[Path, ckpt.State]:
+    """(file, state) that --resume PATH means: a checkpoint, or the newest readable one of a run's folder or latest.pt.
+
+    newest: the newest of PATH's run whatever PATH is, so that a job that is requeued goes on instead of back.
+    Raises UnreadableCheckpoint if there is none, Exit(MODEL_MISMATCH) if it holds none of the `models`.
+    """
+    target = Path(path).absolute()
+    if target.name == ckpt.LATEST and ckpt.run_checkpoints(target.parent):
+        if not target.exists():
+            warn(f"passing over {target}: it points to no file")
+        target = target.parent
+    source, state = ckpt.read_model(target, models, warn)
+    source = source.resolve() if source.is_symlink() else source  # best.pt moves on; its target does not
+    if source.parent.parent.name != ckpt.RUNS:
+        source = source.resolve()  # through a symlink to the run's folder
+    if newest and source in [path for _, path in ckpt.run_checkpoints(source.parent)]:
+        return ckpt.newest_readable(source.parent, warn) or (source, state)
+    return source, state
+
+
+def _begun_from(
+    args: Args, state: ckpt.State, checkpoints: Path, models: tuple[str, ...], warn: ckpt.Warn
+) -> tuple[Path, ckpt.State] | None:
+    """The run that an earlier start with the same --resume COPY began."""
+    args.adopt(state["args"])
+    found, _ = find_run(args, checkpoints, models, warn, since=str(state["timestamp"]))
+    if found:
+        warn(f"{found[0].parent.name} is newer than {args.resume}: going on with it")
+    return found
+
+
+def _resume(args: Args, source: Path, state: ckpt.State, warn: ckpt.Warn) -> Run:
     folder = source.parent
-    state = ckpt.read_model(source, models)
     if folder.parent.name == ckpt.RUNS:  # go on in the file's own run folder, wherever --outdir points
         outdir, run_name = folder.parent.parent, folder.name
         if args.origin["outdir"] == "flag" and outdir.resolve() != Path(args.outdir).resolve():
@@ -114,7 +202,7 @@ def _resume(args: Args, source: Path, models: tuple[str, ...], warn: Callable[[s
         lock = _lock(folder, LOCK_PATIENCE)
         # the predecessor may have saved once more while we waited for its lock
         newest = args.auto_resume or Path(args.resume).name in ("latest", ckpt.LATEST) or Path(args.resume).is_dir()
-        source, state = (newest and ckpt.newest_readable(folder, warn)) or (source, ckpt.read_model(source, models))
+        source, state = (newest and ckpt.newest_readable(folder, warn)) or (source, ckpt.read_checkpoint(source))
     else:  # a copy outside any run: its training goes on as a new run
         outdir = Path(args.outdir)
         make_output_directories(outdir)
@@ -122,6 +210,9 @@ def _resume(args: Args, source: Path, models: tuple[str, ...], warn: Callable[[s
     for change in args.adopt(state["args"]):
         warn(f"this resume changes {change}")
     return Run(run_name, outdir, Path(args.logdir or outdir / "logs"), lock, state, source)
+
+
+# --- claiming and locking ---------------------------------------------------------------------------------------------
 
 
 def _claim(checkpoints: Path, prefix: str) -> tuple[str, IO[str]]:
@@ -142,14 +233,18 @@ def _claim(checkpoints: Path, prefix: str) -> tuple[str, IO[str]]:
         time.sleep(0.2)
 
 
-def _take_over(checkpoints: Path, prefix: str) -> tuple[str, IO[str]] | None:
-    """A matching folder in which a killed run left no checkpoint, unless a living process holds it."""
+def _take_over(checkpoints: Path, prefix: str, args: Args) -> tuple[str, IO[str]] | None:
+    """A folder in which a killed run of the same flags left no checkpoint, unless a living process holds it."""
     for folder in sorted(checkpoints.glob("*/"), reverse=True):
-        if fnmatchcase(folder.name, f"{prefix}-*") and not any(folder.glob("*.pt")):
+        if ckpt.TIMESTAMP.sub("", folder.name) == prefix and not any(folder.glob("*.pt")):
             try:
-                return folder.name, _lock(folder, 0)
+                lock = _lock(folder, 0)
             except Exit:
                 continue
+            flags = flags_in(folder)  # {} if it was killed even before it wrote them
+            if not (flags and args.difference(flags)) and not any(folder.glob("*.pt")):
+                return folder.name, lock
+            lock.close()
     return None
 
 

@@ -39,6 +39,7 @@ from common.progress import progress
 from common.record import Record
 from common.rng import derive_seed, generator
 from common.run import Run, open_run
+from common.train_state import TrainState
 
 if TYPE_CHECKING:
     import torch
@@ -55,11 +56,12 @@ def open_session(
     name: Callable[[Args], str],
     *,
     models: tuple[str, ...],
-    settle: Callable[[Args, bool], None] = lambda _args, _fresh: None,
+    identify: Callable[[Args], None] = lambda _: None,
+    settle: Callable[[Args], None] = lambda _: None,
 ) -> Iterator[Session]:
     """Everything around a training run: signals, threads, run folder and lock, log, device, seeds.
 
-    See `common.run.open_run` for `name`, `models` and `settle`. Raises Exit, having logged why.
+    See `common.run.open_run` for `name`, `models`, `identify` and `settle`. Raises Exit, having logged why.
     """
     handlers = slurm.install_signal_handlers()  # before the slow imports
     log = setup_component_logger("train", debug=args.debug)
@@ -67,7 +69,7 @@ def open_session(
     try:
         device.set_threads()
         where = device.get_device(args.device)
-        run = open_run(args, name, settle, models, log.warning)
+        run = open_run(args, name, models, log.warning, identify, settle)
         raise_if_finished(args, run, log)
         record = Record(run, log.warning)
         log = setup_component_logger("train", run.log_file, args.debug)
@@ -90,39 +92,25 @@ def open_session(
         slurm.restore_signal_handlers(handlers)
 
 
-def why_ended(args: Args, epoch: int, best: dict[str, Any]) -> str:
-    """Why training ends after this epoch; "" if it goes on."""
-    patience = args.early_stopping_patience
-    if epoch >= args.epochs:
-        return f"epoch {epoch} of {args.epochs} is done"
-    if patience is not None and epoch - best["epoch"] >= patience:
-        return f"early stopping, no better val_loss for {patience} epochs"
-    return ""
-
-
 def raise_if_finished(args: Args, run: Run, log: Any) -> None:
     """Raises Exit(OK) if the run to be resumed has nothing left to train; nothing of it has been touched then."""
     state = run.state
-    if state is not None and ckpt.is_complete(state) and (end := why_ended(args, state["epoch"], state["best"])):
+    if state is None or not ckpt.is_complete(state):
+        return
+    if end := TrainState.from_checkpoint(state).why_ended(args.flags()):
         log.info(f"checkpoints: {run.checkpoints.resolve()}")
-        raise Exit(OK, f"{run.name} is already finished: {end}; raise --epochs to extend it")
+        raise Exit(OK, f"{run.name} is already finished: {end}")
 
 
 class Session:
-    """Drives one run. Attributes for recipes: `args`, `device`, `log`, `epoch`, `global_step`, `net`, `best_net`."""
+    """Drives one run. Attributes for recipes: `args`, `device`, `log`, `epoch`, `net`, `averaged_net`."""
 
     def __init__(self, args: Args, run: Run, record: Record, where: torch.device, log: Any) -> None:
         self.args, self.run, self.record, self.device, self.log = args, run, record, where, log
         self.resumed = run.state
         device.seed_everything(args.seed)
-        self.epoch, self.batch, self.global_step = 1, 0, 0
-        self.best: dict[str, Any] | None = None
-        self.train_loss: float | None = None
-        self.val_loss: float | None = None
-        self._loss_sum, self._loss_rows = 0.0, 0
-        self._seconds, self._saved_at = 0.0, time.monotonic()
-        self.scores: dict[str, float] = {}
-        self._unsaved, self._saved_path = False, run.source
+        self.at = TrainState()
+        self._unsaved, self._saved_at, self._saved_path = False, time.monotonic(), run.source
         self.extras: dict[str, Any] = {}  # what the recipe wants in its checkpoints beside the session's own keys
         log.info(f"{emoji.step} {run.name} on {where}, outputs in {run.outdir.resolve()}")
         log_args_rich(log, args)
@@ -136,9 +124,14 @@ class Session:
         return self.learner.net
 
     @property
-    def best_net(self) -> nn.Module:
+    def averaged_net(self) -> nn.Module:
         """The weights to draw with: the EMA's, where there is one."""
-        return self.learner.best_net
+        return self.learner.averaged_net
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in training, counted from 1."""
+        return self.at.epoch
 
     def rng(self, *purpose: str | int) -> torch.Generator:
         """A CPU generator that is a function of the run's seed and `purpose` alone."""
@@ -170,9 +163,7 @@ class Session:
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise Exit(BAD_CHECKPOINT, f"{self.run.source}: does not fit this network ({reason})") from None
-        self.epoch, self.batch, self.global_step = state["epoch"], state["batch"], state["global_step"]
-        self.best, self.train_loss, self.val_loss = state["best"], state["train_loss"], state["val_loss"]
-        self._loss_sum, self._loss_rows, self._seconds = state["running"]
+        self.at = TrainState.from_checkpoint(state)
         for path in ckpt.set_aside(self.run.checkpoints, after=self.epoch):
             self.log.warning(f"set aside a checkpoint of a later epoch as {path.name}")
         with contextlib.suppress(OSError):  # the next save links anew
@@ -180,37 +171,33 @@ class Session:
         planned = state["args"]["epochs"]
         if planned != self.args.epochs and self.args.lr_scheduler != "none":
             self.log.info(f"--epochs {planned} -> {self.args.epochs}: the {self.args.lr_scheduler} curve is re-drawn")
-        where = "complete" if ckpt.is_complete(state) else f"batch {self.batch}/{self.steps_per_epoch}"
+        where = "complete" if ckpt.is_complete(state) else f"batch {self.at.batch}/{self.steps_per_epoch}"
         self.log.info(f"{emoji.ok} resumed from {self.run.source} (epoch {self.epoch}, {where})")
         if ckpt.is_complete(state):
-            self._begin_epoch(self.epoch + 1)
+            self.at = self.at.next_epoch()
 
     # --- the loop ---
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to be trained, counted from 1; after the last one, what a finished run leaves behind."""
         yield self.epoch
-        while not (end := why_ended(self.args, self.epoch, self.best)):
-            self._begin_epoch(self.epoch + 1)
+        while not (end := self.at.why_ended(self.args.flags())):
+            self.at = self.at.next_epoch()
             yield self.epoch
         self.log.info(f"the end: {end}")
         if self._unsaved:
             self._save(final=True)
-        self.record.hyperparameters(self.args, {"hparam/best_val_loss": self.best["val_loss"]}, self.global_step)
-        self.log.info(f"{emoji.ok} best val_loss {self.best['val_loss']:.6f} in epoch {self.best['epoch']}")
+        best = self.at.best
+        self.record.hyperparameters(self.args, {"hparam/best_val_loss": best["val_loss"]}, self.at.global_step)
+        self.log.info(f"{emoji.ok} best val_loss {best['val_loss']:.6f} in epoch {best['epoch']}")
         self.log.info(f"checkpoints: {self.run.checkpoints.resolve()}")
-
-    def _begin_epoch(self, epoch: int) -> None:
-        self.epoch, self.batch = epoch, 0
-        self.train_loss, self.val_loss, self.scores = None, None, {}
-        self._loss_sum, self._loss_rows, self._seconds = 0.0, 0, 0.0
 
     def batches(self, loader: DataLoader) -> Iterator[Any]:
         """The epoch's batches from where it stands, on the device; between them, saves when due and obeys stops."""
-        loader.sampler.epoch, loader.sampler.start = self.epoch, self.batch
+        loader.sampler.epoch, loader.sampler.start = self.epoch, self.at.batch
         self.net.train()
         started = time.monotonic()
-        before = self._seconds
+        before = self.at.seconds
         with slurm.signals_held():  # DataLoader workers start here
             batches = iter(loader)
         title = f"epoch {self.epoch}/{self.args.epochs}"
@@ -218,36 +205,38 @@ class Session:
         with progress(title, self.steps_per_epoch, "batch", self.log.info, done=done, more=self._mean_loss) as tick:
             for batch in batches:
                 yield _to(batch, self.device)
-                self._seconds = before + time.monotonic() - started
+                self.at.seconds = before + time.monotonic() - started
                 tick()
                 self.poll()
 
     def _mean_loss(self) -> str:
-        return f", mean loss so far {self._loss_sum / self._loss_rows:.6f}"
+        return f", mean loss so far {self.at.train_loss:.6f}"
 
     def step(self, loss_of: LossFn, batch: Any) -> None:
         """Learn one batch. Raises Exit(NON_FINITE_LOSS) before a bad loss could reach the weights."""
         import torch
 
         reseed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
-        reseed(derive_seed(self.args.seed, "step", self.global_step))  # for layers that draw, e.g. dropout
+        reseed(derive_seed(self.args.seed, "step", self.at.global_step))  # for layers that draw, e.g. dropout
         with self.learner.autocast():
-            loss = loss_of(self.net, batch, self.rng("train", self.global_step))
+            loss = loss_of(self.net, batch, self.rng("train", self.at.global_step))
         value = loss.item()
         if not math.isfinite(value):
             raise Exit(
                 NON_FINITE_LOSS,
-                f"the loss became {value} in epoch {self.epoch}, step {self.global_step}; nothing of it was saved. "
+                f"the loss became {value} in epoch {self.epoch}, step {self.at.global_step}; nothing of it was saved. "
                 f"Resume from the last checkpoint in {self.run.checkpoints} with a smaller --lr",
             )
-        lr = self.learner.step(loss, self.global_step)
-        if self.batch and self.global_step % STEP_SCALARS_EVERY == 0:  # at the step's own index: below any purge_step
-            self.record.scalars({"loss/step": value, "lr": lr}, self.global_step)
+        lr = self.learner.step(loss, self.at.global_step)
+        if (
+            self.at.batch and self.at.global_step % STEP_SCALARS_EVERY == 0
+        ):  # at the step's own index: below any purge_step
+            self.record.scalars({"loss/step": value, "lr": lr}, self.at.global_step)
         rows = _rows(batch)
-        self._loss_sum += value * rows
-        self._loss_rows += rows
-        self.global_step += 1
-        self.batch += 1
+        self.at.loss_sum += value * rows
+        self.at.loss_rows += rows
+        self.at.global_step += 1
+        self.at.batch += 1
         self._unsaved = True
 
     def validate(self, loader: DataLoader, loss_of: LossFn) -> float:
@@ -257,7 +246,7 @@ class Session:
         """
         import torch
 
-        net, total, rows = self.best_net, 0.0, 0
+        net, total, rows = self.averaged_net, 0.0, 0
         net.eval()
         with torch.no_grad(), self.learner.autocast():
             for index, batch in enumerate(loader):
@@ -279,8 +268,8 @@ class Session:
                 self._save(final=True)
             raise Exit(
                 STOPPED_EARLY,
-                f"stopped by {slurm.stop_signal()} in epoch {self.epoch} after {self.batch} batches and saved; "
-                f"go on with: python train.py --resume '{self._saved_path}'",
+                f"stopped by {slurm.stop_signal()} in epoch {self.epoch} after {self.at.batch} batches and saved; "
+                f"go on with: {self.args.resume_command(self._saved_path)}",
             )
         if self._unsaved and time.monotonic() - self._saved_at >= self.args.ckpt_every_sec:
             self._save()
@@ -300,28 +289,28 @@ class Session:
         """
         pictures = preview() if preview is not None and self.args.generate_images else None
         if pictures is not None:
-            self.record.images(pictures, self.epoch, self.global_step)
-        self.train_loss, self.val_loss = self._loss_sum / self._loss_rows, val_loss
-        if self.best is None or val_loss < self.best["val_loss"]:
-            self.best = {"val_loss": val_loss, "epoch": self.epoch}
+            self.record.images(pictures, self.epoch, self.at.global_step)
+        at = self.at
+        at.val_loss, at.scores = val_loss, scalars or {}
+        if at.best is None or val_loss < at.best["val_loss"]:
+            at.best = {"val_loss": val_loss, "epoch": at.epoch}
         row = {
-            "epoch": self.epoch,
-            "global_step": self.global_step,
-            "train_loss": self.train_loss,
+            "epoch": at.epoch,
+            "global_step": at.global_step,
+            "train_loss": at.train_loss,
             "val_loss": val_loss,
-            "lr": self.learner.lr_at(self.global_step),
-            "images_per_second": self._loss_rows / self._seconds if self._seconds else 0.0,
-            "seconds": self._seconds,
-            **(scalars or {}),
+            "lr": self.learner.lr_at(at.global_step),
+            "images_per_second": at.loss_rows / at.seconds if at.seconds else 0.0,
+            "seconds": at.seconds,
+            **at.scores,
         }
-        star = "*" if self.best["epoch"] == self.epoch else " "
+        star = "*" if at.best["epoch"] == at.epoch else " "
         self.log.info(
-            f"epoch {self.epoch:>3}/{self.args.epochs}  train_loss {self.train_loss:.6f}  "
+            f"epoch {at.epoch:>3}/{self.args.epochs}  train_loss {at.train_loss:.6f}  "
             f"val_loss {val_loss:.6f}{star} lr {row['lr']:.2e}  "
-            f"{row['images_per_second']:,.0f} images/s  {self._seconds:.1f} s"
+            f"{row['images_per_second']:,.0f} images/s  {at.seconds:.1f} s"
         )
-        self.scores = scalars or {}
-        self.record.epoch(row | {"timestamp": _now()}, self.global_step)
+        self.record.epoch(row | {"timestamp": _now()}, at.global_step)
         self._unsaved = True
         self._save()
 
@@ -334,14 +323,7 @@ class Session:
             "exp_name": self.run.name,
             "timestamp": _now(),
             "args": self.args.flags(),
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "global_step": self.global_step,
-            "train_loss": self._loss_sum / self._loss_rows if self._loss_rows else None,
-            "val_loss": self.val_loss,
-            "best": self.best,
-            "scores": self.scores,
-            "running": [self._loss_sum, self._loss_rows, self._seconds],
+            **self.at.to_checkpoint(),
             **self.learner.state_dict(),
             **self.extras,
         }
@@ -357,8 +339,8 @@ class Session:
         self._saved_at = time.monotonic()
         try:
             path = ckpt.save_checkpoint_and_link_latest(self.run.checkpoints, self.checkpoint())
-            best = self.best["epoch"] if self.best else None
-            every, last = self.args.ckpt_save_every, self.args.keep_ckpts
+            best = self.at.best["epoch"] if self.at.best else None
+            every, last = self.args.ckpt_save_every, self.args.keep_ckpts or None
             ckpt.prune(self.run.checkpoints, keep_every=every, keep_last=last, best_epoch=best)
         except OSError as error:
             if final:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.args import Args, Parser, add_training_arguments, number
+from common.args import AUTO, Args, Parser, add_training_arguments, number
 from common.data import HF_MNIST, make_mnist_loader, split_train_val
 from common.error_codes import NO_MODEL_SPECIFIED, Exit, run_main
 from common.evaluate import score_epoch
@@ -13,7 +13,7 @@ from common.images import over
 from common.modules import module_of
 from common.session import open_session
 
-MODELS = {"mlp": "ae-mlp", "conv": "ae-conv", "ae-mlp": "ae-mlp", "ae-conv": "ae-conv"}
+MODELS = {AUTO: AUTO, "mlp": "ae-mlp", "conv": "ae-conv", "ae-mlp": "ae-mlp", "ae-conv": "ae-conv"}
 LATENT_NOISE = 0.05  # deviation of the noise on latents in training; their own is about 1.5
 LATENT_PULL = 2e-4
 ABSOLUTE = 0.3  # weight of the absolute error: it is what keeps strokes crisp
@@ -25,23 +25,28 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """This trainer's flags."""
     parser = Parser("Train an autoencoder on MNIST.", "python train.py --model mlp --epochs 25 --generate-images")
     model_help = "mlp or conv (required for a new run)"
-    parser.flag("shape", "--model", type=lambda text: MODELS.get(text, text), metavar="mlp|conv", help=model_help)
+    parser.flag("shape", "--model", type=_model, default=AUTO, metavar="mlp|conv", help=model_help)
     parser.flag("shape", "--latent-dim", type=number(int, 1), default=16, help="latent dimension (default: 16)")
     add_training_arguments(parser, epochs=25, lr_scheduler="cosine")
     return parser.parse(argv)
 
 
+def _model(text: str) -> str:
+    if text not in MODELS:
+        raise Exit(NO_MODEL_SPECIFIED, f"--model {text}: no such model; choose --model mlp or --model conv")
+    return MODELS[text]
+
+
 def experiment_name(args: Args) -> str:
-    """The run's name up to its timestamp; `*` for a model that only the checkpoint to be resumed knows."""
+    """The run's name up to its timestamp."""
     digit = "all" if args.only_digit is None else args.only_digit
-    return f"{args.model or '*'}-d{digit}-bs{args.batch_size}-lr{args.lr:g}-D{args.latent_dim}-seed{args.seed}"
+    return f"{args.model}-d{digit}-bs{args.batch_size}-lr{args.lr:g}-D{args.latent_dim}-seed{args.seed}"
 
 
-def require_model(args: Args, fresh: bool) -> None:
+def require_model(args: Args) -> None:
     """--model may only be missing where a checkpoint is resumed."""
-    if args.model not in (*MODELS.values(), *([] if fresh else [None])):
-        given = f"--model {args.model}: no such model" if args.model else "no --model given"
-        raise Exit(NO_MODEL_SPECIFIED, f"{given}; choose --model mlp or --model conv")
+    if args.model == AUTO:
+        raise Exit(NO_MODEL_SPECIFIED, "no --model given; choose --model mlp or --model conv")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,18 +90,18 @@ def main(argv: list[str] | None = None) -> None:
 
         @torch.no_grad()
         def preview():
-            return over(some[:PREVIEW_DIGITS], session.best_net(some[:PREVIEW_DIGITS]))[0]
+            return over(some[:PREVIEW_DIGITS], session.averaged_net(some[:PREVIEW_DIGITS]))[0]
 
         @torch.no_grad()
         def reconstructed():
-            return session.best_net(some).cpu(), some_labels
+            return session.averaged_net(some).cpu(), some_labels
 
         # Training
         for _ in session.epochs():
             for batch in session.batches(train):
                 session.step(loss_of, batch)
             val_loss = session.validate(val, reconstruction_error)
-            statistics = latent_statistics(session.best_net, some)
+            statistics = latent_statistics(session.averaged_net, some)
             session.end_epoch(val_loss, preview, statistics | score_epoch(session, {"": reconstructed}))
 
 

@@ -102,14 +102,14 @@ class LatentDenoiser(nn.Module):
 
 
 def load_for_drawing(
-    path: str | Path, device: torch.device | str = "cpu", ae_ckpt: str | Path | None = None
+    path: str | Path | tuple[Path, ckpt.State], device: torch.device | str = "cpu", ae_ckpt: str | Path | None = None
 ) -> tuple[Callable[..., torch.Tensor], dict]:
     """(draw, the checkpoint's state); `draw` is `generate_images` with everything filled in that the checkpoint knows.
 
     The denoiser gets its EMA weights; the autoencoder is the one inside the checkpoint, or `ae_ckpt`'s.
     Raises Exit(MODEL_MISMATCH) if a checkpoint holds another kind of model or another latent dimension.
     """
-    state = ckpt.read_model(path, ("lddpm",))
+    path, state = ckpt.read_model(path, ("lddpm",))
     trained = state["args"]
     schedules = precompute_schedules(trained["T"], trained["beta_start"], trained["beta_end"], device)
     net = LatentDenoiser(trained["ae_latent_dim"], trained["hidden_dim"], schedules=schedules)

@@ -1,17 +1,15 @@
 """Train a diffusion model on the latents of a trained autoencoder (latent diffusion, Rombach et al. 2022)."""
 
-import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.args import Args, Parser, add_diffusion_arguments, add_training_arguments, check_betas, number
-from common.autoencoder import OWN_RUNS, build_autoencoder, find_autoencoder, read_autoencoder
-from common.ckpt import UnreadableCheckpoint
+from common.args import AUTO, Args, Parser, add_diffusion_arguments, add_training_arguments, check_betas, number
+from common.autoencoder import build_autoencoder, choose_autoencoder, describe, read_named_autoencoder
 from common.data import HF_MNIST, make_mnist_loader, split_train_val
 from common.drawing import preview_and_scored
-from common.error_codes import NO_AE_CHECKPOINT, Exit, run_main
+from common.error_codes import run_main
 from common.evaluate import score_epoch
 from common.session import open_session
 
@@ -19,55 +17,28 @@ LABEL_DROPOUT = 0.3  # how often the denoiser does not see the label, so that it
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """This trainer's flags; what only the autoencoder knows is None until it is chosen."""
+    """This trainer's flags; what only the autoencoder knows is AUTO until it is chosen."""
     parser = Parser("Train latent diffusion on MNIST.", "python train.py --epochs 30 --generate-images")
-    parser.flag("shape", "--ae-ckpt", metavar="PATH", help="autoencoder checkpoint, or its run's folder (newest)")
-    parser.flag("place", "--ae-ckpt-dir", metavar="DIR", help="use the newest autoencoder in this folder")
+    parser.flag("input", "--ae-ckpt", metavar="PATH", help="autoencoder checkpoint, or its run's folder (newest)")
+    parser.flag("input", "--ae-ckpt-dir", metavar="DIR", help="choose an autoencoder in this folder")
     parser.flag("shape", "--hidden-dim", type=number(int, 1), default=256, help="denoiser width (default: 256)")
     add_diffusion_arguments(parser)
     add_training_arguments(parser, epochs=30, lr_scheduler="cosine")
     args = parser.parse(argv)
     check_betas(parser, args)
-    args.derive(model="lddpm", ae_model=None, ae_latent_dim=None, ae_only_digit=None)
+    args.derive(model="lddpm", ae_model=AUTO, ae_latent_dim=AUTO, ae_only_digit=AUTO, ae_weights=AUTO)
+    if not args.given("only_digit"):  # then it is the autoencoder's
+        args.only_digit, args.follows = AUTO, {"only_digit": "ae_only_digit"}
     return args
 
 
 def experiment_name(args: Args) -> str:
-    """The run's name up to its timestamp; `*` for parts that only the autoencoder knows."""
-    unknown = args.ae_model is None
-    digit = args.only_digit if args.only_digit is not None else "*" if unknown else "all"
+    """The run's name up to its timestamp."""
+    digit = "all" if args.only_digit is None else args.only_digit
     return (
-        f"lddpm-E{'*' if unknown else args.ae_model}-d{digit}-bs{args.batch_size}-lr{args.lr:g}"
-        f"-D{'*' if unknown else args.ae_latent_dim}-T{args.T}-seed{args.seed}"
+        f"lddpm-E{args.ae_model}-d{digit}-bs{args.batch_size}-lr{args.lr:g}"
+        f"-D{args.ae_latent_dim}-T{args.T}-seed{args.seed}"
     )
-
-
-def choose_autoencoder(args: Args, fresh: bool) -> None:
-    """Set the flags that come from the autoencoder: now if a flag names one, else only for a run not resumed."""
-    if not (args.ae_ckpt or args.ae_ckpt_dir or fresh):
-        return
-    path = args.ae_ckpt
-    if path is None:
-        folders = [Path(args.ae_ckpt_dir or Path(args.outdir) / "checkpoints")]
-        if not args.ae_ckpt_dir and not args.given("outdir"):
-            folders.append(OWN_RUNS)
-        path = find_autoencoder(folders, logging.getLogger("train").warning)
-        if path is None and not fresh:
-            return
-        if path is None:
-            where = " or ".join(map(str, folders))
-            raise Exit(NO_AE_CHECKPOINT, f"no autoencoder in {where}; train one in mnist_ae, or give --ae-ckpt PATH")
-    args.ae_ckpt = str(Path(path).absolute())
-    try:
-        data = read_autoencoder(path)
-    except UnreadableCheckpoint:
-        if fresh or not (args.resume or args.auto_resume):
-            raise
-        return  # a run that is resumed carries its autoencoder: the file may be gone
-    digit = data["args"]["only_digit"]
-    args.derive(ae_model=data["args"]["model"], ae_latent_dim=data["args"]["latent_dim"], ae_only_digit=digit)
-    if args.only_digit is None and digit is not None:
-        args.derive(only_digit=digit)
 
 
 def encode(autoencoder, digits, args, device):
@@ -81,14 +52,16 @@ def encode(autoencoder, digits, args, device):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with open_session(args, experiment_name, models=("lddpm",), settle=choose_autoencoder) as session:
+    finding = {"identify": read_named_autoencoder, "settle": choose_autoencoder}
+    with open_session(args, experiment_name, models=("lddpm",), **finding) as session:
         import torch
 
         from common.diffusion import epsilon_loss, timestep_distribution
         from model import LatentDenoiser, generate_images, precompute_schedules
 
         # The frozen autoencoder: from the checkpoint when resuming, so that moved files change nothing
-        ae_data = session.resumed["ae_ckpt_data"] if session.resumed else read_autoencoder(args.ae_ckpt)
+        ae_data = session.resumed["ae_ckpt_data"] if session.resumed else args.inputs["autoencoder"]
+        session.log.info(f"autoencoder: {describe(ae_data)}")
         session.extras["ae_ckpt_data"] = ae_data
         autoencoder = build_autoencoder(ae_data, session.device)
 
@@ -121,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
         def draw(**what):
             return generate_images(
-                session.best_net, autoencoder, schedules, seed=args.seed, callback=session.poll, **what
+                session.averaged_net, autoencoder, schedules, seed=args.seed, callback=session.poll, **what
             )
 
         preview, scored = preview_and_scored(args, draw)

@@ -137,12 +137,14 @@ class Denoiser(nn.Module):
         return predict
 
 
-def load_for_drawing(path: str | Path, device: torch.device | str = "cpu") -> tuple[Callable[..., torch.Tensor], dict]:
+def load_for_drawing(
+    path: str | Path | tuple[Path, ckpt.State], device: torch.device | str = "cpu"
+) -> tuple[Callable[..., torch.Tensor], dict]:
     """(draw, the checkpoint's state); `draw` is `generate_images` with everything filled in that the checkpoint knows.
 
     Raises Exit(MODEL_MISMATCH) if the checkpoint holds another kind of model.
     """
-    state = ckpt.read_model(path, ("ddpm",))
+    path, state = ckpt.read_model(path, ("ddpm",))
     trained = state["args"]
     schedules = precompute_schedules(trained["T"], trained["beta_start"], trained["beta_end"], device)
     net = Denoiser(trained["base_ch"], schedules=schedules)

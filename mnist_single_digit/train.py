@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             return epsilon_loss(net, 2 * images - 1, labels, schedules, timesteps, rng, LABEL_DROPOUT)
 
         def draw(**what):
-            return generate_images(session.best_net, schedules, seed=args.seed, callback=session.poll, **what)
+            return generate_images(session.averaged_net, schedules, seed=args.seed, callback=session.poll, **what)
 
         preview, scored = preview_and_scored(args, draw)
 

@@ -46,8 +46,8 @@ def test_a_damaged_autoencoder_is_passed_over(ae_run, conv_run, tmp_path):
     checkpoints = gather(ae_run, conv_run, into=tmp_path) / "checkpoints"
     (checkpoints / conv_run.name / "checkpoint_epoch_000001.pt").write_bytes(b"")
     warnings = []
-    found = find_autoencoder([checkpoints], warnings.append)
-    assert found == checkpoints / ae_run.name / "checkpoint_epoch_000002.pt"
+    found = find_autoencoder([checkpoints], 3, warnings.append)
+    assert found["path"] == str(checkpoints / ae_run.name / "checkpoint_epoch_000002.pt")
     assert len(warnings) == 1
 
 
@@ -71,12 +71,11 @@ def test_the_digit_is_the_autoencoders(ae_run, cache, tmp_path):
     assert newest_state(only_run(tmp_path))["args"]["only_digit"] == 3
 
 
-def test_names_before_and_after_the_autoencoder_is_known():
+def test_names_once_the_autoencoder_is_known():
     with inside(LATENT):
         latent = recipe(LATENT, "train.py")
     args = latent.parse_args(["--batch-size", "64", "--lr", "1e-3", "--seed", "7"])
-    assert latent.experiment_name(args) == "lddpm-E*-d*-bs64-lr0.001-D*-T1000-seed7"
-    args.derive(ae_model="ae-conv", ae_latent_dim=8)
+    args.derive(ae_model="ae-conv", ae_latent_dim=8, only_digit=None)
     assert latent.experiment_name(args) == "lddpm-Eae-conv-dall-bs64-lr0.001-D8-T1000-seed7"
     with inside(AE):
         ae = recipe(AE, "train.py")

@@ -1,8 +1,10 @@
 """Checkpoints: written so that no crash loses one, found by what they recorded."""
 
 import errno
+import io
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,7 +127,7 @@ def test_newest_by_recorded_time_not_by_mtime(tmp_path):
             os.utime(path, (1e9 - age * 1e6,) * 2, follow_symlinks=False)
     found = {prefix: ckpt.find_latest_checkpoint(tmp_path, prefix) for prefix in ("run-s1-", "run-*-", "", "run-s3-")}
     names = {prefix: path and path.parent.name for prefix, path in found.items()}
-    assert names == {"run-s1-": "run-s1-a", "run-*-": "run-s2-c", "": "run-s2-c", "run-s3-": None}
+    assert names == {"run-s1-": "run-s1-a", "run-*-": None, "": "run-s2-c", "run-s3-": None}
 
 
 def test_dangling_and_cyclic_latest(tmp_path):
@@ -133,10 +135,10 @@ def test_dangling_and_cyclic_latest(tmp_path):
         run = make_run(tmp_path / target)
         (run / "latest.pt").unlink()
         (run / "latest.pt").symlink_to(target)
-        assert ckpt.resolve_checkpoint(run).name == "checkpoint_epoch_000003.pt"
+        assert ckpt.open_checkpoint(run)[0].name == "checkpoint_epoch_000003.pt"
         assert ckpt.find_latest_checkpoint(tmp_path, target).name == "checkpoint_epoch_000003.pt"
         with pytest.raises(ckpt.UnreadableCheckpoint):
-            ckpt.resolve_checkpoint(run / "latest.pt")
+            ckpt.open_checkpoint(run / "latest.pt")
         warnings = []
         resumed = ckpt.resolve_resume_path(str(run / "latest.pt"), False, tmp_path, "run-", warnings.append)
         assert resumed.name == "checkpoint_epoch_000003.pt"
@@ -172,19 +174,6 @@ def test_resume_through_a_symlink_to_the_runs_folder_is_that_run(tmp_path):
     assert found == run / "checkpoint_epoch_000003.pt"
 
 
-def test_a_copy_with_auto_resume_goes_on_with_the_run_that_it_began(tmp_path):
-    """As a job does that was submitted with --resume COPY and is requeued: on, not from the start again."""
-    copy = tmp_path / "copy.pt"
-    ckpt.save_checkpoint(copy, state_of(1, exp_name="run-20260101-000000"))
-    checkpoints = tmp_path / "checkpoints"
-    make_run(checkpoints / "run-20251231-000000", [4], time="2025-12-31T00:00:00+00:00")
-    make_run(checkpoints / "other-20260103-000000", [9], time="2026-01-03T00:00:00+00:00")
-    assert ckpt.resolve_resume_path(str(copy), True, checkpoints, "run-") == copy
-    later = make_run(checkpoints / "run-20260102-000000", [2], time="2026-01-02T00:00:00+00:00")
-    assert ckpt.resolve_resume_path(str(copy), True, checkpoints, "run-") == later / "checkpoint_epoch_000002.pt"
-    assert ckpt.resolve_resume_path(str(copy), False, checkpoints, "run-") == copy
-
-
 def test_the_best_that_was_saved_stays_when_a_better_one_could_not_be(tmp_path):
     for epoch in (1, 2):
         ckpt.save_checkpoint_and_link_latest(tmp_path, state_of(epoch, best={"epoch": epoch, "val_loss": 1 / epoch}))
@@ -200,23 +189,70 @@ def test_the_best_that_was_saved_stays_when_a_better_one_could_not_be(tmp_path):
     assert (tmp_path / "best.pt").resolve().name == "checkpoint_epoch_000002.pt"
 
 
-def test_a_disk_that_fails_does_not_begin_the_run_anew(tmp_path, monkeypatch):
+def failing(monkeypatch, names, times=10**9):
+    """Reading files whose names contain one of `names` fails that often as a file server does; returns the failures."""
+    failures, read_bytes = [], Path.read_bytes
+
+    def read(path):
+        if any(name in path.name for name in names) and len(failures) < times:
+            failures.append(path)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    return failures
+
+
+def test_a_fault_that_passes_is_waited_for(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run-a")
-    real = ckpt.zipfile.ZipFile
+    failures = failing(monkeypatch, ["000003"], times=3)
+    assert ckpt.newest_readable(run, pytest.fail)[0].name == "checkpoint_epoch_000003.pt"
+    assert len(failures) == 3
 
-    def failing(epochs):
-        def open_zip(path, *rest):
-            if any(f"{epoch:06d}" in str(path) for epoch in epochs):
-                raise OSError(errno.EIO, "Input/output error")
-            return real(path, *rest)
 
-        monkeypatch.setattr(ckpt.zipfile, "ZipFile", open_zip)
+def test_a_disk_that_goes_on_failing_begins_nothing_anew_and_goes_back_to_no_older_file(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run-a")
+    failing(monkeypatch, ["000003"])
+    monkeypatch.setattr(ckpt, "PATIENCE", 0.1)
+    for read in (
+        lambda: ckpt.newest_readable(run, pytest.fail),
+        lambda: ckpt.resolve_resume_path(None, True, tmp_path, "run-", pytest.fail),
+        lambda: ckpt.resolve_resume_path(str(run), False, tmp_path, "run-", pytest.fail),
+    ):
+        with pytest.raises(ckpt.UnreadableCheckpoint, match="Stale file handle"):
+            read()
 
-    failing([3])
-    assert ckpt.newest_readable(run, lambda _: None)[0].name == "checkpoint_epoch_000002.pt"
-    failing([1, 2, 3])
-    with pytest.raises(ckpt.UnreadableCheckpoint, match="Input/output error"):
-        ckpt.resolve_resume_path(None, True, tmp_path, "run-")
+
+def test_a_glance_tells_a_failing_disk_from_a_damaged_file(tmp_path, monkeypatch):
+    """zipfile takes an error of the disk where it looks for an archive's end for a file that is no archive."""
+    path = make_run(tmp_path / "run-a", [1]) / "checkpoint_epoch_000001.pt"
+
+    class Failing(io.FileIO):
+        def read(self, *_):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("builtins.open", lambda file, *_, **__: Failing(file))
+    monkeypatch.setattr(ckpt, "PATIENCE", 0.1)
+    with pytest.raises(ckpt.UnreadableCheckpoint, match="Input/output error") as caught:
+        ckpt.peek_checkpoint(path)
+    assert caught.value.passing
+
+
+def test_a_file_that_is_pruned_between_listing_and_reading_is_looked_for_again(tmp_path, monkeypatch):
+    """As a run with --keep-ckpts 1 prunes it while somebody reads."""
+    run, list_checkpoints = make_run(tmp_path / "run", [1]), ckpt.run_checkpoints
+    epochs = iter(range(2, 6))
+
+    def listed(folder):
+        found = list_checkpoints(folder)
+        if epoch := next(epochs, None):
+            make_run(run, [epoch])
+            ckpt.prune(run, keep_last=1, best_epoch=None)
+        return found
+
+    monkeypatch.setattr(ckpt, "run_checkpoints", listed)
+    path, state = ckpt.open_checkpoint(run, pytest.fail)
+    assert (path.name, state["epoch"]) == ("checkpoint_epoch_000005.pt", 5)
 
 
 def test_the_other_kind_of_model_is_refused(ae_run, latent_run, tiny, tmp_path):

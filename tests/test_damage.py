@@ -80,8 +80,8 @@ def test_a_bad_file_is_one_clear_line_and_nothing_of_it_runs(tmp_path, kind):
     path = make_run(tmp_path / "run", [1]) / "checkpoint_epoch_000001.pt"
     damage(kind, path, tmp_path)
     for read in (ckpt.read_checkpoint, ckpt.load_checkpoint, ckpt.infer_model_from_checkpoint):
-        if kind == "flipped" and read is ckpt.infer_model_from_checkpoint:
-            continue  # a quick look does not read the tensors
+        if kind in ("flipped", "hostile") and read is ckpt.infer_model_from_checkpoint:
+            continue  # a quick look does not read the tensors, and runs nothing anyway
         with pytest.raises(Exit) as caught:
             read(path)
         assert caught.value.code == BAD_CHECKPOINT
@@ -119,7 +119,7 @@ def test_the_next_older_checkpoint_is_used_and_the_damaged_one_named(tmp_path, k
     assert (path, state["epoch"]) == (wanted, 2)
     assert len(warnings) == 1
     assert "checkpoint_epoch_000003.pt" in warnings[0]
-    assert ckpt.resolve_checkpoint(run) == wanted
+    assert ckpt.open_checkpoint(run)[0] == wanted
     assert ckpt.find_latest_checkpoint(run.parent, "run-") == wanted
     for resume in (None, str(run), str(run / "latest.pt")):
         assert ckpt.resolve_resume_path(resume, True, run.parent, "run-", warnings.append) == wanted, resume
@@ -132,7 +132,7 @@ def test_all_damaged_means_none(tmp_path):
     assert ckpt.newest_readable(run, lambda _: None) is None
     assert ckpt.find_latest_checkpoint(tmp_path) is None
     with pytest.raises(ckpt.UnreadableCheckpoint, match="no readable checkpoint"):
-        ckpt.resolve_checkpoint(run)
+        ckpt.open_checkpoint(run)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

@@ -135,7 +135,7 @@ def test_a_stop_that_cannot_save_says_so(disk, latent_run, tiny_latent, monkeypa
 
     def troubled(session, *args):
         step(session, *args)
-        if session.global_step == 10:
+        if session.at.global_step == 10:
             over(outdir, "ro")
             os.kill(os.getpid(), signal.SIGTERM)
 

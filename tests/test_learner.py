@@ -88,14 +88,14 @@ def test_ema_against_float64():
         else:
             decay = ema_decay(step, 0.9)
             wanted = {name: decay * wanted[name] + (1 - decay) * weights[name] for name in weights}
-    for name, value in learner.best_net.state_dict().items():
+    for name, value in learner.averaged_net.state_dict().items():
         torch.testing.assert_close(value.double(), wanted[name], rtol=1e-5, atol=1e-6)
         assert not torch.equal(value, learner.net.state_dict()[name])
 
 
-def test_without_ema_the_best_net_is_the_net():
+def test_without_ema_the_averaged_net_is_the_net():
     learner = make_learner()
-    assert learner.best_net is learner.net
+    assert learner.averaged_net is learner.net
     assert learner.state_dict()["ema"] is None
 
 

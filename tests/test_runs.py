@@ -9,6 +9,7 @@ from helpers import (
     AE,
     LATENT,
     PIXEL,
+    assert_same,
     assert_same_training,
     call,
     inside,
@@ -43,7 +44,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(latent_run, copy_of, tiny_lat
     folder = copy_of(latent_run)
     before = {path: path.read_bytes() for path in folder.glob("*.pt")}
     outdir = folder.parent.parent
-    flags = (*tiny_latent, "--epochs", 2, "--outdir", outdir, "--auto-resume")
+    flags = (*tiny_latent, "--amp", "--epochs", 2, "--outdir", outdir, "--auto-resume")
     for _ in range(2):
         result = call(LATENT, "train.py", *flags)
         assert result.code == 0, result.text
@@ -181,16 +182,17 @@ def test_auto_resume_with_nothing_to_resume_starts_and_says_so(train, tmp_path):
 
 
 def test_auto_resume_takes_no_other_experiments_run(train, tmp_path, cache):
-    """Another seed, digit, batch size or T in the same folder is another experiment."""
+    """Another seed, width, batch size or T in the same folder is another experiment."""
     assert train().code == 0
     (first,) = runs(tmp_path / "out")
-    for count, other in enumerate((("--seed", 4), ("--T", 21), ("--only-digit", 4), ("--batch-size", 65)), 2):
+    for count, other in enumerate((("--seed", 4), ("--T", 21), ("--hidden-dim", 17), ("--batch-size", 65)), 2):
         result = train("--auto-resume", *other)
         assert result.code == 0, result.text
         assert "resumed" not in result.text
         assert len(runs(tmp_path / "out")) == count
     assert "already finished" in train("--auto-resume").text
-    without_ae = ("--T", 20, "--only-digit", 3, "--batch-size", 64, "--lr", 1e-3, "--cache-dir", cache, "--epochs", 2)
+    without_ae = ("--T", 20, "--hidden-dim", 16, "--only-digit", 3, "--batch-size", 64, "--lr", 1e-3)
+    without_ae = (*without_ae, "--lr-scheduler", "none", "--cache-dir", cache, "--epochs", 2)
     result = call(LATENT, "train.py", "--auto-resume", "--outdir", tmp_path / "out", *without_ae)
     assert result.code == 0, result.text
     assert f"{first} is already finished" in result.text  # seed 4 is newer, and 42 is not a beginning of it
@@ -243,7 +245,7 @@ def test_a_damaged_newest_checkpoint_costs_one_epoch(latent_run, copy_of, tiny_l
     damaged = bytearray(good)
     damaged[len(good) // 2] ^= 1
     newest.write_bytes(damaged)
-    flags = (*tiny_latent, "--epochs", 2, "--outdir", folder.parent.parent, "--auto-resume")
+    flags = (*tiny_latent, "--amp", "--epochs", 2, "--outdir", folder.parent.parent, "--auto-resume")
     result = call(LATENT, "train.py", *flags)
     assert result.code == 0, result.text
     assert "checkpoint_epoch_000002.pt" in result.text  # named
@@ -278,7 +280,7 @@ def test_a_copied_checkpoint_goes_on_as_a_new_run(latent_run, tmp_path, cache):
     folder = only_run(tmp_path / "out")
     assert folder.name.rsplit("-", 2)[0] == latent_run.name.rsplit("-", 2)[0]
     for key in ("model", "ema", "optimizer"):
-        assert str(newest_state(folder)[key]) == str(newest_state(latent_run)[key])
+        assert_same(newest_state(folder)[key], newest_state(latent_run)[key], key)
 
 
 def test_a_path_relative_to_the_run_folder_means_that_run(latent_run, copy_of, cache, tmp_path):

@@ -83,7 +83,7 @@ class Trained:
         return sum(self.losses[-20:]) / len(self.losses[-20:])
 
     def draw(self, count: int, steps: int | None = None) -> torch.Tensor:
-        net = self.learner.best_net.eval()
+        net = self.learner.averaged_net.eval()
         x = draw(net, (1, 28, 28), self.schedules, labels=[DIGIT] * count, seed=3, steps=steps)
         return x.add(1).div(2).clamp(0, 1)
 
@@ -108,7 +108,7 @@ def everything(figures: Figures, cache_dir: Path, seconds: float, longer: float 
         row["parameters, million"] = sum(p.numel() for p in best.learner.net.parameters()) / 1e6
         one = (torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.long), torch.full((1,), DIGIT))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            best.learner.best_net.eval()(*one)
+            best.learner.averaged_net.eval()(*one)
         row["MFLOP of one forward image"] = counter.get_total_flops() / 1e6
         _score(row, f"after {seconds:.0f} s", best.draw(count, steps), wanted, real, judge)
         if name == "ours" and longer:
