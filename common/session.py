@@ -99,7 +99,8 @@ def raise_if_finished(args: Args, run: Run, log: Any) -> None:
         return
     if end := TrainState.from_checkpoint(state).why_ended(args.flags()):
         log.info(f"checkpoints: {run.checkpoints.resolve()}")
-        raise Exit(OK, f"{run.name} is already finished: {end}")
+        more = "; raise --epochs to extend it" if state["epoch"] >= args.epochs else ""
+        raise Exit(OK, f"{run.name} is already finished: {end}{more}")
 
 
 class Session:

@@ -43,11 +43,11 @@ class TrainState:
         return cls(*plain, state.get("scores") or {}, *state["running"])
 
     def why_ended(self, flags: Mapping[str, Any]) -> str:
-        """Why a run with these flags ends after this epoch, and what would go on; "" if it goes on by itself."""
+        """Why a run with these flags ends after this epoch; "" if it goes on."""
         epochs, patience = flags.get("epochs", self.epoch), flags.get("early_stopping_patience")
         if self.epoch >= epochs:
-            return f"epoch {self.epoch} of {epochs} is done; raise --epochs to extend it"
+            return f"epoch {self.epoch} of {epochs} is done"
         if patience and self.best and self.epoch - self.best["epoch"] >= patience:
             waited = f"early stopping, no better val_loss for {patience} epochs"
-            return f"{waited}; --early-stopping-patience 0, or a larger one, goes on"
+            return f"{waited} (--early-stopping-patience 0, or a larger one, goes on)"
         return ""
