@@ -241,6 +241,18 @@ def add_device_argument(parser: Parser) -> None:
     parser.flag("place", "--device", help="cuda, cuda:N, mps or cpu (default: the best there is)")
 
 
+def add_threads_argument(parser: Parser, kind: str = "place") -> None:
+    """--threads, recorded with a run (kind "books"): what a run is does not depend on it, its last bits do."""
+    parser.flag(
+        kind,
+        "--threads",
+        type=lambda text: AUTO if text == AUTO else number(int, 1)(text),
+        default=AUTO,
+        metavar="N",
+        help="threads to compute with (default: $OMP_NUM_THREADS, else what is fastest now; a run keeps its number)",
+    )
+
+
 def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_scheduler: str = "none") -> None:
     """The flags of every trainer; the keywords are the defaults in which trainers differ."""
     add_data_arguments(parser)
@@ -267,6 +279,7 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
         default=False,
         help="resume the newest run of just these flags (but for how long, and what is kept); if none, start one",
     )
+    add_threads_argument(parser, books)
     parser.flag(place, "--debug", action="store_true", help="debug-level logging")
     parser.flag(
         shape,
@@ -364,6 +377,7 @@ def add_diffusion_arguments(parser: Parser) -> None:
 def add_sampling_arguments(parser: Parser) -> None:
     """The flags that drawing from a diffusion model shares: labels, guidance, seed, sampler, steps."""
     add_device_argument(parser)
+    add_threads_argument(parser)
     add = parser.add_argument
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="random seed of the noise (default: 42)")
     add(

@@ -1,12 +1,9 @@
-"""Devices, seeds, threads and the output tree."""
+"""Devices, seeds and the output tree."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 import random
 import signal
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,34 +39,6 @@ def get_device(name: str | None = None) -> torch.device:
     if device.type == "mps" and not mps:
         raise Exit(NO_DEVICE, f"--device {name}: MPS is not available here; use --device cpu")
     return device
-
-
-def set_threads() -> int:
-    """Use the cores this process may really use (Slurm's share, or the affinity mask); returns their number.
-
-    OMP_NUM_THREADS wins if it is set. Without this, torch on a shared node would start a thread for every core of
-    the machine and be slower for it.
-    """
-    # asked before torch is imported: where OMP_PROC_BIND is set, its OpenMP then ties this thread to a single core
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    import torch
-
-    _keep_freed_memory()
-    if not os.environ.get("OMP_NUM_THREADS"):
-        share = os.environ.get("SLURM_CPUS_PER_TASK", "")
-        torch.set_num_threads(min(cores, int(share)) if share.isdigit() and int(share) else cores)
-    return torch.get_num_threads()
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep the buffers that a step frees, instead of returning them to the kernel and faulting them in again.
-
-    Forward and backward of the MLP autoencoder take a quarter less time for it. A no-op with other C libraries.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(mmap_threshold, 1 << 28)
-        libc.mallopt(trim_threshold, 1 << 29)
 
 
 def seed_everything(seed: int = 42) -> None:

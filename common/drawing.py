@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import emoji
+from common import emoji, threads
 from common.args import DEFAULT_GUIDANCE, Args, Parser, add_sampling_arguments, check_sampling, number, wanted_labels
 from common.ckpt import atomic_write
-from common.device import get_device, set_threads
+from common.device import get_device
 from common.error_codes import BAD_OUTPUT, USAGE, Exit
 from common.images import check_output, make_image_grid, one_line, save_gif, save_output, to_bytes
 from common.progress import progress
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 EVAL_IMAGES = 1000  # for --eval-every
 ROWS, FRAMES = 8, 20  # of a filmstrip
+FEW = 64  # images that are drawn to find the fastest number of threads
 Draw = Callable[..., "torch.Tensor"]  # draw(labels=None or a list, count=..., seed=..., ...) -> (N, 1, 28, 28)
 
 
@@ -61,10 +62,12 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
         check_output(args.save_npz, ".npz")
     if args.save_dir:
         _check_folder(Path(args.save_dir))
-    set_threads()
-    draw, state = load(get_device(args.device))
+    threads.prepare()
+    device = get_device(args.device)
+    draw, state = load(device)
     check_sampling(args, state["args"])
     labels = wanted_labels(args.digit, args.num_images)
+    choose_threads(args, draw, args.num_images, labels, device)
     moments = _moments(args, args.steps or state["args"]["T"]) if args.show_process else []
     frames: dict[int, Any] = dict.fromkeys(moments)
     started = time.perf_counter()
@@ -89,6 +92,15 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
         _save_npz(images, labels, args, state, Path(args.save_npz))
     if args.save_dir:
         _save_singly(images, labels, Path(args.save_dir))
+
+
+def choose_threads(args: Any, draw: Draw, count: int, labels: list[int] | None, device: torch.device) -> None:
+    """Compute with --threads, or with as many threads as draw a few of these images fastest."""
+    few = min(count, FEW)
+    how = {"labels": labels and labels[:few], "count": few, "steps": 1, "guidance": args.guidance}
+    threads.settle(
+        args.threads, lambda: threads.fastest(lambda: draw(**how))[0] if device.type == "cpu" else threads.available()
+    )
 
 
 def draw_with_progress(draw: Draw, state: dict[str, Any], *, steps: int | None, **how: Any) -> torch.Tensor:

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import ckpt, emoji
+from common import ckpt, emoji, threads
 from common.args import Parser, add_data_arguments, add_sampling_arguments, check_sampling, number, wanted_labels
-from common.device import get_device, set_threads
-from common.drawing import draw_with_progress
+from common.device import get_device
+from common.drawing import choose_threads, draw_with_progress
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, Exit, run_main
 from common.images import check_output
 from common.record import write_text
@@ -137,13 +137,8 @@ def _judges(
     return real, classifier, accuracy
 
 
-def _draw(
-    args: Any, read: tuple[Path, dict], model: str, device: torch.device
-) -> tuple[torch.Tensor, list[int] | None, float]:
-    """(images, wanted labels, seconds) from a diffusion checkpoint."""
-    from common.modules import module_of
-
-    draw, state = module_of(model).load_for_drawing(read, device)
+def _draw(args: Any, draw: Callable, state: dict[str, Any]) -> tuple[torch.Tensor, list[int] | None, float]:
+    """(images, wanted labels, seconds) from a diffusion checkpoint's `draw`."""
     labels = wanted_labels(args.digit, args.n)
     options = {"guidance": args.guidance, "sampler": args.sampler, "steps": args.steps}
     started = time.perf_counter()
@@ -190,10 +185,11 @@ def main(argv: list[str] | None = None) -> None:
     add_data_arguments(parser)
     args = parser.parse_args(argv)
 
-    set_threads()
+    threads.prepare()
     import torch
 
     from common.classifier import fingerprint
+    from common.modules import module_of
 
     device = get_device(args.device)
     path, trained = ckpt.open_checkpoint(args.ckpt)
@@ -205,6 +201,11 @@ def main(argv: list[str] | None = None) -> None:
         check_sampling(args, trained["args"])
     elif args.digit or args.steps or args.guidance is not None or args.sampler != "ddpm":
         raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
+    if model.startswith("ae-"):
+        threads.settle(args.threads, lambda: threads.recorded(trained["args"]))
+    else:
+        draw, _ = module_of(model).load_for_drawing((path, trained), device)
+        choose_threads(args, draw, args.n, wanted_labels(args.digit, args.n), device)
     only = trained["args"].get("only_digit")
     real, classifier, accuracy = _judges(
         args, args.digit or ([] if only is None else [only]), lambda text: print(f"{emoji.info} {text}")
@@ -212,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     if model.startswith("ae-"):
         images, labels, seconds = _reconstruct((path, trained), real, args.n, device)
     else:
-        images, labels, seconds = _draw(args, (path, trained), model, device)
+        images, labels, seconds = _draw(args, draw, trained)
     if not images.isfinite().all():
         raise Exit(BAD_CHECKPOINT, f"{path} gives images that are not finite; choose an earlier checkpoint")
     wanted = labels or (None if only is None else [only] * len(images))

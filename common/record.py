@@ -62,31 +62,42 @@ class Record:
         """Add this start to config.json, and say what changed about the machine."""
         import torch
 
-        try:
-            starts = json.loads((self.run.checkpoints / CONFIG).read_text())["starts"]
-        except (OSError, ValueError, KeyError):
-            starts = []
+        starts = self._starts()
         now = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
             "device": str(device),
-            "threads": torch.get_num_threads(),
+            "threads": args.threads,
             "python": sys.version.split()[0],
             "torch": str(torch.__version__),
             "git_commit": _git_commit(),
             "resumed_from": str(self.run.source) if self.run.source else None,
         }
-        for name in ("device", "threads", "torch"):
+        for name in ("device", "torch"):
             if starts and starts[-1].get(name) != now[name]:
                 self.warn(
                     f"{name} was {starts[-1].get(name)} and is now {now[name]}: results may differ in their last bits"
                 )
-        flags = {
-            name: {"value": value, "from": args.origin.get(name, "derived")} for name, value in args.flags().items()
-        }
-        content = {"exp_name": self.run.name, "flags": flags, "starts": [*starts, now]}
-        self._config = json.dumps(content, indent=1, default=str) + "\n"
+        self._content = {"exp_name": self.run.name, "flags": {}, "starts": [*starts, now]}
+        self.amend(args)
+
+    def amend(self, args: Args) -> None:
+        """Write the flags as they are now, and the number of threads, which is known only at the first step."""
+        origin = args.origin
+        flags = {name: {"value": value, "from": origin.get(name, "derived")} for name, value in args.flags().items()}
+        self._content["flags"], self._content["starts"][-1]["threads"] = flags, args.threads
+        self._config = json.dumps(self._content, indent=1, default=str) + "\n"
         self.config_again()
+
+    def _starts(self) -> list[dict[str, Any]]:
+        try:
+            return json.loads((self.run.checkpoints / CONFIG).read_text())["starts"]
+        except (OSError, ValueError, KeyError):
+            return []
+
+    def last_start(self) -> dict[str, Any]:
+        """What config.json says of the run's last start, {} if it does not."""
+        return (self._starts() or [{}])[-1]
 
     def config_again(self) -> None:
         """Write config.json (again, where somebody deleted the run's folder)."""

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +21,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from common import ckpt, device, emoji, slurm
-from common.args import Args
+from common import ckpt, device, emoji, slurm, threads
+from common.args import AUTO, Args
 from common.error_codes import (
     BAD_CHECKPOINT,
     MODEL_MISMATCH,
@@ -67,7 +68,9 @@ def open_session(
     log = setup_component_logger("train", debug=args.debug)
     run = record = None
     try:
-        device.set_threads()
+        asked = threads.prepare()
+        if asked and args.threads == AUTO:
+            args.derive("OMP_NUM_THREADS", threads=asked)
         where = device.get_device(args.device)
         run = open_run(args, name, models, log.warning, identify, settle)
         raise_if_finished(args, run, log)
@@ -112,6 +115,7 @@ class Session:
         device.seed_everything(args.seed)
         self.at = TrainState()
         self._unsaved, self._saved_at, self._saved_path = False, time.monotonic(), run.source
+        self._pace, self._last_step = threads.Pace(), 0.0  # seconds
         self.extras: dict[str, Any] = {}  # what the recipe wants in its checkpoints beside the session's own keys
         log.info(f"{emoji.step} {run.name} on {where}, outputs in {run.outdir.resolve()}")
         log_args_rich(log, args)
@@ -140,6 +144,11 @@ class Session:
 
     def attach(self, net: nn.Module, *, steps_per_epoch: int, warmup: int = 0, **options: Any) -> None:
         """Take charge of the network (options: see `Learner`), and restore everything if this run resumes."""
+        before = self.record.last_start()
+        if self.resumed and self.resumed["global_step"] and self.args.threads == AUTO:  # saved before it was recorded
+            self.args.derive("checkpoint", threads=before.get("threads", AUTO))
+        if self.device.type != "cpu" and self.args.threads == AUTO:
+            self.args.derive(threads=threads.available())
         self.record.start(self.args, self.device)  # here, because the recipe has settled its flags
         args, total = self.args, self.args.epochs * steps_per_epoch
         self.steps_per_epoch = steps_per_epoch
@@ -197,6 +206,8 @@ class Session:
         """The epoch's batches from where it stands, on the device; between them, saves when due and obeys stops."""
         loader.sampler.epoch, loader.sampler.start = self.epoch, self.at.batch
         self.net.train()
+        if self.args.threads != AUTO:
+            threads.use(self.args.threads, self.log.warning)
         started = time.monotonic()
         before = self.at.seconds
         with slurm.signals_held():  # DataLoader workers start here
@@ -206,7 +217,8 @@ class Session:
         with progress(title, self.steps_per_epoch, "batch", self.log.info, done=done, more=self._mean_loss) as tick:
             for batch in batches:
                 yield _to(batch, self.device)
-                self.at.seconds = before + time.monotonic() - started
+                self._last_step = before + time.monotonic() - started - self.at.seconds
+                self.at.seconds += self._last_step
                 tick()
                 self.poll()
 
@@ -217,6 +229,10 @@ class Session:
         """Learn one batch. Raises Exit(NON_FINITE_LOSS) before a bad loss could reach the weights."""
         import torch
 
+        if self.args.threads == AUTO:
+            self._choose_threads(loss_of, batch)
+        elif self.at.batch and self.device.type == "cpu" and self._pace.slowed(self._last_step):
+            self._say_that_it_is_busy(loss_of, batch)
         reseed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
         reseed(derive_seed(self.args.seed, "step", self.at.global_step))  # for layers that draw, e.g. dropout
         with self.learner.autocast():
@@ -239,6 +255,38 @@ class Session:
         self.at.global_step += 1
         self.at.batch += 1
         self._unsaved = True
+
+    def _real_step(self, loss_of: LossFn, batch: Any) -> Callable[[], None]:
+        """A function that learns the batch as `step` does, but changes copies of the weights and all that is theirs."""
+        learner = copy.deepcopy(self.learner)
+
+        def work() -> None:
+            with learner.autocast():
+                loss = loss_of(learner.net, batch, self.rng("train", self.at.global_step))
+            learner.step(loss, self.at.global_step)
+
+        return work
+
+    def _choose_threads(self, loss_of: LossFn, batch: Any) -> None:
+        """At the run's first step, for all of it: the number of threads that is fastest as this machine now is."""
+        count, seconds = threads.fastest(self._real_step(loss_of, batch))
+        self.args.derive(threads=count)
+        self.record.amend(self.args)
+        self._pace = threads.Pace(seconds[count])
+        rates = ", ".join(f"{_rows(batch) / took:,.0f} with {number}" for number, took in seconds.items())
+        cores = threads.available()
+        self.log.info(f"threads: {count} of {cores} (images/s in a trial: {rates}); --threads N overrides")
+
+    def _say_that_it_is_busy(self, loss_of: LossFn, batch: Any) -> None:
+        """What a single thread would bring, now that steps have become slow; the run keeps its number, and its bits."""
+        work, count, before = self._real_step(loss_of, batch), self.args.threads, self._pace.usual
+        now, one = (threads.trial(work, number) for number in (count, 1))
+        threads.use(count, self.log.warning)
+        rates = (f"{_rows(batch) / took:,.0f}" for took in (before, now, one))
+        self.log.warning(
+            "this machine is busy: {} images/s became {} with {count} threads; 1 thread would make {} "
+            "(stop, and resume with --threads 1: only the last bits change)".format(*rates, count=count)
+        )
 
     def validate(self, loader: DataLoader, loss_of: LossFn) -> float:
         """Mean loss per row over `loader`, with the weights that are drawn with; the same noise every epoch.

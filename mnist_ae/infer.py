@@ -5,11 +5,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import emoji
-from common.args import Parser, add_data_arguments, add_device_argument, number
+from common import emoji, threads
+from common.args import Parser, add_data_arguments, add_device_argument, add_threads_argument, number
 from common.autoencoder import build_autoencoder, read_autoencoder
 from common.data import HF_MNIST, make_mnist_loader
-from common.device import get_device, set_threads
+from common.device import get_device
 from common.error_codes import run_main
 from common.images import over, save_output
 from common.rng import generator
@@ -24,6 +24,7 @@ def parse_args(argv=None):
     parser.flag("place", "--walk-steps", type=number(int, 2), default=10, help="images in a walk (default: 10)")
     parser.flag("place", "--seed", type=number(int, 0, 2**32 - 1), default=42, help="which test digits (default: 42)")
     add_device_argument(parser)
+    add_threads_argument(parser)
     add_data_arguments(parser)
     return parser.parse(argv)
 
@@ -44,11 +45,12 @@ def walks_between(autoencoder, images, steps: int):
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
-    set_threads()
+    threads.prepare()
     import torch
 
     device = get_device(args.device)
     data = read_autoencoder(args.ckpt)
+    threads.settle(args.threads, lambda: threads.recorded(data["args"]))
     autoencoder = build_autoencoder(data, device)
     digits = HF_MNIST("test", args.cache_dir, data["args"]["only_digit"], args.data)
     order = torch.randperm(len(digits), generator=generator(args.seed, "test digits"))

@@ -14,12 +14,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import emoji
-from common.args import Parser, add_data_arguments, add_device_argument, number
+from common import emoji, threads
+from common.args import Parser, add_data_arguments, add_device_argument, add_threads_argument, number
 from common.autoencoder import build_autoencoder, read_autoencoder
 from common.ckpt import atomic_write
 from common.data import HF_MNIST
-from common.device import get_device, set_threads
+from common.device import get_device
 from common.error_codes import NO_DATA, USAGE, Exit, run_main
 from common.images import check_output, one_line, over, save_output
 from common.record import write_text
@@ -155,15 +155,17 @@ def parse_args(argv: list[str] | None = None) -> Any:
     add("--perplexity", type=number(float, above=0), default=30.0, help="t-SNE's neighbourhood size (default: 30)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="which of the test digits (default: 42)")
     add_device_argument(parser)
+    add_threads_argument(parser)
     add_data_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    set_threads()
+    threads.prepare()
     device = get_device(args.device)
     data = read_autoencoder(args.checkpoint)
+    threads.settle(args.threads, lambda: threads.recorded(data["args"]))
     files = outputs(args.output)
     autoencoder = build_autoencoder(data, device)
     digits = HF_MNIST("test", args.cache_dir, data["args"]["only_digit"], args.data)

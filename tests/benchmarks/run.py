@@ -28,7 +28,7 @@ import speed
 import torch
 
 from common.args import number
-from common.device import set_threads
+from common.threads import available, prepare
 
 PARTS = ("speed", "tools", "pixel", "digits", "quality")
 PEERS = ("denoising_diffusion_pytorch", "diffusers")
@@ -51,7 +51,8 @@ def main() -> None:
         if subprocess.run([sys.executable, "-m", "pip", "install", "-r", wanted]).returncode:
             sys.exit(f"the networks to compare with are in {wanted}, which cannot be installed")
     cache = ["--cache-dir", str(Path(args.cache_dir).resolve())]
-    threads = set_threads()
+    threads = prepare() or available()  # the functions measured in this process; the scripts choose for themselves
+    torch.set_num_threads(threads)
     os.environ.pop("SCRATCH", None)
     figures = measure.Figures()
     with tempfile.TemporaryDirectory() as folder:

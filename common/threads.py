@@ -1,0 +1,136 @@
+"""How many threads to compute with: measured where and when the work is done.
+
+Threads share each operation and wait for one another at its end. On an idle machine that is a gain; where something
+else has one of the cores, all wait for the thread that is not running, and work can take fifty times as long.
+
+The number is part of what makes bits repeat: the gradients of a convolution's weights and of LayerNorm's gain and
+offset, means over more than 32,768 numbers, and on some processors matrix products, are summed in as many parts as
+there are threads, and rounded accordingly. oneDNN has no mode that would cure the first. So a run keeps the number of
+its first steps, and what comes before them (encoding digits, say) uses one thread at every start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from common.args import AUTO
+
+TRIAL_SECONDS = 0.12  # for each number of threads
+WORTH = 1.05  # how much faster more threads must be
+LOOK_SECONDS = 20.0  # for how long steps must have been slow
+SLOW = 2.5  # times as long as they took before
+
+
+@cache
+def available() -> int:
+    """The number of cores that this process may use: Slurm's share, or the affinity mask.
+
+    Asked before torch is imported: where OMP_PROC_BIND is set, its OpenMP then ties this thread to a single core.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(cores, int(share)) if share.isdigit() and int(share) else cores
+
+
+def prepare() -> int | None:
+    """Begin with one thread; returns the number that OMP_NUM_THREADS asks for, None if it is not set."""
+    available()
+    import torch
+
+    _keep_freed_memory()
+    wanted = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else None
+    torch.set_num_threads(1)
+    return wanted
+
+
+def use(count: int, warn: Callable[[str], None]) -> None:
+    """Compute with `count` threads, or with as many as there are cores, and say so."""
+    import torch
+
+    if count > available():
+        warn(f"the run computed with {count} threads, and here are {available()} cores: its last bits may differ")
+    torch.set_num_threads(min(count, available()))
+
+
+def fastest(work: Callable[[], object]) -> tuple[int, dict[int, float]]:
+    """(the number of threads that is fastest now, {number: seconds that work() took}); it is in use then.
+
+    1, 2, 4, ... are tried, as long as more are better.
+    """
+    import torch
+
+    best, seconds = 1, {1: trial(work, 1)}
+    while best < available():
+        more = min(2 * best, available())
+        seconds[more] = trial(work, more, give_up=seconds[best])
+        if seconds[more] * WORTH > seconds[best]:
+            break
+        best = more
+    torch.set_num_threads(best)
+    return best, seconds
+
+
+def trial(work: Callable[[], object], count: int, give_up: float = float("inf")) -> float:
+    """Mean seconds of work() with `count` threads; of a single one if that takes more than twice `give_up`."""
+    import torch
+
+    torch.set_num_threads(count)
+    work()  # the first one makes threads and buffers
+    taken: list[float] = []
+    while len(taken) < 3 or sum(taken) < TRIAL_SECONDS:
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+        if taken[0] > 2 * give_up:
+            break
+    return sum(taken) / len(taken)
+
+
+def settle(asked: int | str, otherwise: Callable[[], int]) -> None:
+    """The threads of a tool: `asked` (--threads) if it is a number, else OMP_NUM_THREADS, else otherwise()."""
+    import torch
+
+    wanted = prepare() if asked == AUTO else int(asked)
+    torch.set_num_threads(wanted or otherwise())
+
+
+def recorded(flags: dict[str, Any]) -> int:
+    """As many threads as the run with these recorded `flags` took, if there are so many cores."""
+    known = flags.get("threads", AUTO)
+    return available() if known == AUTO else min(known, available())
+
+
+class Pace:
+    """Notices, once, that the steps of a run take much longer than they did. usual: seconds of a step, if known."""
+
+    def __init__(self, usual: float = float("inf")) -> None:
+        self.usual, self._told = usual, False
+        self._steps, self._seconds = 0, 0.0
+
+    def slowed(self, seconds: float) -> bool:
+        """Is this step, which took `seconds`, the last of many that were slow?"""
+        self._steps += 1
+        self._seconds += seconds
+        if self._told or self._seconds < LOOK_SECONDS:
+            return False
+        mean, self._steps, self._seconds = self._seconds / self._steps, 0, 0.0
+        self._told = mean > SLOW * self.usual
+        self.usual = min(self.usual, mean)
+        return self._told
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the buffers that a step frees, instead of returning them to the kernel and faulting them in again.
+
+    Forward and backward of the MLP autoencoder take a quarter less time for it. A no-op with other C libraries.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(mmap_threshold, 1 << 28)
+        libc.mallopt(trim_threshold, 1 << 29)
