@@ -1,0 +1,323 @@
+"""What the recipes hand to the loss, what the loss does with it, and what the figures are figures of."""
+
+import os
+import re
+import stat
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import AE, LATENT, PIXEL, call, metrics, newest_state, only_run, recipe
+from torch.nn.functional import mse_loss
+
+from common import classifier, diffusion, drawing, evaluate
+from common.args import wanted_labels
+from common.autoencoder import build_autoencoder
+from common.ckpt import atomic_write, load_averaged, read_checkpoint
+from common.data import HF_MNIST, split_train_val
+from common.learner import Learner
+from common.modules import module_of
+from common.rng import generator
+from common.session import Session
+from common.time_embedding import sinusoidal_embedding
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=generator(seed, "recipes"))
+
+
+# --- the loss ---
+
+
+class Spy:
+    """A net that predicts no noise and remembers what it was asked."""
+
+    null_label = 10
+
+    def __call__(self, x, t, labels):
+        self.x, self.t, self.labels = x, t, labels
+        return torch.zeros_like(x)
+
+
+def test_the_loss_noises_every_row_to_the_timestep_that_the_net_is_told():
+    schedules = diffusion.precompute_schedules(20, 1e-3, 0.3)  # neighbouring timesteps differ a lot
+    x0, labels, net = noise(20_000, 2), torch.arange(20_000) % 10, Spy()
+    timesteps = diffusion.uniform_timesteps(schedules)
+    loss = diffusion.epsilon_loss(net, x0, labels, schedules, timesteps, generator(0, "loss"), 0.3)
+    signal, width = schedules.sqrt_alpha_bar[net.t, None], schedules.sqrt_one_minus_alpha_bar[net.t, None]
+    epsilon = (net.x - signal * x0) / width
+    for t in range(20):
+        rows = net.t == t
+        assert rows.float().mean().item() == pytest.approx(1 / 20, abs=0.001)
+        assert epsilon[rows].std().item() == pytest.approx(1, abs=0.1), t
+    assert abs(np.corrcoef(epsilon.flatten(), x0.flatten())[0, 1]) < 0.03
+    assert loss.item() == pytest.approx(epsilon.square().mean().item(), rel=1e-4)
+    hidden = net.labels == net.null_label
+    assert hidden.float().mean().item() == pytest.approx(0.3, abs=0.015)
+    assert torch.equal(net.labels[~hidden], labels[~hidden])
+
+
+@pytest.mark.parametrize("model", ["lddpm", "ddpm"])
+def test_epsilon_is_mixed_from_v_and_x(model):
+    """Salimans & Ho 2022, appendix D: epsilon = alpha v + sigma x; v starts at 0, and here a bias makes it 1."""
+    net = module_of(model).LatentDenoiser() if model == "lddpm" else module_of(model).Denoiser()
+    x = noise(3, 16) if model == "lddpm" else noise(3, 1, 28, 28)
+    t, labels = torch.tensor([0, 500, 999]), torch.tensor([1, 2, 10])
+    alpha_bar = (1 - torch.linspace(1e-4, 2e-2, 1000).double()).cumprod(0)[t].view(-1, *[1] * (x.ndim - 1))
+    with torch.no_grad():
+        torch.testing.assert_close(net(x, t, labels), (x * (1 - alpha_bar).sqrt()).float(), rtol=1e-4, atol=1e-5)
+        (net.leave if model == "lddpm" else net.head[2]).layer.bias.fill_(1)
+        wanted = alpha_bar.sqrt() + x * (1 - alpha_bar).sqrt()
+        torch.testing.assert_close(net(x, t, labels), wanted.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_time_embedding():
+    t = torch.tensor([0, 1, 37, 999])
+    angles = t.numpy()[:, None] * 10_000.0 ** (-np.arange(32) / 32)
+    wanted = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    np.testing.assert_allclose(sinusoidal_embedding(t, 64).numpy(), wanted, atol=1e-4)
+
+
+# --- the recipes ---
+
+
+@pytest.fixture
+def watched(tiny, tiny_latent, tmp_path, monkeypatch):
+    """watched(folder) -> (what a short run of its trainer did, its run folder)."""
+
+    def watch(folder):
+        seen = SimpleNamespace(x0=[], settings=set(), losses=[], rows=[], numbers=[], rates=[], clip=set(), loaders={})
+        loss, step, batches, validate = diffusion.epsilon_loss, Learner.step, Session.batches, Session.validate
+
+        def epsilon_loss(net, x0, labels, schedules, timesteps, rng, dropout):
+            seen.x0.append(x0)
+            seen.settings.add((dropout, tuple(timesteps.tolist())))
+            return loss(net, x0, labels, schedules, timesteps, rng, dropout)
+
+        def learner_step(self, value, number):
+            seen.losses.append(value.item())
+            seen.numbers.append(number)
+            seen.clip.add(self.grad_clip)
+            seen.rates.append(step(self, value, number))
+            return seen.rates[-1]
+
+        def session_batches(self, loader):
+            seen.loaders["train"] = loader
+            for batch in batches(self, loader):
+                seen.rows.append(len(batch[0]))
+                yield batch
+
+        def session_validate(self, loader, loss_of):
+            seen.loaders["val"] = loader
+            return validate(self, loader, loss_of)
+
+        monkeypatch.setattr(diffusion, "epsilon_loss", epsilon_loss)
+        monkeypatch.setattr(Learner, "step", learner_step)
+        monkeypatch.setattr(Session, "batches", session_batches)
+        monkeypatch.setattr(Session, "validate", session_validate)
+        own = {AE: ("--model", "mlp", *tiny), LATENT: tiny_latent, PIXEL: ("--base-ch", 8, "--T", 20, *tiny)}[folder]
+        result = call(folder, "train.py", *own, "--epochs", 2, "--seed", 5, "--outdir", tmp_path)
+        assert result.code == 0, result.text
+        return seen, only_run(tmp_path)
+
+    return watch
+
+
+@pytest.mark.parametrize("folder", [AE, LATENT, PIXEL])
+def test_a_recipe_learns_from_shuffled_digits_that_validation_never_sees(folder, watched):
+    seen, run = watched(folder)
+    train, val = seen.loaders["train"], seen.loaders["val"]
+    assert (train.sampler.shuffle, train.sampler.seed, val.sampler.shuffle) == (True, 5, False)
+    rows = [part.dataset[torch.arange(part.sampler.size)][0].flatten(1) for part in (train, val)]
+    assert [len(part) for part in rows] == [405, 45]
+    learned = {row.numpy().tobytes() for row in rows[0]}
+    assert not [row for row in rows[1] if row.numpy().tobytes() in learned]
+    assert seen.numbers == list(range(14))
+    assert seen.rates == sorted(set(seen.rates))  # a warm-up, and no scheduler: each above the last
+    assert seen.clip == {1.0}
+    per_epoch = [slice(0, 7), slice(7, 14)]
+    wanted = [np.average(seen.losses[part], weights=seen.rows[part]) for part in per_epoch]
+    assert [row["train_loss"] for row in metrics(run)] == pytest.approx(wanted)
+    averaged, weights = newest_state(run)["ema"], newest_state(run)["model"]
+    assert (averaged is None) == (folder == AE)
+    if averaged:
+        assert any(not torch.equal(averaged[f"module.{name}"], value) for name, value in weights.items())
+
+
+def test_latent_diffusion_learns_standardised_latents(watched):
+    seen, _ = watched(LATENT)
+    z = torch.cat(seen.x0)
+    assert z.mean(0).abs().max() < 0.1
+    assert (z.std(0) - 1).abs().max() < 0.1
+    ((dropout, timesteps),) = seen.settings
+    assert dropout == 0.3
+    assert timesteps == tuple(diffusion.timestep_distribution(diffusion.precompute_schedules(20)).tolist())
+
+
+def test_pixel_diffusion_learns_images_between_minus_one_and_one(watched):
+    seen, _ = watched(PIXEL)
+    x = torch.cat(seen.x0)
+    assert (x.min(), x.max()) == (-1, 1)
+    ((dropout, timesteps),) = seen.settings
+    assert dropout == 0.1
+    assert timesteps == tuple(diffusion.uniform_timesteps(diffusion.precompute_schedules(20)).tolist())
+
+
+def held_back(cache):
+    """(images, labels) of the 45 threes that a run with seed 42 validates on."""
+    _, digits = split_train_val(HF_MNIST("train", cache, 3, "embedded"), 42)
+    return digits[torch.arange(len(digits))]
+
+
+def test_the_validation_loss_is_that_of_the_averaged_weights_under_noise_that_never_changes(latent_run, cache):
+    state = read_checkpoint(latent_run / "latest.pt")
+    schedules = diffusion.precompute_schedules(20)
+    net = module_of("lddpm").LatentDenoiser(16, 16, schedules=schedules)
+    load_averaged(net, state, latent_run)
+    images, labels = held_back(cache)
+    with torch.no_grad():
+        z = net.standardise(build_autoencoder(state["ae_ckpt_data"]).encode(images))
+        timesteps, rng = diffusion.timestep_distribution(schedules), generator(42, "validation", 0)
+        wanted = diffusion.epsilon_loss(net, z, labels, schedules, timesteps, rng, 0.3)
+    assert state["val_loss"] == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_an_autoencoders_validation_loss_is_its_squared_error(ae_run, cache):
+    state = read_checkpoint(ae_run / "latest.pt")
+    images, _ = held_back(cache)
+    assert state["val_loss"] == pytest.approx(mse_loss(build_autoencoder(state)(images), images).item(), rel=1e-5)
+
+
+def test_drawn_latents_are_decoded_at_their_own_scale(latent_run, monkeypatch):
+    monkeypatch.setattr(diffusion, "sample", lambda *_: torch.stack([torch.zeros(16), torch.ones(16)]))
+    draw, state = module_of("lddpm").load_for_drawing(latent_run)
+    mean, std = state["model"]["latent_mean"], state["model"]["latent_std"]
+    with torch.no_grad():
+        wanted = build_autoencoder(state["ae_ckpt_data"]).decode(torch.stack([mean, mean + std]))
+    torch.testing.assert_close(draw(count=2), wanted)
+
+
+# --- what is drawn, and what is written about it ---
+
+
+def test_equal_runs_of_labels_go_with_the_images_into_every_file(tmp_path):
+    assert wanted_labels([3, 5, 8], 7) == [3, 3, 3, 5, 5, 8, 8]
+    assert wanted_labels(None, 7) is None
+    images = torch.linspace(0, 1, 3).view(3, 1, 1, 1).expand(-1, -1, 28, 28)
+    state = {"exp_name": "x", "epoch": 1, "args": {"T": 5}}
+    drawing._save_npz(images, [3, 8, 5], SimpleNamespace(seed=7), state, tmp_path / "a.npz")
+    arrays = np.load(tmp_path / "a.npz")
+    assert arrays["labels"].tolist() == [3, 8, 5]
+    assert arrays["images"][:, 0, 0].tolist() == [0, 128, 255]
+    drawing._save_singly(images, [3, 8, 5], tmp_path)
+    names = ["00000_3.png", "00001_8.png", "00002_5.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == names
+
+
+def test_walks_are_straight_lines_between_their_digits():
+    identity = SimpleNamespace(encode=lambda images: images.flatten(1)[:, :1], decode=lambda z: z)
+    ends = torch.tensor([0.0, 10.0, 4.0, 30.0]).view(4, 1, 1, 1)  # 0 -> 4 and 10 -> 30
+    walks = recipe(AE, "infer.py").walks_between(identity, ends, 5)
+    assert walks.flatten().tolist() == [0, 1, 2, 3, 4, 10, 15, 20, 25, 30]
+
+
+def test_the_reconstruction_error_is_the_mean_over_all_test_digits(ae_run, cache, tmp_path):
+    flags = ("--ckpt", ae_run, "--cache-dir", cache, "--data", "embedded", "--output", tmp_path / "a.png")
+    said = call(AE, "infer.py", *flags).text
+    images, _ = HF_MNIST("test", cache, 3, "embedded")[torch.arange(50)]
+    wanted = mse_loss(build_autoencoder(read_checkpoint(ae_run / "latest.pt"))(images), images).item()
+    assert float(re.search(r": ([\d.]+)$", said, re.MULTILINE)[1]) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_preview_asks_for_the_digits_of_the_run():
+    asked = []
+    args = SimpleNamespace(only_digit=3, samples_per_epoch=4)
+    drawing.preview_and_scored(args, lambda **what: asked.append(what))[0]()
+    assert asked == [{"labels": [3, 3, 3, 3], "guidance": 1.1}]
+
+
+# --- scores ---
+
+
+CORNERS = SimpleNamespace(  # a classifier whose features are four pixels, and whose classes are the brightest of them
+    features=lambda images: images[:, 0, :2, :2].flatten(1), head=lambda features: 100 * features
+)
+
+
+class Digits:
+    """Held-out "digits" of random corners."""
+
+    def __init__(self, count):
+        self.images = torch.rand(count, 1, 28, 28, generator=generator(0, "corners"))
+        self.labels = CORNERS.features(self.images).argmax(1)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.images[index], self.labels[index]
+
+
+def test_scores_compare_with_one_half_and_the_floor_comes_from_the_other():
+    real = Digits(2000)
+    first, second = evaluate._halves(real)
+    assert not set(first.tolist()) & set(second.tolist())
+    floors = {}
+    for count in (200, 1000):
+        found = evaluate.score(*(part[:count] for part in real[second]), real, CORNERS, errors=False)
+        for name, row in found.items():
+            assert row["value"] == row["floor"] or name in ("precision", "recall"), name  # the very same digits
+        assert found["agreement"]["value"] == 1
+        floors[count] = found["fid"]["floor"]
+    assert floors[200] > 2 * floors[1000] > 0.0005  # of as many digits; with itself the reference would score 0
+
+
+def test_drawings_that_are_all_alike_have_precision_but_no_recall():
+    alike = 0.5 + 0.02 * torch.rand(1000, 1, 28, 28, generator=generator(1, "corners"))
+    found = evaluate.score(alike, None, Digits(2000), CORNERS, errors=False)
+    assert found["precision"]["value"] > 0.9
+    assert found["recall"]["value"] < 0.1
+
+
+def test_reconstructions_are_scored_on_the_digits_of_the_floor(monkeypatch):
+    real = Digits(100)
+    monkeypatch.setattr("common.autoencoder.read_autoencoder", lambda path: path)
+    monkeypatch.setattr("common.autoencoder.build_autoencoder", lambda *_: lambda images: images)
+    images, labels, _ = evaluate._reconstruct("x", real, 30, torch.device("cpu"))
+    second = evaluate._halves(real)[1][:30]
+    assert torch.equal(images, real[second][0])
+    assert labels == real[second][1].tolist()
+
+
+def test_the_judge_learns_from_the_training_digits_only(cache, tmp_path, monkeypatch):
+    learned = []
+
+    def train(digits, **_):
+        learned.append(digits)
+        return classifier.DigitClassifier().eval().requires_grad_(False)
+
+    monkeypatch.setattr(classifier, "train_classifier", train)
+    classifier.load_classifier(tmp_path, "embedded")
+    assert torch.equal(learned[0].images, HF_MNIST("train", cache, source="embedded").images)
+
+
+# --- files ---
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_soon_after(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def spy_fsync(descriptor):
+        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def spy_replace(*paths):
+        events.append("rename")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    atomic_write(tmp_path / "a", lambda file: file.write(b"x"))
+    assert events == ["file", "rename", "folder"]
