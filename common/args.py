@@ -402,7 +402,7 @@ def check_sampling(args: argparse.Namespace, trained: dict[str, Any]) -> None:
     if args.steps is not None and args.steps > trained["T"]:
         raise Exit(USAGE, f"--steps {args.steps} is more than the model's T = {trained['T']}")
     if args.guidance is None:
-        args.guidance = DEFAULT_GUIDANCE
+        args.guidance = DEFAULT_GUIDANCE if args.digit else 1.0
     elif not args.digit:
         raise Exit(USAGE, "--guidance has an effect only with --digit")
     only = trained["only_digit"]

@@ -77,7 +77,7 @@ def split_train_val(dataset: Any, seed: int, fraction: float = VALIDATION_FRACTI
 
     count = round(len(dataset) * fraction)
     if not 0 < count < len(dataset):
-        raise Exit(NO_DATA, f"{len(dataset)} digits are too few to hold {fraction:.0%} back for validation")
+        raise Exit(NO_DATA, f"too few digits ({len(dataset)}) to hold {fraction:.0%} back for validation")
     order = torch.randperm(len(dataset), generator=generator(seed, "validation split"))
     return dataset.subset(order[count:].sort().values), dataset.subset(order[:count].sort().values)
 

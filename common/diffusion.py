@@ -181,10 +181,10 @@ def guided(predict: Callable[..., torch.Tensor], labels: torch.Tensor, null_labe
     """Classifier-free guidance (Ho & Salimans 2022): epsilon_null + scale * (epsilon_label - epsilon_null).
 
     predict(x (B, ...), t, labels (B,)) -> epsilon. scale 1 is plain conditional sampling, at the cost of one
-    evaluation a step; 0 is unconditional.
+    evaluation a step; so is any scale where all labels are null; 0 is unconditional.
     """
     nulls = torch.full_like(labels, null_label)
-    if scale in (0.0, 1.0):
+    if scale in (0.0, 1.0) or torch.equal(labels, nulls):
         chosen = labels if scale else nulls
         return lambda x, t: predict(x, t, chosen)
     both = torch.cat([labels, nulls])

@@ -14,7 +14,7 @@ from common.ckpt import atomic_write
 from common.device import get_device
 from common.error_codes import BAD_OUTPUT, USAGE, Exit
 from common.images import check_output, make_image_grid, one_line, save_gif, save_output, to_bytes
-from common.progress import progress
+from common.progress import counted, progress
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
     seconds = time.perf_counter() - started
     origin = f"{state['exp_name']}, epoch {state['epoch']}"
     save_output(images, output)
-    print(f"{emoji.ok} {args.num_images} images from {origin}, in {seconds:.2f} s: {output}")
+    print(f"{emoji.ok} {counted(args.num_images, 'image')} from {origin}, in {seconds:.2f} s: {output}")
     if args.show_process:
         _save_process([frames[moment].cpu() for moment in moments], output)
     if args.save_npz:
@@ -122,7 +122,7 @@ def _moments(args: Any, steps: int) -> list[int]:
     """How many steps are left when a picture is taken: evenly spaced from the first noise to the result."""
     wanted = args.process_steps or min(FRAMES, steps + 1)
     if wanted > steps + 1:
-        raise Exit(USAGE, f"--process-steps {wanted} is more than the {steps + 1} pictures of {steps} steps")
+        raise Exit(USAGE, f"--process-steps {wanted} is more than the {steps + 1} pictures of {counted(steps, 'step')}")
     count = wanted - 1
     return [round(steps * (count - i) / count) for i in range(count + 1)]
 
@@ -169,7 +169,7 @@ def _save_singly(images: torch.Tensor, labels: list[int] | None, folder: Path) -
         for index, image in enumerate(to_bytes(images).squeeze(1).numpy()):
             name = f"{index:05d}_{labels[index]}.png" if labels else f"{index:05d}.png"
             Image.fromarray(image).save(folder / name)
-    print(f"{emoji.ok} singly: {len(images)} files in {folder}")
+    print(f"{emoji.ok} singly: {counted(len(images), 'file')} in {folder}")
 
 
 def preview_and_scored(args: Args, draw: Draw) -> tuple[Callable, dict[str, Callable]]:

@@ -67,6 +67,7 @@ def save_gif(frames: list[torch.Tensor], path: Path, *, seconds: float = 0.1, la
     ]
     durations = [1000 * seconds] * (len(pictures) - 1) + [1000 * last]
     options = {"save_all": True, "append_images": pictures[1:], "duration": durations, "loop": 0}
+    options["optimize"] = False  # it would shift the greys of a frame that lacks some of the first one's
     atomic_write(path, lambda file: pictures[0].save(file, format="GIF", **options))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from common import ckpt, emoji, peek
 from common.args import Parser
 from common.error_codes import BAD_CHECKPOINT, Exit, run_main
+from common.progress import counted
 
 SUFFIXES = (".pt", ".pth", ".ckpt")  # of the files that are looked for in folders
 
@@ -125,7 +126,7 @@ def report(info: dict[str, Any]) -> str:
     rows: dict[str, Any] = {"kind": info["kind"]}
     if info["kind"] == "checkpoint":
         best, known = info["best"], {name: value for name, value in info["args"].items() if value is not None}
-        done = "complete" if info["complete"] else f"partial, {info['batch']} batches done"
+        done = "complete" if info["complete"] else f"partial, {counted(info['batch'], 'batch', 'batches')} done"
         rows = {
             "experiment": info["exp_name"],
             "model": info["model"],
@@ -141,7 +142,7 @@ def report(info: dict[str, Any]) -> str:
     shapes = {name: f"{dtype} {shape}" for name, (dtype, shape) in info["tensors"].items()}
     rows |= {
         "size": f"{_size(info['bytes'])}, {_size(info['tensor_bytes'])} of it tensors",
-        "parameters": f"{info['parameters']:,} in {len(shapes)} tensors",
+        "parameters": f"{info['parameters']:,} in {counted(len(shapes), 'tensor')}",
         "largest": "\n              ".join(f"{name}  {shapes[name]}" for name in info["largest"]),
         "also holds": ", ".join(f"{name}={value}" for name, value in list(info["values"].items())[:20]) or None,
     }

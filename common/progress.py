@@ -1,4 +1,4 @@
-"""How long work shows that it gets on."""
+"""How long work shows that it gets on, and how much of it there is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PLAIN_LINE_EVERY = 30.0  # seconds between lines where there is no terminal
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """ "1 step", "2,000 steps"; many: the plural, where it is not `one` and an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from common.error_codes import (
 )
 from common.learner import Learner, LossFn, learning_rate
 from common.logger_utils import close_handlers, log_args_rich, setup_component_logger
-from common.progress import progress
+from common.progress import counted, progress
 from common.record import Record
 from common.rng import derive_seed, generator
 from common.run import Run, open_run
@@ -161,7 +161,7 @@ class Session:
             **options,
         )
         parameters = sum(parameter.numel() for parameter in self.learner.parameters)
-        self.log.info(f"{parameters:,} parameters, {steps_per_epoch} steps an epoch")
+        self.log.info(f"{counted(parameters, 'parameter')}, {counted(steps_per_epoch, 'step')} an epoch")
         if self.resumed is not None:
             self._restore(self.resumed)
         self.record.rewind()  # only now: a start that fails before it could train has cut nothing
@@ -317,7 +317,8 @@ class Session:
                 self._save(final=True)
             raise Exit(
                 STOPPED_EARLY,
-                f"stopped by {slurm.stop_signal()} in epoch {self.epoch} after {self.at.batch} batches and saved; "
+                f"stopped by {slurm.stop_signal()} in epoch {self.epoch} after "
+                f"{counted(self.at.batch, 'batch', 'batches')} and saved; "
                 f"go on with: {self.args.resume_command(self._saved_path)}",
             )
         if self._unsaved and time.monotonic() - self._saved_at >= self.args.ckpt_every_sec:

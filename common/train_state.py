@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.progress import counted
+
 
 @dataclass
 class TrainState:
@@ -48,6 +50,6 @@ class TrainState:
         if self.epoch >= epochs:
             return f"epoch {self.epoch} of {epochs} is done"
         if patience and self.best and self.epoch - self.best["epoch"] >= patience:
-            waited = f"early stopping, no better val_loss for {patience} epochs"
+            waited = f"early stopping, no better val_loss for {counted(patience, 'epoch')}"
             return f"{waited} (--early-stopping-patience 0, or a larger one, goes on)"
         return ""

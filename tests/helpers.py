@@ -149,6 +149,7 @@ def assert_same(a: object, b: object, where: str = "") -> None:
         for index, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_same(x, y, f"{where}[{index}]")
     elif isinstance(a, torch.Tensor):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), where
         assert torch.equal(a, b), f"{where} differs by up to {(a - b).abs().max()}"
     else:
         assert a == b, where

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from helpers import assert_same
 
 from common import diffusion
 from common.rng import generator
@@ -180,6 +181,14 @@ def test_guidance(scale, wanted):
     guided = diffusion.guided(predict, torch.tensor([3, 3]), 10, scale)
     torch.testing.assert_close(guided(torch.ones(2, 4), 5), torch.full((2, 4), wanted))
     assert calls == ([2] if scale in (0, 1) else [4])
+
+
+def test_null_labels_are_not_guided_away_from_themselves():
+    asked = []
+    nulls = torch.tensor([10, 10])
+    guided = diffusion.guided(lambda x, t, labels: asked.append(labels) or x, nulls, 10, 1.5)
+    guided(torch.ones(2, 4), 5)
+    assert_same(asked, [nulls])
 
 
 def test_callback_sees_every_step_in_order_and_can_stop():

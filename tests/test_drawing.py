@@ -1,15 +1,17 @@
 """What infer.py leaves besides its grid: the process, arrays, single files; and a run's curves.png."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from helpers import LATENT, PIXEL, call, only_run
+from helpers import AE, LATENT, PIXEL, call, only_run, run
 from PIL import Image
 
+from common import diffusion
 from common.error_codes import BAD_OUTPUT, USAGE
-from common.images import to_bytes
+from common.images import save_gif, to_bytes
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,20 @@ def test_the_process_runs_from_noise_to_the_very_images_of_the_grid(folder, samp
     assert (last[::2, ::2] == pixels(tmp_path / "a.png")).all()
 
 
+def test_every_frame_of_an_animation_is_its_grid_level_by_level(tmp_path):
+    """Also where a frame lacks some levels of grey, or has few."""
+    levels = torch.arange(256.0).view(16, 16)
+    without = levels.clone()
+    without[levels.remainder(7) == 0] = 255
+    frames = [level.div(255).expand(3, -1, -1) for level in (levels, without, levels.clamp(max=3), levels)]
+    save_gif(frames, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == len(frames)
+        for index, frame in enumerate(frames):
+            film.seek(index)
+            assert (np.asarray(film.convert("L"))[::2, ::2] == to_bytes(frame[0]).numpy()).all(), index
+
+
 def test_few_steps_make_a_short_film(runs, tmp_path):
     flags = ("--ckpt", runs[LATENT], "--num-images", 4, "--show-process", "--steps", 3)
     assert call(LATENT, "infer.py", *flags, "--output", tmp_path / "a.png").code == 0
@@ -91,6 +107,23 @@ def test_without_labels(runs, tmp_path):
     assert sorted(path.name for path in (tmp_path / "singly").iterdir()) == ["00000.png", "00001.png"]
 
 
+@pytest.mark.parametrize("folder", [LATENT, PIXEL])
+def test_only_labels_are_guided_and_what_is_not_guided_says_so(folder, runs, tmp_path, monkeypatch):
+    """Without --digit every image is one row of the network's work, not two of the same null label."""
+    asked, guided = [], diffusion.guided
+
+    def spy(predict, *how):
+        return guided(lambda x, t, labels: asked.append(len(x)) or predict(x, t, labels), *how)
+
+    monkeypatch.setattr(diffusion, "guided", spy)
+    flags = ("--ckpt", runs[folder], "--num-images", 4, "--steps", 3, "--save-npz", tmp_path / "a.npz")
+    for more, rows, guidance in (((), 4, 1.0), (("--digit", 3), 8, 1.1), (("--digit", 3, "--guidance", 1), 4, 1.0)):
+        asked.clear()
+        assert call(folder, "infer.py", *flags, *more, "--output", tmp_path / "a.png").code == 0
+        assert asked == [rows] * 3
+        assert json.loads(str(np.load(tmp_path / "a.npz")["settings"]))["guidance"] == guidance
+
+
 def test_bytes_are_rounded_as_in_the_grid():
     values = torch.linspace(0, 1, 1001)
     assert torch.equal(to_bytes(values), (values * 255 + 0.5).floor().to(torch.uint8))
@@ -117,6 +150,25 @@ def test_a_bad_wish_is_one_line_before_anything_is_drawn(flags, code, runs, tmp_
     assert result.code == code, result.text
     assert len(result.text.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+PLURAL = re.compile(r"(?<![\d.,])1 (images|pictures|steps|batches|epochs|files|digits|tensors|parameters)\b")
+
+
+def test_one_of_a_kind_is_no_plural(runs, tiny, tmp_path):
+    few = ("--ckpt", runs[LATENT], "--steps", 1, "--num-images", 1, "--output", tmp_path / "a.png")
+    wrong = call(LATENT, "infer.py", *few, "--show-process", "--process-steps", 3)
+    assert (wrong.code, len(wrong.errors)) == (USAGE, 1), wrong.text
+    assert wrong.errors[0].endswith("--process-steps 3 is more than the 2 pictures of 1 step")
+    drawn = call(LATENT, "infer.py", *few, "--save-dir", tmp_path / "singly")
+    once = ("--model", "mlp", "--batch-size", 500, "--epochs", 9, "--early-stopping-patience", 1, "--lr", 1e-30)
+    trained = call(AE, "train.py", *tiny, *once, "--outdir", tmp_path)
+    assert "no better val_loss for 1 epoch" in trained.text
+    torch.save(torch.ones(1), tmp_path / "a.pt")
+    shown = run(".", "-m common.inspect_ckpt", tmp_path / "a.pt")
+    for result in (drawn, trained, shown):
+        assert result.code == 0, result.text
+        assert not PLURAL.search(result.text), result.text
 
 
 def test_every_run_leaves_its_curves(runs, ae_run):

@@ -1,0 +1,87 @@
+"""Deliberate faults, each by itself in a copy of the repository: which of them does the suite not notice?
+
+    python tests/mutants.py                    # all of mutants.toml (an hour on one core)
+    python tests/mutants.py --list             # their names, and which no longer apply: at once
+    python tests/mutants.py ema_swapped ...    # only these
+
+Exits with 0 if every fault was noticed. A survivor wants a test, a fault that no longer applies a new text.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+FAULTS = tomllib.loads(Path(__file__).with_name("mutants.toml").read_text())
+LEFT_OUT = (".*", "__pycache__", "outputs", "hf_cache", "venv")
+PATIENCE = 900  # seconds until a fault that makes the tests hang counts as noticed
+PASSED, FAILED = 0, 1  # pytest's exit codes; others mean that no test ran
+
+
+def why_not(fault: dict) -> str:
+    """Why the fault cannot be applied to the code as it is; "" if it can."""
+    path = REPO / fault["file"]
+    count = path.read_text().count(fault["old"]) if path.is_file() else 0
+    where = f"in {fault['file']}" if path.is_file() else f"there is no {fault['file']}"
+    return "" if count == 1 else f"NO LONGER APPLIES: its text stands {count} times {where}"
+
+
+def end_of(tests: list[str], fault: dict | None) -> tuple[str, str]:
+    """(how the tests end in a copy of the repository with the fault: "passed", "failed", ...; their last words)."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(REPO, copy, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        if fault is not None:
+            path = copy / fault["file"]
+            path.write_text(path.read_text().replace(fault["old"], fault["new"]))
+        files = [f"tests/{name}" for name in tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", *files]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            return "failed", f"still running after {PATIENCE} s"
+        last = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        words = (last or done.stdout.splitlines() or done.stderr.splitlines())[-1]
+        return {PASSED: "passed", FAILED: "failed"}.get(done.returncode, "broken"), words
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of faults in mutants.toml (default: all)")
+    parser.add_argument("--list", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    if unknown := set(args.names) - FAULTS.keys():
+        parser.error(f"no such fault: {', '.join(sorted(unknown))}")
+    chosen = {name: FAULTS[name] for name in args.names or FAULTS}
+    stale = {name: reason for name, fault in chosen.items() if (reason := why_not(fault))}
+    tests = sorted({name for fault in chosen.values() for name in fault["tests"].split()})
+    if not args.list:
+        ended, words = end_of(tests, None)  # or every fault would seem to be noticed
+        if ended != "passed":
+            sys.exit(f"without any fault the tests already end with: {words}")
+    noticed = 0
+    for name, fault in chosen.items():
+        started = time.monotonic()
+        if name in stale:
+            said = stale[name]
+        elif args.list:
+            said = f"{fault['file']}: {' '.join(fault['new'].split())}"
+        else:
+            ended, words = end_of(fault["tests"].split(), fault)
+            noticed += ended == "failed"
+            said = {"failed": "noticed", "passed": "SURVIVES", "broken": "BREAKS THE TESTS"}[ended]
+            said += f" ({time.monotonic() - started:.0f} s)  {words}"
+        print(f"{name:32} {said}", flush=True)
+    print(f"{len(chosen)} faults: {'' if args.list else f'{noticed} noticed, '}{len(stale)} no longer apply")
+    return int(bool(stale) if args.list else noticed < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
