@@ -217,11 +217,15 @@ def read_file(path: str | Path) -> Any:
 
     import torch
 
+    from common.peek import format_of
+
     path = Path(path)
     content = _insist(path, lambda: _content(path))  # in one go: what is verified is what is loaded
     if not content:
         raise UnreadableCheckpoint(path, "the file is empty")
     try:
+        if other := format_of(io.BytesIO(content), path.suffix):
+            raise UnreadableCheckpoint(path, f"{other}, not a PyTorch file")
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if damaged := archive.testzip():
                 raise UnreadableCheckpoint(path, f"damaged: the checksum of its part {damaged!r} is wrong")

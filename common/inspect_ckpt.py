@@ -20,7 +20,7 @@ from common.args import Parser
 from common.error_codes import BAD_CHECKPOINT, Exit, run_main
 from common.progress import counted
 
-SUFFIXES = (".pt", ".pth", ".ckpt")  # of the files that are looked for in folders
+SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")  # of the files that are looked for in folders
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -70,6 +70,8 @@ def _foreign(content: Any) -> tuple[str, Any]:
     """(what a file of somebody else's seems to be, where its weights are)."""
     if isinstance(content, peek.Tensor):
         return "a tensor", content
+    if isinstance(content, peek.Safetensors):
+        return peek.SAFETENSORS, dict(content)
     if isinstance(content, peek.Stranger):
         return f"an object saved whole ({content.qualified_name})", content
     if isinstance(content, dict):
@@ -144,7 +146,7 @@ def report(info: dict[str, Any]) -> str:
         "size": f"{_size(info['bytes'])}, {_size(info['tensor_bytes'])} of it tensors",
         "parameters": f"{info['parameters']:,} in {counted(len(shapes), 'tensor')}",
         "largest": "\n              ".join(f"{name}  {shapes[name]}" for name in info["largest"]),
-        "also holds": ", ".join(f"{name}={value}" for name, value in list(info["values"].items())[:20]) or None,
+        "also holds": ", ".join(f"{name}={value!s:.80}" for name, value in list(info["values"].items())[:20]) or None,
     }
     if info["classes"]:
         names = ", ".join(info["classes"][:6]) + (", ..." if len(info["classes"]) > 6 else "")

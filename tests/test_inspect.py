@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import REPO, environment, make_run, state_of
@@ -97,6 +98,111 @@ def test_types_without_a_storage_class(tmp_path):
     assert (info["tensor_bytes"], info["classes"]) == (4 + 2 * 3, [])
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+def with_a_note(tensor):
+    tensor.note = "an attribute changes how a tensor is saved"
+    return tensor
+
+
+EYE, ONES = torch.eye(4), torch.ones(3, 4)
+ODD = {  # name: (what makes a tensor, its type, its parameters, its bytes)
+    "coo": (lambda: EYE.to_sparse(), "sparse float32", 4, 4 * 4 + 2 * 4 * 8),
+    "csr": (lambda: EYE.to_sparse_csr(), "sparse float32", 4, 4 * 4 + (5 + 4) * 8),
+    "csc": (lambda: EYE.to_sparse_csc(), "sparse float32", 4, 4 * 4 + (5 + 4) * 8),
+    "bsr": (lambda: EYE.to_sparse_bsr((2, 2)), "sparse float32", 8, 8 * 4 + (3 + 2) * 8),
+    "huge": (lambda: torch.sparse_coo_tensor([[7]], [1.0], (10**12,)), "sparse float32", 1, 4 + 8),
+    "quantised": (lambda: torch.quantize_per_tensor(ONES, 0.1, 0, torch.qint8), "qint8", 12, 12),
+    "qint32": (lambda: torch.quantize_per_tensor(ONES, 0.1, 0, torch.qint32), "qint32", 12, 48),
+    "channels": (
+        lambda: torch.quantize_per_channel(ONES, ONES[:, 0], torch.zeros(3), 0, torch.quint8),
+        "quint8",
+        12,
+        12,
+    ),
+    "4 bits": (
+        lambda: torch.quantize_per_channel(ONES, ONES[:, 0], torch.zeros(3), 0, torch.quint4x2),
+        "quint4x2",
+        12,
+        6,
+    ),
+    "nested": (lambda: torch.nested.nested_tensor([ONES, ONES[:2]]), "nested float32", 20, 80),
+    "meta": (lambda: torch.empty(7, 2, dtype=torch.bool, device="meta"), "bool", 14, 14),
+    "subclass": (lambda: torch.ones(5).as_subclass(Subclass), "float32", 5, 20),
+    "attribute": (lambda: with_a_note(torch.ones(2, 3)), "float32", 6, 24),
+    "parameter": (lambda: with_a_note(nn.Parameter(torch.ones(6))), "float32", 6, 24),
+    "complex": (lambda: torch.ones(3, dtype=torch.complex64), "complex64", 3, 24),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # some sorts are announced as new, others as old
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", ODD)
+def test_tensors_of_every_sort_count(name, legacy, tmp_path):
+    make, dtype, parameters, size = ODD[name]
+    tensor = make()
+    torch.save({"state_dict": {"w": tensor}}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    info = ckpt.inspect_checkpoint(tmp_path / "a.pt")
+    shape = [parameters] if name == "nested" else list(tensor.shape)
+    assert info["tensors"] == {"w": [dtype, shape]}
+    assert (info["parameters"], info["tensor_bytes"]) == (parameters, size)
+    assert [name for name in info["classes"] if not name.endswith("Subclass")] == []
+
+
+def save_safetensors(path, tensors, **notes):
+    """As documented at huggingface.co/docs/safetensors: the header's length, the header, the tensors' bytes."""
+    header, content = {"__metadata__": notes} if notes else {}, b""
+    for name, (dtype, array) in tensors.items():
+        start, content = len(content), content + array.tobytes()
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, len(content)]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
+
+
+def test_safetensors(tmp_path, capsys):
+    path = tmp_path / "a.safetensors"
+    weights = {"layer.weight": ("F32", np.ones((3, 4), np.float32)), "layer.bias": ("BF16", np.ones(3, np.int16))}
+    save_safetensors(path, weights, format="pt")
+    info = ckpt.inspect_checkpoint(path)
+    assert (info["kind"], info["values"], info["classes"]) == ("a safetensors file", {"format": "pt"}, [])
+    assert info["tensors"] == {"layer.weight": ["float32", [3, 4]], "layer.bias": ["bfloat16", [3]]}
+    assert (info["parameters"], info["tensor_bytes"]) == (15, 4 * 12 + 2 * 3)
+    inspect_ckpt.main([str(tmp_path)])  # found in a folder, too
+    assert "15 in 2 tensors" in capsys.readouterr().out
+    whole = path.read_bytes()
+    for cut in (whole[:-1], whole[:60], whole[:8]):
+        path.write_bytes(cut)
+        with pytest.raises(ckpt.UnreadableCheckpoint, match="safetensors file, but truncated"):
+            ckpt.inspect_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "header", [b"{]", b"[1]", b'{"w": 3}', b'{"w": {"dtype": "F32", "shape": "x"}}', b"{}" + b"x" * 9]
+)
+def test_a_safetensors_header_that_is_none(header, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ckpt.UnreadableCheckpoint, match=r"safetensors file, but (truncated|its header)"):
+        ckpt.inspect_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_files_of_other_programs_are_named(tmp_path):
+    """Where a checkpoint is read, too, not only where a file is described."""
+    np.save(tmp_path / "a.npy", np.ones(3))
+    np.savez(tmp_path / "b.npz", a=np.ones(3))
+    (tmp_path / "c.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99))
+    (tmp_path / "d.gguf").write_bytes(b"GGUF" + bytes(99))
+    save_safetensors(tmp_path / "e.safetensors", {"w": ("F32", np.ones(3, np.float32))})
+    formats = {"a.npy": "NumPy array", "b.npz": "NumPy arrays", "c.h5": "HDF5", "d.gguf": "GGUF"}
+    for name, words in (formats | {"e.safetensors": "safetensors file"}).items():
+        readers = [ckpt.read_checkpoint] if name[0] == "e" else [ckpt.read_checkpoint, ckpt.inspect_checkpoint]
+        for read in readers:
+            with pytest.raises(ckpt.UnreadableCheckpoint, match=words) as caught:
+                read(tmp_path / name)
+            assert "truncated" not in str(caught.value)
+
+
 @pytest.mark.parametrize("change", [{"timestamp": None}, {"timestamp": "2026-01-01T00:00:00"}, {"args": [1]}])
 def test_checkpoints_with_odd_entries(change, tmp_path, capsys):
     torch.save(state_of(1) | change, tmp_path / "a.pt")
@@ -166,7 +272,7 @@ def test_what_is_no_file_at_all(tmp_path, capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 not really", b"\x80\x02."])
+@pytest.mark.parametrize("content", [b"", b"hello", b"hello wo{rld", b"PK\x03\x04 not really", b"\x80\x02."])
 def test_what_is_no_pytorch_file(content, tmp_path, capsys):
     (tmp_path / "a.pt").write_bytes(content)
     assert run_main(lambda: inspect_ckpt.main([str(tmp_path / "a.pt")])) == BAD_CHECKPOINT
