@@ -3,6 +3,7 @@
 import json
 import re
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import AE, LATENT, PIXEL, call, only_run, run
 from PIL import Image
 
 from common import diffusion
+from common.curves import draw_curves
 from common.error_codes import BAD_OUTPUT, USAGE
 from common.images import save_gif, to_bytes
 
@@ -179,3 +181,23 @@ def test_every_run_leaves_its_curves(runs, ae_run):
             orange = (np.asarray(picture.convert("RGB")) == (0xD5, 0x5E, 0x00)).all(-1).sum()
         assert blue > 20
         assert orange > 20
+
+
+def test_the_curves_are_called_what_they_are(tmp_path, monkeypatch):
+    figures = []
+
+    class Figure(matplotlib.figure.Figure):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            figures.append(self)
+
+    monkeypatch.setattr(matplotlib.figure, "Figure", Figure)
+    rows = ({"epoch": n, "train_loss": 1 / n, "val_loss": 2 / n, "lr": 3 / n} for n in (1, 2))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "a run")
+    losses, rate = figures[0].axes
+    assert {line.get_label(): list(line.get_ydata()) for line in losses.lines} == {
+        "training": [1.0, 0.5],
+        "validation": [2.0, 1.0],
+    }
+    assert list(rate.lines[0].get_ydata()) == [3.0, 1.5]

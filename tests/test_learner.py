@@ -9,7 +9,7 @@ from helpers import AE, LATENT, assert_same, call, newest_state, only_run, run
 from torch import nn
 
 from common.ckpt import run_checkpoints
-from common.error_codes import NON_FINITE_LOSS
+from common.error_codes import NO_DEVICE, NON_FINITE_LOSS, Exit
 from common.learner import Learner, ema_decay, learning_rate
 from common.rng import generator
 
@@ -185,6 +185,21 @@ def test_amp_on_cuda():
     other = make_learner(torch.device("cuda"), amp=True, grad_clip=1.0, ema=0.99)
     other.load_state_dict(copy.deepcopy(learner.state_dict()))
     assert train(learner, range(400, 410)) == train(other, range(400, 410))
+
+
+def test_amp_is_asked_for_where_there_is_cuda(tiny, tmp_path, monkeypatch):
+    """Without a CUDA device at hand: it is enough to see how the learner is set up."""
+    asked = []
+
+    def set_up(_net, where, **options):
+        asked.append((where.type, options["amp"]))
+        raise Exit(NO_DEVICE, "enough")
+
+    monkeypatch.setattr("common.session.Learner", set_up)
+    for kind, flags in (("cuda", ("--amp",)), ("cuda", ()), ("cpu", ("--amp",))):
+        monkeypatch.setattr("common.device.get_device", lambda _name, kind=kind: torch.device(kind))
+        call(AE, "train.py", "--model", "mlp", "--outdir", tmp_path, *tiny, *flags)
+    assert asked == [("cuda", True), ("cuda", False), ("cpu", False)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
