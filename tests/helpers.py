@@ -38,9 +38,13 @@ class Result(NamedTuple):
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a test's process: one thread, no cluster's variables, no hub."""
+    """The environment of a test's process: one thread, no cluster's variables, no hub.
+
+    Where a test wants more threads, they sleep while they wait: on a busy machine spinning costs minutes.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "HF_")) and k != "SCRATCH"}
-    return {**kept, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": CLOSED_PORT, "PYTHONDONTWRITEBYTECODE": "1", **extra}
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    return {**kept, **threads, "HF_ENDPOINT": CLOSED_PORT, "PYTHONDONTWRITEBYTECODE": "1", **extra}
 
 
 def start(

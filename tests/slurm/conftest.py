@@ -85,10 +85,11 @@ class Cluster:
 
     def log(self, job: str) -> str:
         """What a job has written so far, all its allocations together."""
-        return "\n".join(path.read_text() for path in sorted(self.scratch.glob(f"*-{job}_*.out")))
+        paths = (path for number in job.split(",") for path in sorted(self.scratch.glob(f"*-{number}_*.out")))
+        return "\n".join(path.read_text() for path in paths)
 
     def states(self, job: str) -> set[str]:
-        """The states of a job's tasks; empty when none is queued or running."""
+        """The states of a job's tasks (or of several, "1,2"); empty when none is queued or running."""
         return set(self._squeue(job, "%T"))
 
     def _squeue(self, job: str, form: str) -> list[str]:
