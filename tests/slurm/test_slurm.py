@@ -51,7 +51,7 @@ def test_jobs_go_on_through_time_limits_until_they_are_done(cluster, data, ae_ru
     try:
         for process in untouched.values():
             os.setpriority(os.PRIO_PROCESS, process.pid, 19)
-        cluster.wait_for_end(",".join(jobs.values()), patience=600)
+        cluster.wait_for_end(",".join(jobs.values()), patience=900)
         results = {folder: finish(process, timeout=300) for folder, process in untouched.items()}
     finally:
         for process in untouched.values():
