@@ -48,8 +48,8 @@ def end_of(tests: str, fault: dict | None) -> tuple[str, str]:
         if fault is not None:
             path = copy / fault["file"]
             path.write_text(path.read_text().replace(fault["old"], fault["new"]))
-        words = [f"tests/{word}" if word.endswith(".py") else word for word in tests.split()]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", *words]
+        chosen = [f"tests/{word}" if word.endswith(".py") else word for word in tests.split()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", *chosen]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": folder, "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=PATIENCE)
