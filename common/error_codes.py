@@ -7,9 +7,10 @@ CLAUDE.md lists what each code means to a user.
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from collections.abc import Callable
+
+from common.console import ConsoleGone, guarded
 
 OK = 0
 USAGE = 2  # argparse's own
@@ -40,13 +41,23 @@ def run_main(main: Callable[[], None]) -> int:
     """Run a script's main; return its exit code, having shown an `Exit` that nobody showed yet."""
     from common import emoji
 
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a file's name may hold what the terminal cannot show
-            stream.reconfigure(errors="backslashreplace")
+    code = OK
+    with guarded():
+        try:
+            code = _run(main)
+            sys.stdout.flush()
+        except ConsoleGone as error:
+            if code == OK and error.errno != errno.EPIPE:  # a broken pipe: `… | head` has seen enough
+                print(f"{emoji.error} cannot write the output: {error.strerror}", file=sys.stderr)
+                return BAD_OUTPUT
+    return code
+
+
+def _run(main: Callable[[], None]) -> int:
+    from common import emoji
+
     try:
         main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
     except Exit as end:
         if not end.shown:
             symbol = emoji.error if end.code else emoji.ok
@@ -55,17 +66,4 @@ def run_main(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(f"{emoji.error} interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # `… | head` has seen enough
-        _forget_stdout()
-    except OSError as error:
-        if error.filename is not None or error.errno != errno.ENOSPC:
-            raise
-        print(f"{emoji.error} cannot write the output: {error.strerror}", file=sys.stderr)
-        _forget_stdout()
-        return BAD_OUTPUT
     return OK
-
-
-def _forget_stdout() -> None:
-    """Keep Python from complaining at shutdown that it cannot flush."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,6 +20,8 @@ class _Console(logging.StreamHandler):
     """One line per record on stdout, written through tqdm so that a progress bar is not torn apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info:  # Python itself shows the traceback, as it ends the process
+            return
         from tqdm import tqdm
 
         symbol = {logging.WARNING: emoji.warning, logging.ERROR: emoji.error}.get(record.levelno, "")
@@ -53,7 +55,7 @@ def setup_component_logger(name: str, log_file: str | Path | None = None, debug:
     if log_file is not None:
         try:
             Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-            handler = _File(log_file, encoding="utf-8")
+            handler = _File(log_file, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise Exit(BAD_OUTPUT, f"cannot write the log {log_file}: {error.strerror or error}") from None
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))

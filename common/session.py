@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import ckpt, device, emoji, slurm, threads
 from common.args import AUTO, Args
+from common.console import patient
 from common.error_codes import (
     BAD_CHECKPOINT,
     MODEL_MISMATCH,
@@ -67,32 +68,37 @@ def open_session(
     handlers = slurm.install_signal_handlers()  # before the slow imports
     log = setup_component_logger("train", debug=args.debug)
     run = record = None
-    try:
-        asked = threads.prepare()
-        if asked and args.threads == AUTO:
-            args.derive("OMP_NUM_THREADS", threads=asked)
-        where = device.get_device(args.device)
-        run = open_run(args, name, models, log.warning, identify, settle)
-        raise_if_finished(args, run, log)
-        record = Record(run, log.warning)
-        log = setup_component_logger("train", run.log_file, args.debug)
-        yield Session(args, run, record, where, log)
-    except Exit as end:
-        (log.error if end.code not in (OK, STOPPED_EARLY) else log.info)(str(end))
-        if run is not None and end.code in WRONG_INPUT:
-            run.discard_if_empty()
-        end.shown = True
-        raise
-    except KeyboardInterrupt:
-        log.error("interrupted a second time: leaving at once; what was saved is safe")
-        raise
-    finally:
-        if record is not None:
-            record.close()
-        if run is not None:
-            run.lock.close()
-        close_handlers(log)
-        slurm.restore_signal_handlers(handlers)
+    with patient() as console:
+        try:
+            asked = threads.prepare()
+            if asked and args.threads == AUTO:
+                args.derive("OMP_NUM_THREADS", threads=asked)
+            where = device.get_device(args.device)
+            run = open_run(args, name, models, log.warning, identify, settle)
+            raise_if_finished(args, run, log)
+            record = Record(run, log.warning)
+            log = setup_component_logger("train", run.log_file, args.debug)
+            console.tell(log.warning)
+            yield Session(args, run, record, where, log)
+        except Exit as end:
+            (log.error if end.code not in (OK, STOPPED_EARLY) else log.info)(str(end))
+            if run is not None and end.code in WRONG_INPUT:
+                run.discard_if_empty()
+            end.shown = not console.out
+            raise
+        except KeyboardInterrupt:
+            log.error("interrupted a second time: leaving at once; what was saved is safe")
+            raise
+        except Exception:
+            log.critical("ended by a bug:", exc_info=True)
+            raise
+        finally:
+            if record is not None:
+                record.close()
+            if run is not None:
+                run.lock.close()
+            close_handlers(log)
+            slurm.restore_signal_handlers(handlers)
 
 
 def raise_if_finished(args: Args, run: Run, log: Any) -> None:

@@ -1,7 +1,7 @@
 """Graceful stops: signals set a flag, and the training session polls it between two steps.
 
 Slurm announces a time limit with SIGUSR1 or SIGUSR2 (`--signal`), preemption and `scancel` with SIGTERM; a person
-presses Ctrl-C. SIGUSR2 is taken too because NCCL may keep SIGUSR1 for itself.
+presses Ctrl-C, or closes the terminal (SIGHUP). SIGUSR2 is taken too because NCCL may keep SIGUSR1 for itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _received: int | None = None
 
 
@@ -34,7 +34,12 @@ def install_signal_handlers() -> dict[int, object]:
     _received = None
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {number: signal.signal(number, _on_signal) for number in STOP_SIGNALS}
+    wanted = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not _under_nohup()]
+    return {number: signal.signal(number, _on_signal) for number in wanted}
+
+
+def _under_nohup() -> bool:
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def restore_signal_handlers(previous: dict[int, object]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -98,3 +99,22 @@ def full_mnist(tmp_path_factory) -> Path:
     if not FULL_MNIST.is_dir():
         pytest.skip(f"no full MNIST at {FULL_MNIST}")
     return Path(shutil.copytree(FULL_MNIST, tmp_path_factory.mktemp("full") / "hf_cache"))
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """disk(size) -> a mounted folder of that size (a tmpfs)."""
+    mounts = []
+
+    def mount(size: str):
+        folder = tmp_path / f"disk-{len(mounts)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small tmpfs is not permitted here")
+        mounts.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounts:
+        subprocess.run(["umount", "-l", folder], check=True)

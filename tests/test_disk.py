@@ -31,25 +31,6 @@ from common.error_codes import SAVE_FAILED
 from common.session import Session
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """disk(size) -> a mounted folder of that size."""
-    mounts = []
-
-    def mount(size: str):
-        folder = tmp_path / f"disk-{len(mounts)}"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
-        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("mounting a small tmpfs is not permitted here")
-        mounts.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounts:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
 def test_a_full_disk_is_an_oserror_and_leaves_no_litter(disk):
     """torch reports it as RuntimeError, and its writer must not abort the process on the way out."""
     folder = disk("300k")

@@ -1,0 +1,269 @@
+"""Consoles that cannot be written to: a session trains on and ends with its own code, a tool ends quietly."""
+
+import contextlib
+import errno
+import io
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import AE, LATENT, REPO, environment, finish, newest_state, only_run, start
+
+from common.error_codes import BAD_OUTPUT, STOPPED_EARLY, run_main
+
+WARNING = "the console cannot be written to"
+EPOCHS = 6
+
+
+@pytest.fixture
+def flags(tiny, tmp_path) -> tuple:
+    return ("--model", "mlp", "--epochs", EPOCHS, "--outdir", tmp_path, *tiny)
+
+
+def shell(line: str, *args: object, **options) -> subprocess.CompletedProcess:
+    """A line of bash, in which $@ is a training command, run in the trainer's folder."""
+    command = ["bash", "-c", line, "bash", sys.executable, "train.py", *map(str, args)]
+    return subprocess.run(
+        command, cwd=REPO / AE, env=environment(), capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def log_of(outdir) -> str:
+    return (outdir / "logs" / f"{only_run(outdir).name}.log").read_text()
+
+
+def assert_trained(outdir, said: str = WARNING) -> None:
+    assert newest_state(only_run(outdir))["epoch"] == EPOCHS
+    assert log_of(outdir).count(said) == 1
+    assert "the end: epoch 6 of 6 is done" in log_of(outdir)
+
+
+@pytest.mark.parametrize("reader", ["head -14", "true"])
+def test_a_pipe_whose_reader_leaves(reader, flags, tmp_path):
+    result = shell(f'"$@" | {reader}; exit ${{PIPESTATUS[0]}}', *flags)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert_trained(tmp_path)
+
+
+def test_stderr_leaves_too(flags, tmp_path):
+    assert shell('"$@" 2>&1 | true; exit ${PIPESTATUS[0]}', *flags).returncode == 0
+    assert_trained(tmp_path)
+
+
+def test_a_disk_that_is_full_behind_the_console(disk, flags, tmp_path):
+    """As every Slurm job's log may be."""
+    full = disk("16k")
+    with contextlib.suppress(OSError), open(full / "filler", "wb", buffering=0) as file:
+        while file.write(bytes(512)):
+            pass
+    result = shell(f'"$@" >{full}/log 2>&1', *flags)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert_trained(tmp_path, f"{WARNING} (No space left on device)")
+
+
+@pytest.mark.parametrize("command", ['"$@" >&-', '"$@" 2>&-', '"$@" <&- >&- 2>&-'])
+def test_a_console_that_is_closed_from_the_start(command, flags, tmp_path):
+    result = shell(command, *flags)
+    assert result.returncode == 0
+    assert "Traceback" not in result.stdout + result.stderr
+    assert newest_state(only_run(tmp_path))["epoch"] == EPOCHS
+
+
+def test_a_closed_consoles_numbers_are_given_to_no_file(flags, tmp_path):
+    """What C code writes to number 1 or 2 must not end up in a checkpoint, a log or a lock."""
+    junk = """
+import os, sys
+sys.path.insert(0, ".")
+import train
+from common.error_codes import run_main
+from common.session import Session
+step = Session.step
+def noisy(*args):
+    for number in (1, 2):
+        os.write(number, b"JUNK")
+    step(*args)
+Session.step = noisy
+sys.exit(run_main(lambda: train.main(sys.argv[1:])))
+"""
+    command = ["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", junk, *map(str, flags)]
+    assert subprocess.run(command, cwd=REPO / AE, env=environment(), timeout=120).returncode == 0
+    assert newest_state(only_run(tmp_path))["epoch"] == EPOCHS
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"JUNK" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_drawing_with_a_closed_console(closed, latent_run, tmp_path):
+    command = f"{sys.executable} infer.py --ckpt {latent_run} --output {tmp_path / 'x.png'} {closed}"
+    result = subprocess.run(command, shell=True, cwd=REPO / LATENT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "x.png").stat().st_size > 0
+
+
+def until(condition, process) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def trains(outdir):
+    """Has a first epoch been saved?"""
+    return lambda: list(outdir.glob("checkpoints/*/checkpoint_epoch_000001.pt"))
+
+
+def test_ctrl_c_under_tee_still_says_how_to_go_on(flags, tmp_path):
+    """The terminal's Ctrl-C goes to the whole pipeline, and tee dies of it before the trainer has saved."""
+    line = 'trap : INT; "$@" | tee log >/dev/null; exit ${PIPESTATUS[0]}'  # bash must live to report
+    command = ["bash", "-c", line, "bash", sys.executable, str(REPO / AE / "train.py"), *map(str, flags)]
+    process = subprocess.Popen(
+        [*command, "--epochs", "100000"],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until(trains(tmp_path), process)
+    os.killpg(process.pid, signal.SIGINT)
+    result = finish_errors(process)
+    assert process.returncode == STOPPED_EARLY
+    assert re.search(r"stopped by SIGINT .* go on with: python train.py --resume '.*epoch_\d+\.pt'", result), result
+
+
+def finish_errors(process) -> str:
+    try:
+        return process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+
+
+@pytest.fixture
+def terminal(flags, tmp_path):
+    """terminal(*words) -> (a process that trains for very long on a terminal of its own, the terminal's other end)."""
+    open_ends, processes = [], []
+
+    def begin(*words: str, epochs: int = 100_000) -> tuple[subprocess.Popen, int]:
+        ours, theirs = pty.openpty()
+        command = [*words, sys.executable, "train.py", *map(str, flags), "--epochs", str(epochs)]
+        process = subprocess.Popen(
+            ["setsid", "--ctty", "--wait", *command],
+            cwd=REPO / AE,
+            env=environment(),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+        )
+        os.close(theirs)
+        open_ends.append(ours)
+        processes.append(process)
+        return process, ours
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.wait()
+    for end in open_ends:
+        with contextlib.suppress(OSError):
+            os.close(end)
+
+
+def drained(terminal: int) -> None:
+    """Read what there is, so that the process never waits for its terminal."""
+    os.set_blocking(terminal, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.read(terminal, 65536):
+            pass
+
+
+def test_a_terminal_that_is_closed_stops_the_run_like_sigterm(terminal, tmp_path):
+    process, ours = terminal()
+    until(lambda: (drained(ours), trains(tmp_path)())[1], process)
+    os.close(ours)
+    assert process.wait(60) == STOPPED_EARLY
+    assert "stopped by SIGHUP" in log_of(tmp_path)
+    assert log_of(tmp_path).count(WARNING) <= 1
+    assert newest_state(only_run(tmp_path))["epoch"] >= 1
+
+
+def test_nohup_is_obeyed(terminal, tmp_path):
+    """The terminal is gone (nohup redirects stdout only), SIGHUP stays ignored: the run trains to its end."""
+    process, ours = terminal("env", "--ignore-signal=HUP", epochs=60)
+    until(lambda: (drained(ours), trains(tmp_path)())[1], process)
+    os.close(ours)
+    assert process.wait(100) == 0
+    assert newest_state(only_run(tmp_path))["epoch"] == 60
+    assert log_of(tmp_path).count(WARNING) == 1
+    assert "SIGHUP" not in log_of(tmp_path)
+
+
+FAULT = """
+import sys
+sys.path.insert(0, ".")
+import train
+from common.error_codes import run_main
+from common.session import Session
+step = Session.step
+def faulty(session, *args):
+    if session.epoch == 2:
+        raise {error}
+    step(session, *args)
+Session.step = faulty
+sys.exit(run_main(lambda: train.main(sys.argv[1:])))
+"""
+
+
+@pytest.mark.parametrize("error", ["ZeroDivisionError('unforeseen')", "BrokenPipeError(32, 'a worker')"])
+def test_an_unforeseen_exception_is_in_the_log(error, flags, tmp_path):
+    """Also one that looks like the console's; on a console that nobody reads."""
+    result = finish(start(AE, "-c", FAULT.format(error=error), *flags))
+    assert result.code == 1, result.text
+    assert result.text.count("Traceback") == 1
+    log = log_of(tmp_path)
+    assert log.count("Traceback (most recent call last)") == 1
+    assert error.split("(")[0] in log.splitlines()[-1]
+    command = ["bash", "-c", '"$@" >/dev/full 2>&1', "bash", sys.executable, "-c", FAULT.format(error=error)]
+    command += [*map(str, flags), "--outdir", str(tmp_path / "unread")]
+    assert subprocess.run(command, cwd=REPO / AE, env=environment(), timeout=120).returncode == 1
+    assert error.split("(")[0] in log_of(tmp_path / "unread").splitlines()[-1]
+
+
+class Full(io.StringIO):
+    """A console behind which a quota is used up."""
+
+    def write(self, _text: str) -> int:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EIO, errno.ENOSPC, errno.EPIPE])
+def test_whatever_is_wrong_with_stdout_a_tool_ends_with_one_line(number, monkeypatch):
+    def write(_text):
+        raise OSError(number, os.strerror(number))
+
+    stdout, stderr = io.StringIO(), io.StringIO()
+    stdout.write = write
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    code = run_main(lambda: print("a line"))
+    monkeypatch.undo()
+    assert code == (0 if number == errno.EPIPE else BAD_OUTPUT)
+    assert len(stderr.getvalue().splitlines()) == (number != errno.EPIPE)
+
+
+def test_over_quota(flags, tmp_path, monkeypatch):
+    with contextlib.redirect_stdout(Full()), contextlib.redirect_stderr(Full()):
+        code = run_main(lambda: _train(flags))
+    assert code == 0
+    assert_trained(tmp_path, f"{WARNING} (Disk quota exceeded)")
+
+
+def _train(flags) -> None:
+    from helpers import inside, recipe
+
+    with inside(AE):
+        recipe(AE, "train.py").main([str(flag) for flag in flags])
