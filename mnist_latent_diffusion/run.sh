@@ -7,17 +7,32 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source ../common/setup_env.sh requirements.txt
 
 cache="${SLURM_TMPDIR:-$PWD/hf_cache}"
-found="$(cd .. && python -m common.data --cache-dir "$cache")"
-echo "$found"
-if [[ "$found" == *"(hub)"* ]]; then
-    flags=(--data hub --lr 4e-4 --generate-images) ae_epochs=10 epochs=12
-else
-    flags=(--data embedded) ae_epochs=60 epochs=200 # 4,050 digits instead of 54,000: epochs are short
-fi
-flags+=(--cache-dir "$cache" --auto-resume --ckpt-save-every 10)
+fetch() { (cd .. && python -m common.data --cache-dir "$cache" "$@"); }
 
-# Each trainer ends with the line "checkpoints: FOLDER"
-train() { python train.py "${flags[@]}" "$@" | tee >(cat >&2) | sed -n 's/^checkpoints: //p'; }
+code=0
+fetch || code=$?
+case $code in
+0) flags=(--data hub --lr 4e-4 --generate-images) ae_epochs=10 epochs=12 ;;
+9) # NO_DATA
+    echo "going on with the 5,000 embedded digits"
+    fetch --data embedded
+    flags=(--data embedded) ae_epochs=60 epochs=200 # 4,050 digits instead of 54,000: epochs are short
+    ;;
+*) exit "$code" ;;
+esac
+flags+=(--cache-dir "$cache" --auto-resume --ckpt-save-every 10 --keep-ckpts 3)
+
+# Trains, and prints the folder that the trainer names in its last line, "checkpoints: FOLDER". Its lines are shown, on
+# stderr, by a loop that Ctrl-C does not reach: the trainer then saves, and says how it ended.
+train() { python train.py "${flags[@]}" "$@" | _show; }
+_show() (
+    trap '' INT HUP PIPE
+    while IFS= read -r line; do
+        printf '%s\n' "$line" >&2 || true
+        [[ "$line" != "checkpoints: "* ]] || printf '%s\n' "${line#checkpoints: }"
+    done
+)
+trap '[ $? -ne 11 ] || echo "stopped and saved: start run.sh again, and it goes on" >&2' EXIT # STOPPED_EARLY
 
 autoencoder="$(cd ../mnist_ae && train --model mlp --epochs "$ae_epochs")"
 run="$(train --ae-ckpt "$autoencoder" --epochs "$epochs")"

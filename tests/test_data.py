@@ -1,8 +1,11 @@
 """The digits: where they come from, what they look like, and in which order they are served."""
 
+import io
 import itertools
+import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +144,102 @@ def test_full_mnist_from_the_datasets_cache(full_mnist, monkeypatch):
     assert len(HF_MNIST("test", full_mnist, only_digit=0, source="hub")) == 980
     monkeypatch.setattr(data, "_from_datasets_cache", lambda *_: pytest.fail("decoded again"))
     assert torch.equal(HF_MNIST("train", full_mnist, source="hub").images, train.images)
+
+
+def arrow_file(cache, digits, split="train", version="1") -> Path:
+    """A file as the `datasets` library leaves it, with these digits."""
+    from datasets import ClassLabel, Features, Image
+    from datasets.arrow_writer import ArrowWriter
+    from PIL import Image as Picture
+
+    path = cache / "ylecun___mnist" / "mnist" / "0.0.0" / version / f"mnist-{split}.arrow"
+    path.parent.mkdir(parents=True)
+    with ArrowWriter(features=Features({"image": Image(), "label": ClassLabel(10)}), path=str(path)) as writer:
+        for image, label in zip(digits.images.numpy(), digits.labels.tolist(), strict=True):
+            file = io.BytesIO()
+            Picture.fromarray(image).save(file, "PNG")
+            writer.write({"image": {"bytes": file.getvalue(), "path": None}, "label": label})
+        writer.finalize()
+    return path
+
+
+@pytest.mark.parametrize("damage", ["short", "truncated", "flipped", "empty", "text"])
+def test_a_datasets_cache_that_is_not_whole_is_named_and_passed_over(damage, test, cache, tmp_path):
+    """For every kind of damage by a real start: what it reads is not full MNIST, and nothing of it stays."""
+    path = arrow_file(tmp_path, test)
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":  # in the middle of a picture
+        content[content.index(b"IDAT", len(content) // 2) + 9] ^= 255
+    damaged = {"truncated": content[: len(content) // 2], "empty": b"", "text": b"<html>sign in</html>\n"}
+    path.write_bytes(damaged.get(damage, content))
+    result = run(".", "-m common.data", "--cache-dir", tmp_path)
+    assert (result.code, len(result.errors)) == (NO_DATA, 1), result.text
+    assert str(path) in result.text.splitlines()[0]
+    assert "Traceback" not in result.text
+    assert ("500 digits instead of 60,000" in result.text) == (damage == "short")
+    assert not list(tmp_path.rglob("mnist-*.pt"))
+    shutil.copytree(cache / "decoded", tmp_path / "decoded")
+    warnings = []
+    assert len(HF_MNIST("train", tmp_path, warn=warnings.append)) == 4500
+    assert [str(path) in warnings[0], "5,000 EMBEDDED DIGITS" in warnings[1]] == [True, True]
+
+
+def test_an_older_file_serves_where_the_newest_is_damaged(test, tmp_path, monkeypatch):
+    monkeypatch.setitem(data.COUNTS, "mnist-train", 500)
+    whole = arrow_file(tmp_path, test, version="1")
+    short = arrow_file(tmp_path, test.subset(torch.arange(400)), version="2")
+    os.utime(whole, (1, 1))
+    warnings = []
+    assert torch.equal(HF_MNIST("train", tmp_path, source="hub", warn=warnings.append).images, test.images)
+    assert len(warnings) == 1
+    assert str(short) in warnings[0]
+
+
+def test_a_decoded_cache_that_is_short_is_not_trusted(test, train, cache, tmp_path):
+    """As earlier versions may have left it."""
+    content = {"images": test.images, "labels": test.labels}
+    shutil.copytree(cache / "decoded", tmp_path / "decoded")
+    for name in ("mnist-train", "embedded-train"):
+        torch.save(content, tmp_path / "decoded" / f"{name}.pt")
+    warnings = []
+    assert torch.equal(HF_MNIST("train", tmp_path, warn=warnings.append).images, train.images)
+    assert "mnist-train.pt: it holds 500 digits instead of 60,000" in warnings[0]
+    assert "EMBEDDED DIGITS" in warnings[1]
+    assert "embedded-train.pt: it holds 500 digits instead of 4,500" in warnings[2]
+    assert len(data.read_file(tmp_path / "decoded" / "embedded-train.pt")["labels"]) == 4500
+
+
+def test_a_damaged_cache_is_downloaded_anew(test, tmp_path, monkeypatch):
+    """Asked plainly, the library would give the damaged file again."""
+    import datasets
+
+    monkeypatch.setitem(data.COUNTS, "mnist-train", 500)
+    monkeypatch.setattr(data, "_hub_answers", lambda: True)
+    asked = []
+
+    def load(_name, *, split, cache_dir, download_mode):
+        asked.append(download_mode)
+        return datasets.Dataset.from_file(str(arrow_file(Path(cache_dir) / "downloaded", test)))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    arrow_file(tmp_path, test.subset(torch.arange(10)))
+    digits = HF_MNIST("train", tmp_path, source="hub", warn=lambda _: None)
+    assert (len(digits), digits.source, asked) == (500, "hub", ["force_redownload"])
+
+
+def test_fetching_fails_where_only_the_embedded_digits_can_be_had(tmp_path):
+    result = run(".", "-m common.data", "--cache-dir", tmp_path)
+    assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text
+    assert "where there is internet" in result.text
+    assert "python -m common.data" not in result.text  # that is what just failed
+
+
+def test_in_a_job_the_advice_names_the_folder_that_outlives_it(tmp_path):
+    env = {"SLURM_TMPDIR": str(tmp_path / "job"), "SCRATCH": str(tmp_path / "scratch")}
+    for flags, place in (((), tmp_path / "scratch" / "hf_cache"), (("--cache-dir", tmp_path / "x"), tmp_path / "x")):
+        result = run("mnist_ae", "train.py", "--model", "mlp", "--data", "hub", *flags, env=env)
+        assert result.code == NO_DATA
+        assert f"--cache-dir {place}`" in result.errors[0]
 
 
 def test_hub_without_a_hub_fails_at_once(tmp_path, monkeypatch):
