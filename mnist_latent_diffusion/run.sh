@@ -32,6 +32,7 @@ _show() (
         [[ "$line" != "checkpoints: "* ]] || printf '%s\n' "${line#checkpoints: }"
     done
 )
+trap : INT # else bash would die of it before it could end with the trainer's code
 trap '[ $? -ne 11 ] || echo "stopped and saved: start run.sh again, and it goes on" >&2' EXIT # STOPPED_EARLY
 
 autoencoder="$(cd ../mnist_ae && train --model mlp --epochs "$ae_epochs")"

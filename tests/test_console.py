@@ -6,10 +6,12 @@ import io
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers import AE, LATENT, REPO, environment, finish, newest_state, only_run, start
@@ -134,6 +136,38 @@ def test_ctrl_c_under_tee_still_says_how_to_go_on(flags, tmp_path):
     result = finish_errors(process)
     assert process.returncode == STOPPED_EARLY
     assert re.search(r"stopped by SIGINT .* go on with: python train.py --resume '.*epoch_\d+\.pt'", result), result
+
+
+def test_ctrl_c_under_run_sh(cache, tmp_path):
+    """The trainer's last lines are shown, and run.sh ends as it did; started again, it goes on."""
+    places = {"SLURM_TMPDIR": str(shutil.copytree(cache, tmp_path / "cache")), "SCRATCH": str(tmp_path)}
+    env = environment(**places, VIRTUAL_ENV=sys.prefix, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    for start_again in (False, True):
+        process = subprocess.Popen(
+            ["bash", REPO / LATENT / "run.sh"],
+            cwd=tmp_path,
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        said = []
+        until(
+            lambda said=said, it=process: any("train_loss" in line for line in said) or said.append(_line(it)), process
+        )
+        os.killpg(process.pid, signal.SIGINT)
+        text = "".join(said) + finish_errors(process)
+        assert process.returncode == STOPPED_EARLY, text
+        assert "stopped by SIGINT" in text
+        assert "go on with: python train.py --resume" in text
+        assert text.splitlines()[-1] == "stopped and saved: start run.sh again, and it goes on"
+        assert ("resumed from" in text) == start_again
+        assert "warning: full MNIST is not in" not in text
+
+
+def _line(process) -> str:
+    return process.stderr.readline()
 
 
 def finish_errors(process) -> str:
