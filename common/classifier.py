@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.ckpt import UnreadableCheckpoint, atomic_write, read_file
-from common.data import HF_MNIST
+from common.data import HF_MNIST, lasting_cache
 from common.rng import generator
 
 NUM_FEATURES = 96
@@ -124,26 +124,36 @@ def load_classifier(
 ) -> tuple[DigitClassifier, float]:
     """(the classifier in eval mode, its accuracy on the test digits): from the cache, else trained and cached.
 
+    In a job whose `cache_dir` ends with it, kept where the next job finds it: see `lasting_cache`.
     source: "hub" or "embedded", the digits it is trained on. progress, poll: see `train_classifier`.
     """
-    path = Path(cache_dir) / "decoded" / f"classifier-{source}-v{VERSION}.pt"
-    net = DigitClassifier()
-    try:
-        content = read_file(path)
-        net.load_state_dict(content["model"])
-        return net.eval().requires_grad_(False), content["accuracy"]
-    except (UnreadableCheckpoint, KeyError, TypeError, RuntimeError):
-        progress("training the digit classifier that judges the images, once")
+    path = lasting_cache(cache_dir) / "decoded" / f"classifier-{source}-v{VERSION}.pt"
+    if (kept := _kept(path)) is not None:
+        return kept
+    progress("training the digit classifier that judges the images, once")
     net = train_classifier(HF_MNIST("train", cache_dir, source=source), progress=progress, poll=poll)
     test = HF_MNIST("test", cache_dir, source=source)
     _, probabilities = judge(net, test[torch.arange(len(test))][0])
     accuracy = (probabilities.argmax(1) == test.labels).float().mean().item()
+    if (kept := _kept(path)) is not None:  # of several jobs that train one at once, all use the first
+        return kept
     content = {"model": net.state_dict(), "accuracy": accuracy}
     try:
         atomic_write(path, lambda file: torch.save(content, file))
     except OSError as error:
         progress(f"the classifier cannot be kept in {path.parent} ({error.strerror or error})")
     return net, accuracy
+
+
+def _kept(path: Path) -> tuple[DigitClassifier, float] | None:
+    """What `load_classifier` returns, from its file; None if that is missing or damaged."""
+    net = DigitClassifier()
+    try:
+        content = read_file(path)
+        net.load_state_dict(content["model"])
+        return net.eval().requires_grad_(False), content["accuracy"]
+    except (UnreadableCheckpoint, KeyError, TypeError, RuntimeError):
+        return None
 
 
 def fingerprint(net: DigitClassifier) -> str:

@@ -173,7 +173,7 @@ def _save_singly(images: torch.Tensor, labels: list[int] | None, folder: Path) -
 
 
 def preview_and_scored(args: Args, draw: Draw) -> tuple[Callable, dict[str, Callable]]:
-    """(preview(), what `score_epoch` is to score), for a diffusion trainer: draws with and without labels."""
+    """(preview(), what `epoch_scorer` is to score), for a diffusion trainer: draws with and without labels."""
     import torch
 
     digits = list(range(10)) if args.only_digit is None else [args.only_digit]

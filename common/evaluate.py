@@ -94,31 +94,42 @@ def score(
     return {name: found[name] for name in ORDER if name in found}
 
 
-def score_epoch(
+def epoch_scorer(
     session: Session, shown: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor | None]]]
-) -> dict[str, float]:
-    """Scores for a trainer's --eval-every, {} in the epochs between: {figure + suffix: value}.
+) -> Callable[[], dict[str, Any]]:
+    """For a trainer's --eval-every: a function that scores an epoch, {figure + suffix: value, "classifier": which}.
 
-    shown: by suffix, what to score: a function that returns (images, wanted labels or None), as `score` takes them.
+    It gives {} in the epochs between, and without --eval-every. shown: by suffix, what to score: a function that
+    returns (images, wanted labels or None), as `score` takes them.
+
+    The digits and the classifier are fetched here, before training begins: Exit(NO_DATA) if they cannot be had.
     """
     import torch
 
     args = session.args
-    if not args.eval_every or session.epoch % args.eval_every:
-        return {}
+    if not args.eval_every:
+        return dict
+    from common.classifier import fingerprint
+
     only = [] if args.only_digit is None else [args.only_digit]
     real, classifier, _ = _judges(args, only, session.log.info, session.poll)
-    figures = {}
-    for suffix, show in shown.items():
-        images, wanted = show()
-        if not images.isfinite().all():
-            session.log.warning(f"epoch {session.epoch} gives images that are not finite: not scored")
-            continue
-        if wanted is None and only:
-            wanted = torch.full((len(images),), args.only_digit)
-        rows = score(images, wanted, real, classifier, errors=False)
-        figures |= {f"{name}{suffix}": row["value"] for name, row in rows.items()}
-    return figures
+
+    def scored() -> dict[str, Any]:
+        if session.epoch % args.eval_every:
+            return {}
+        figures: dict[str, Any] = {}
+        for suffix, show in shown.items():
+            images, wanted = show()
+            if not images.isfinite().all():
+                session.log.warning(f"epoch {session.epoch} gives images that are not finite: not scored")
+                continue
+            if wanted is None and only:
+                wanted = torch.full((len(images),), args.only_digit)
+            rows = score(images, wanted, real, classifier, errors=False)
+            figures |= {f"{name}{suffix}": row["value"] for name, row in rows.items()}
+        return figures and figures | {"classifier": fingerprint(classifier)}
+
+    return scored
 
 
 def _judges(

@@ -81,7 +81,7 @@ def figures_of(state: dict[str, Any], path: Path) -> dict[str, tuple[float, str]
     """
     flags = _plain(state.get("args"))
     scores = read_scores(scores_file(path), state)
-    live = f"--eval-every {flags.get('only_digit')} {flags.get('data')}"
+    live = _measured_in_training(_plain(state.get("scores")), flags)
     written = _written_figures(path.parent).get(state.get("epoch"), {})
     figures: dict[str, tuple[float, str]] = {}
     for source, measured in (
@@ -111,6 +111,11 @@ def _measured(scores: dict[str, Any], metric: str) -> str:
         return json.dumps([settings, details["classifier"]])
     except (KeyError, TypeError, AttributeError):
         return ""
+
+
+def _measured_in_training(scores: dict[str, Any], flags: dict[str, Any]) -> str:
+    """What figures of `train.py --eval-every` must share to compare; older ones do not name their classifier."""
+    return json.dumps(["--eval-every", flags.get("only_digit"), flags.get("data"), scores.get("classifier")], default=str)
 
 
 def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> tuple[list[Found], str]:

@@ -334,7 +334,7 @@ class Session:
         self,
         val_loss: float,
         preview: Callable[[], torch.Tensor] | None = None,
-        scalars: dict[str, float] | None = None,
+        scalars: dict[str, Any] | None = None,
     ) -> None:
         """Close the epoch: pictures, best, log line, TensorBoard, checkpoint.
 

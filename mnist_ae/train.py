@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.args import AUTO, Args, Parser, add_training_arguments, number
 from common.data import HF_MNIST, make_mnist_loader, split_train_val
 from common.error_codes import NO_MODEL_SPECIFIED, Exit, run_main
-from common.evaluate import score_epoch
+from common.evaluate import epoch_scorer
 from common.images import over
 from common.modules import module_of
 from common.session import open_session
@@ -96,13 +96,15 @@ def main(argv: list[str] | None = None) -> None:
         def reconstructed():
             return session.averaged_net(some).cpu(), some_labels
 
+        scored_epoch = epoch_scorer(session, {"": reconstructed})
+
         # Training
         for _ in session.epochs():
             for batch in session.batches(train):
                 session.step(loss_of, batch)
             val_loss = session.validate(val, reconstruction_error)
             statistics = latent_statistics(session.averaged_net, some)
-            session.end_epoch(val_loss, preview, statistics | score_epoch(session, {"": reconstructed}))
+            session.end_epoch(val_loss, preview, statistics | scored_epoch())
 
 
 def latent_statistics(net, images) -> dict[str, float]:

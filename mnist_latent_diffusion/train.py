@@ -10,7 +10,7 @@ from common.autoencoder import build_autoencoder, choose_autoencoder, describe, 
 from common.data import HF_MNIST, make_mnist_loader, split_train_val
 from common.drawing import preview_and_scored
 from common.error_codes import run_main
-from common.evaluate import score_epoch
+from common.evaluate import epoch_scorer
 from common.session import open_session
 
 LABEL_DROPOUT = 0.3  # how often the denoiser does not see the label, so that it can also draw without one
@@ -98,13 +98,14 @@ def main(argv: list[str] | None = None) -> None:
             )
 
         preview, scored = preview_and_scored(args, draw)
+        scored_epoch = epoch_scorer(session, scored)
 
         # Training
         for _ in session.epochs():
             for batch in session.batches(train):
                 session.step(loss_of, batch)
             val_loss = session.validate(val, loss_of)
-            session.end_epoch(val_loss, preview, latent_statistics | score_epoch(session, scored))
+            session.end_epoch(val_loss, preview, latent_statistics | scored_epoch())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from common.args import Args, Parser, add_diffusion_arguments, add_training_argu
 from common.data import HF_MNIST, make_mnist_loader, split_train_val
 from common.drawing import preview_and_scored
 from common.error_codes import run_main
-from common.evaluate import score_epoch
+from common.evaluate import epoch_scorer
 from common.session import open_session
 
 LABEL_DROPOUT = 0.1  # how often the denoiser does not see the label, so that it can also draw without one
@@ -65,12 +65,13 @@ def main(argv: list[str] | None = None) -> None:
             return generate_images(session.averaged_net, schedules, seed=args.seed, callback=session.poll, **what)
 
         preview, scored = preview_and_scored(args, draw)
+        scored_epoch = epoch_scorer(session, scored)
 
         # Training
         for _ in session.epochs():
             for batch in session.batches(train):
                 session.step(loss_of, batch)
-            session.end_epoch(session.validate(val, loss_of), preview, score_epoch(session, scored))
+            session.end_epoch(session.validate(val, loss_of), preview, scored_epoch())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The figures of sample quality: right on cases with a known answer, and written where the tools look for them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,10 +9,10 @@ import torch
 from helpers import AE, LATENT, PIXEL, call, newest_state, only_run, run
 from scipy.linalg import sqrtm
 
-from common import metrics
-from common.classifier import fingerprint, judge, load_classifier, train_classifier
+from common import ckpt, classifier, data, metrics
+from common.classifier import VERSION, fingerprint, judge, load_classifier, train_classifier
 from common.data import HF_MNIST
-from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, USAGE
+from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit
 from common.evaluate import score
 from common.rng import generator
 
@@ -149,4 +150,56 @@ def test_scores_during_training(folder, tiny, tiny_latent, judged, tmp_path):
     wanted = {"fid"} if folder == AE else {"fid", "fid_labelled", "agreement_labelled"}
     assert not wanted & rows[0].keys()
     assert wanted <= rows[1].keys()
-    assert newest_state(only_run(tmp_path))["scores"]["fid"] == rows[1]["fid"]
+    scores = newest_state(only_run(tmp_path))["scores"]
+    assert (scores["fid"], scores["classifier"]) == (rows[1]["fid"], fingerprint(judged[0]))
+    assert rows[1]["classifier"] == scores["classifier"]
+
+
+def test_what_scores_need_is_looked_for_before_training(tiny, cache, tmp_path, monkeypatch):
+    """A test split that cannot be had ends the run at its start, not at its first scored epoch."""
+    load = data._load
+    monkeypatch.setattr(data, "_load", lambda split, *rest: load(split, *rest) if split == "train" else _missing())
+    flags = ("--model", "mlp", *tiny, "--epochs", 9, "--outdir", tmp_path)
+    result = call(AE, "train.py", *flags, "--eval-every", 9)
+    assert (result.code, len(result.errors)) == (NO_DATA, 1), result.text
+    assert "train_loss" not in result.text
+    assert not list(tmp_path.glob("checkpoints/*"))
+    assert call(AE, "train.py", *flags).code == 0  # which needs no test digits
+
+
+def _missing():
+    raise Exit(NO_DATA, "no test digits")
+
+
+def test_the_classifier_outlives_a_job(judged, cache, tmp_path, latent_run):
+    """Trained in a job, it is kept in $SCRATCH/hf_cache; the next job, with another $SLURM_TMPDIR, finds it."""
+    scratch = tmp_path / "scratch" / "hf_cache" / "decoded"
+    scratch.mkdir(parents=True)
+    said = []
+    for job in ("one", "two"):
+        shutil.copytree(scratch.parent, tmp_path / job)  # as job.sh does
+        for file in (cache / "decoded").glob("embedded-*"):
+            shutil.copy(file, tmp_path / job / "decoded")
+        env = {"SCRATCH": str(tmp_path / "scratch"), "SLURM_TMPDIR": str(tmp_path / job)}
+        flags = ("--n", 200, "--data", "embedded", "--json", tmp_path / f"{job}.json")
+        said.append(run(".", "-m common.evaluate", "--ckpt", latent_run, *flags, env=env))
+        assert said[-1].code == 0, said[-1].text
+    assert ["training the digit classifier" in result.text for result in said] == [True, False]
+    assert [path.name for path in scratch.iterdir()] == [f"classifier-embedded-v{VERSION}.pt"]
+    one, two = (json.loads((tmp_path / f"{job}.json").read_text())["details"]["classifier"] for job in ("one", "two"))
+    assert one == two
+
+
+def test_of_two_jobs_that_train_the_classifier_at_once_both_use_the_first(cache, tmp_path, monkeypatch):
+    shutil.copytree(cache / "decoded", tmp_path / "decoded")
+    path = tmp_path / "decoded" / f"classifier-embedded-v{VERSION}.pt"
+    path.unlink(missing_ok=True)
+    other = classifier.DigitClassifier()
+
+    def train(*_args, **_options):
+        ckpt.save_checkpoint(path, {"model": other.state_dict(), "accuracy": 0.5})
+        return classifier.DigitClassifier().eval()
+
+    monkeypatch.setattr(classifier, "train_classifier", train)
+    net, accuracy = load_classifier(tmp_path, "embedded")
+    assert (fingerprint(net), accuracy) == (fingerprint(other), 0.5)

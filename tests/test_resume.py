@@ -12,6 +12,7 @@ from helpers import (
     AE,
     LATENT,
     PIXEL,
+    assert_same,
     assert_same_training,
     call,
     finish,
@@ -171,7 +172,7 @@ def test_stopped_while_validating(folder, flags, references, tmp_path, monkeypat
     assert_same_record(only_run(tmp_path), references[folder])
 
 
-def test_stopped_while_the_classifier_is_trained(flags, cache, tmp_path, monkeypatch):
+def test_stopped_while_the_classifier_is_trained(flags, cache, references, tmp_path, monkeypatch):
     own_cache = tmp_path / "cache" / "decoded"
     own_cache.mkdir(parents=True)
     for path in (cache / "decoded").glob("embedded-*"):
@@ -182,7 +183,11 @@ def test_stopped_while_the_classifier_is_trained(flags, cache, tmp_path, monkeyp
     assert stopped.code == STOPPED_EARLY, stopped.text
     assert len(calls) == 3  # at once
     state = newest_state(only_run(tmp_path))
-    assert (state["epoch"], state["batch"], state["val_loss"]) == (1, STEPS, None)
+    assert (state["epoch"], state["batch"], state["val_loss"]) == (1, 0, None)  # before training
+    monkeypatch.undo()
+    given = (*given, "--cache-dir", cache, "--auto-resume")
+    assert call(AE, "train.py", *given).code == 0
+    assert_same(newest_state(only_run(tmp_path))["model"], newest_state(references[AE])["model"])
 
 
 class Interrupting:

@@ -198,6 +198,16 @@ def test_scores_that_were_measured_differently_are_told(tmp_path, capsys):
     assert "not measured alike" in errors
 
 
+def test_scores_of_training_name_their_classifier(tmp_path, capsys):
+    for epoch, judged in ((1, "0123456789ab"), (2, "0123456789ab")):
+        save(tmp_path, epoch, scores={"fid": epoch, "classifier": judged})
+    assert best(tmp_path, "--metric", "fid", capsys=capsys)[::2] == (0, "")
+    save(tmp_path, 3, scores={"fid": 3, "classifier": "ba9876543210"})
+    code, _, errors = best(tmp_path, "--metric", "fid", capsys=capsys)
+    assert code == 0
+    assert "not measured alike" in errors
+
+
 def test_find_best_as_a_process(latent_run):
     """stdout is the path and nothing else, for use in scripts; folders above and the run itself both do."""
     for folder in (latent_run, latent_run.parent):
