@@ -31,6 +31,7 @@ NAME = "checkpoint_epoch_{epoch:06d}.pt"
 _NAME = re.compile(r"checkpoint_epoch_(\d{6,})\.pt")
 LATEST, BEST = "latest.pt", "best.pt"
 RUNS = "checkpoints"  # the folder that runs' folders lie in
+A_DAY = 24 * 3600  # seconds
 TIMESTAMP = re.compile(r"-\d{8}-\d{6}$")  # of a run's name
 MODEL_TYPES = ("ae-mlp", "ae-conv", "lddpm", "ddpm")
 
@@ -60,10 +61,12 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it over `path`.
 
     Whatever interrupts this leaves the old file whole. Raises OSError if the disk is full, read-only or gone.
+    What killed writes of any file left in the folder goes first.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"  # no reader's pattern matches this
+    _clear_abandoned(path.parent)
+    temporary = _temporary(path.parent, path.name)
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -78,6 +81,38 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _temporary(folder: Path, name: str) -> Path:
+    """A new file's name that no reader's pattern matches, and that says which process writes it."""
+    return folder / f".{name}.{os.getpid()}@{_host()}.{uuid.uuid4().hex[:8]}.tmp"
+
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
+
+
+def _host() -> str:
+    return os.uname().nodename[:16]
+
+
+def _clear_abandoned(folder: Path) -> None:
+    """Remove temporary files whose process, on this host, is gone, and those that are a day old."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if match := _TEMPORARY.fullmatch(entry.name):
+                old = time.time() - entry.stat(follow_symlinks=False).st_mtime > A_DAY
+                if old or (match[2] == _host() and not _lives(int(match[1]))):
+                    os.unlink(entry.path)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def _sync_folder(folder: Path) -> None:
@@ -99,7 +134,7 @@ def save_checkpoint(path: str | Path, state: State) -> None:
 
 def link(target: Path, name: str) -> None:
     """Make `name`, beside `target`, a relative symlink to it (a copy where symlinks are not allowed)."""
-    temporary = target.parent / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary = _temporary(target.parent, name)
     try:
         try:
             os.symlink(target.name, temporary)

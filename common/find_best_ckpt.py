@@ -115,7 +115,9 @@ def _measured(scores: dict[str, Any], metric: str) -> str:
 
 def _measured_in_training(scores: dict[str, Any], flags: dict[str, Any]) -> str:
     """What figures of `train.py --eval-every` must share to compare; older ones do not name their classifier."""
-    return json.dumps(["--eval-every", flags.get("only_digit"), flags.get("data"), scores.get("classifier")], default=str)
+    return json.dumps(
+        ["--eval-every", flags.get("only_digit"), flags.get("data"), scores.get("classifier")], default=str
+    )
 
 
 def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> tuple[list[Found], str]:

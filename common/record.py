@@ -147,7 +147,7 @@ class Record:
         self._curves(cheaply=True)
 
     def _curves(self, cheaply: bool) -> None:
-        """Redraw curves.png; cheaply: not if that would cost more than a thirtieth of the time since the last time."""
+        """Redraw curves.png; cheaply: not before 30 times as long has passed as drawing it took the last time."""
         self._drawn = False
         if cheaply and time.monotonic() - self._curves_at < 30 * self._curves_cost:
             return
@@ -161,7 +161,7 @@ class Record:
 
         self._try("curves.png", draw)
         self._curves_at = time.monotonic()
-        self._curves_cost = min(self._curves_cost, self._curves_at - started)
+        self._curves_cost = self._curves_at - started
 
     def images(self, images: torch.Tensor, epoch: int, step: int) -> None:
         """Write samples/{exp_name}/epoch_NNNNNN.png, and the grid to TensorBoard. images: (N, C, H, W) in [0, 1]."""
@@ -173,7 +173,7 @@ class Record:
 
     def hyperparameters(self, args: Args, metrics: dict[str, float], step: int) -> None:
         """TensorBoard's HPARAMS tab: this run's flags against its final figures."""
-        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.flags().items()}
+        plain = {k: v if isinstance(v, int | float | bool) else _readable(str(v)) for k, v in args.flags().items()}
         self.events.hyperparameters(plain, metrics, step)
         self.flush()
 
@@ -196,6 +196,11 @@ class Record:
             if what not in self._failed:
                 self._failed.add(what)
                 self.warn(f"cannot write {what} ({error}); training goes on")
+
+
+def _readable(text: str) -> str:
+    """A path may hold bytes that are not UTF-8, which TensorBoard's format cannot."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _json_safe(value: Any) -> Any:

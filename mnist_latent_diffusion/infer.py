@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.drawing import draw_to_file, drawing_parser
 from common.error_codes import run_main
+from common.modules import module_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,9 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     def load(device):
-        from model import load_for_drawing
-
-        return load_for_drawing(args.ckpt, device, args.ae_ckpt)
+        return module_of("lddpm").load_for_drawing(args.ckpt, device, args.ae_ckpt)
 
     draw_to_file(args, load)
 

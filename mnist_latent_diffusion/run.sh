@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source ../common/setup_env.sh requirements.txt
 
 cache="${SLURM_TMPDIR:-$PWD/hf_cache}"
-fetch() { (cd .. && python -m common.data --cache-dir "$cache" "$@"); }
+fetch() { (cd .. && env -u PYTHONSAFEPATH python -m common.data --cache-dir "$cache" "$@"); }
 
 code=0
 fetch || code=$?

@@ -11,6 +11,7 @@ from common.data import HF_MNIST, make_mnist_loader, split_train_val
 from common.drawing import preview_and_scored
 from common.error_codes import run_main
 from common.evaluate import epoch_scorer
+from common.modules import module_of
 from common.session import open_session
 
 LABEL_DROPOUT = 0.3  # how often the denoiser does not see the label, so that it can also draw without one
@@ -57,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         import torch
 
         from common.diffusion import epsilon_loss, timestep_distribution
-        from model import LatentDenoiser, generate_images, precompute_schedules
+
+        model = module_of(args.model)
 
         # The frozen autoencoder: from the checkpoint when resuming, so that moved files change nothing
         ae_data = session.resumed["ae_ckpt_data"] if session.resumed else args.inputs["autoencoder"]
@@ -80,8 +82,8 @@ def main(argv: list[str] | None = None) -> None:
         latent_statistics = {"latent/mean": mean.mean().item(), "latent/std": std.mean().item()}
 
         # Model
-        schedules = precompute_schedules(args.T, args.beta_start, args.beta_end, session.device)
-        net = LatentDenoiser(args.ae_latent_dim, args.hidden_dim, schedules=schedules)
+        schedules = model.precompute_schedules(args.T, args.beta_start, args.beta_end, session.device)
+        net = model.LatentDenoiser(args.ae_latent_dim, args.hidden_dim, schedules=schedules)
         net.latent_mean.copy_(mean)
         net.latent_std.copy_(std)
         session.attach(net, steps_per_epoch=len(train), warmup=200, ema=0.9995, weight_decay=0.0)
@@ -93,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             return epsilon_loss(net, net.standardise(z), labels, schedules, timesteps, rng, LABEL_DROPOUT)
 
         def draw(**what):
-            return generate_images(
+            return model.generate_images(
                 session.averaged_net, autoencoder, schedules, seed=args.seed, callback=session.poll, **what
             )
 

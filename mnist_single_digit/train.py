@@ -10,6 +10,7 @@ from common.data import HF_MNIST, make_mnist_loader, split_train_val
 from common.drawing import preview_and_scored
 from common.error_codes import run_main
 from common.evaluate import epoch_scorer
+from common.modules import module_of
 from common.session import open_session
 
 LABEL_DROPOUT = 0.1  # how often the denoiser does not see the label, so that it can also draw without one
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with open_session(args, experiment_name, models=("ddpm",)) as session:
         from common.diffusion import epsilon_loss, uniform_timesteps
-        from model import Denoiser, generate_images, precompute_schedules
+
+        model = module_of(args.model)
 
         # Data
         digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
@@ -51,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         val = make_mnist_loader(val_set, args.batch_size, shuffle=False)
 
         # Model
-        schedules = precompute_schedules(args.T, args.beta_start, args.beta_end, session.device)
-        net = Denoiser(args.base_ch, schedules=schedules)
+        schedules = model.precompute_schedules(args.T, args.beta_start, args.beta_end, session.device)
+        net = model.Denoiser(args.base_ch, schedules=schedules)
         session.attach(net, steps_per_epoch=len(train), warmup=100, ema=0.999, weight_decay=0.0)
 
         timesteps = uniform_timesteps(schedules)
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             return epsilon_loss(net, 2 * images - 1, labels, schedules, timesteps, rng, LABEL_DROPOUT)
 
         def draw(**what):
-            return generate_images(session.averaged_net, schedules, seed=args.seed, callback=session.poll, **what)
+            return model.generate_images(session.averaged_net, schedules, seed=args.seed, callback=session.poll, **what)
 
         preview, scored = preview_and_scored(args, draw)
         scored_epoch = epoch_scorer(session, scored)

@@ -4,13 +4,16 @@ import errno
 import io
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import AE, LATENT, REPO, call, make_run, newest_state, state_of
+from helpers import AE, LATENT, REPO, call, finish, make_run, newest_state, start, state_of
 
 from common import ckpt
+from common.data import HF_MNIST
 from common.error_codes import MODEL_MISMATCH
 
 # --- writing ---
@@ -29,6 +32,40 @@ def test_a_write_that_fails_midway_leaves_the_old_file_and_no_other(tmp_path, er
         ckpt.atomic_write(path, fail)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file.pt"]
+
+
+KILLED = """
+import os, signal, sys
+from common import ckpt
+from common.data import HF_MNIST
+ckpt.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+HF_MNIST("test", sys.argv[1], source="embedded")
+"""
+
+
+def test_what_a_killed_write_left_goes_with_the_next_write_beside_it(tmp_path):
+    """Here of the decoded digits, which are written only once."""
+    killed = finish(start(".", "-c", KILLED, tmp_path))
+    folder = tmp_path / "decoded"
+    assert killed.code == -signal.SIGKILL, killed.text
+    assert [path.suffix for path in folder.iterdir()] == [".tmp"]
+    HF_MNIST("test", tmp_path, source="embedded")
+    assert [path.name for path in folder.iterdir()] == ["embedded-test.pt"]
+
+
+def test_the_temporary_file_of_a_living_writer_stays(tmp_path):
+    def at(age, name):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+        return name
+
+    host, gone = os.uname().nodename[:16], 2**22 + 1  # above any process number
+    stay = {at(80_000, f".x.pt.{os.getpid()}@{host}.0123abcd.tmp"), at(80_000, f".x.pt.{gone}@another.0123abcd.tmp")}
+    stay |= {at(10**6, ".x.pt.tmp"), at(10**6, ".notes.0123abcd.tmp"), at(10**6, f"x.pt.{gone}@{host}.0123abcd.tmp")}
+    at(0, f".y.png.{gone}@{host}.0123abcd.tmp")
+    at(90_000, f".y.png.{os.getpid()}@another.0123abcd.tmp")
+    ckpt.atomic_write(tmp_path / "file", lambda file: file.write(b"x"))
+    assert {path.name for path in tmp_path.iterdir()} == stay | {"file"}
 
 
 def test_no_reader_takes_a_temporary_file_for_a_checkpoint(tmp_path):

@@ -1,10 +1,12 @@
 """The command line: wrong input is one clear line and a documented exit code; help is quick."""
 
+import os
 import re
+import shutil
 import sys
 
 import pytest
-from helpers import AE, LATENT, PIXEL, REPO, call, environment, finish, inside, recipe, run, start
+from helpers import AE, LATENT, PIXEL, REPO, call, environment, finish, inside, only_run, recipe, run, start
 
 from common import error_codes, slurm
 from common.args import Parser, add_training_arguments
@@ -174,6 +176,55 @@ def test_help_shows_every_flag_of_the_specification():
         assert [
             flag for flag in f"{shared} {flags}".split() if f"  {flag}" not in text and f", {flag}" not in text
         ] == []
+
+
+# --- ways to start ---
+
+
+def started(folder, way, tiny, ae_run, outdir) -> list[tuple[int, str]]:
+    """Training and drawing in an experiment, started in one of the ways that Python has."""
+    trainers = {AE: ("--model", "mlp"), LATENT: ("--ae-ckpt", ae_run, "--T", 20), PIXEL: ("--base-ch", 8, "--T", 20)}
+    steps = [("train", (*trainers[folder], *tiny, "--epochs", 1, "--outdir", outdir))]
+    steps.append(("infer", ("--ckpt", outdir, "--output", outdir / "x.png", *(tiny[:4] if folder == AE else ()))))
+    steps += [("run_tsne", ("--help",))] if folder == AE else []
+    results = []
+    for script, flags in steps:
+        flags = [only_run(outdir) if flag == outdir and script == "infer" else flag for flag in flags]
+        if way == "-m":
+            results.append(run(".", f"-m {folder}.{script}", *flags))
+        else:
+            results.append(run(folder, f"{script}.py", *flags, env={"PYTHONSAFEPATH": "1"}))
+    return results
+
+
+@pytest.mark.parametrize("folder", [AE, LATENT, PIXEL])
+@pytest.mark.parametrize("way", ["-m", "PYTHONSAFEPATH"])
+def test_every_way_of_starting_works(folder, way, tiny, ae_run, tmp_path):
+    for result in started(folder, way, tiny, ae_run, tmp_path):
+        assert result.code == 0, result.text
+
+
+@pytest.mark.parametrize("folder", [AE, LATENT])
+def test_paths_that_are_not_utf8(folder, tiny, ae_run, tmp_path):
+    """From the first line to TensorBoard's hyperparameters, and drawing from there."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(ae_run, odd / "ae", symlinks=True)
+    cache = shutil.copytree(tiny[3], odd / "cache")
+    own = {AE: ("--model", "mlp"), LATENT: ("--ae-ckpt", odd / "ae", "--T", 20)}[folder]
+    places = ("--cache-dir", cache, "--outdir", odd / "out", "--logdir", odd / "logs")
+    result = run(folder, "train.py", *own, *tiny, *places, "--epochs", 1)
+    assert result.code == 0, result.text
+    assert "Traceback" not in result.text
+    ckpt = only_run(odd / "out")
+    assert "caf\\udce9" in next((odd / "logs").glob("*.log")).read_text()
+    data = ("--data", "embedded", "--cache-dir", cache)
+    result = run(folder, "infer.py", "--ckpt", ckpt, "--output", odd / "x.png", *(data if folder == AE else ()))
+    assert result.code == 0, result.text
+    assert (odd / "x.png").stat().st_size > 0
+    result = run(".", "-m common.evaluate", "--ckpt", ckpt, "--n", 200, *data, "--json", odd / "scores.json")
+    assert result.code == 0, result.text
+    result = run(folder, "train.py", "--resume", ckpt, "--epochs", 2, *places)
+    assert result.code == 0, result.text
 
 
 # --- flags ---

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import matplotlib.figure
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from helpers import AE, LATENT, PIXEL, call, only_run, run
 from PIL import Image
 
-from common import diffusion
+from common import curves, diffusion, record
 from common.curves import draw_curves
 from common.error_codes import BAD_OUTPUT, USAGE
 from common.images import save_gif, to_bytes
+from common.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +203,23 @@ def test_the_curves_are_called_what_they_are(tmp_path, monkeypatch):
         "validation": [2.0, 1.0],
     }
     assert list(rate.lines[0].get_ydata()) == [3.0, 1.5]
+
+
+@pytest.mark.parametrize("seconds", [0.01, 5.0])
+def test_curves_cost_no_more_than_a_thirtieth_of_the_time(seconds, ae_run, tmp_path, monkeypatch):
+    """By a clock of the test's own: an epoch takes a second, and a drawing is quick or slow."""
+    now, drawn = 0.0, []
+
+    def draw(*_paths):
+        nonlocal now
+        now += seconds
+        drawn.append(now)
+
+    monkeypatch.setattr(record, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(curves, "draw_curves", draw)
+    written = record.Record(Run(ae_run.name, tmp_path, tmp_path, None), pytest.fail)
+    for _ in range(1000):
+        now += 1
+        written._curves(cheaply=True)
+    assert len(drawn) >= now / (seconds + 1) / 40
+    assert (len(drawn) - 1) * seconds <= now / 30  # the first one's cost is not known before
