@@ -6,10 +6,12 @@ presses Ctrl-C, or closes the terminal (SIGHUP). SIGUSR2 is taken too because NC
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _received: int | None = None
@@ -66,3 +68,10 @@ def stop_requested() -> bool:
 def stop_signal() -> str:
     """Name of the signal that asked for the stop, such as "SIGUSR1" ("" if none did)."""
     return signal.Signals(_received).name if _received is not None else ""
+
+
+def report_progress() -> None:
+    """Tell job.sh that this start has trained and saved at least a step: else it would requeue itself for ever."""
+    if path := os.environ.get("DDPM_PROGRESS_FILE"):
+        with suppress(OSError):
+            Path(path).touch()

@@ -1,12 +1,13 @@
 # Sourced by the job.sh scripts. Slurm runs a copy of those from its spool, so they first go to the submission folder.
 #
 #     source ../common/slurm_job.sh
-#     train_and_requeue --epochs=100 --auto-resume "$@"
+#     train_and_requeue --epochs=100 --keep-ckpts=3 --auto-resume "$@"
 #
 # Slurm announces the time limit with SIGUSR1 (--signal=B:USR1@...; SIGUSR2 does too): the trainer saves and stops, and
 # the job puts itself back in the queue. On SIGTERM (scancel, preemption) the trainer saves too, but nothing is requeued
 # from here: a preempted job is requeued by Slurm, a cancelled one by nobody.
 # In a job array the task's number is the digit: sbatch --array=0-9 job.sh.
+# A job whose limit comes three times in a row before it could train a single step gives up (see requeue).
 
 limit="" child="" made=""
 _clean() { [ -z "$made" ] || rm -rf "$made"; }
@@ -26,6 +27,12 @@ if [ -d "$SCRATCH/hf_cache" ]; then # fetched by: python -m common.data --cache-
     cp -r "$SCRATCH/hf_cache/." "$SLURM_TMPDIR/" || exit 1
 fi
 
+job="${SLURM_JOB_ID:-}"
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+idle="$SCRATCH/ddpm-output/.no-progress-$job"                 # a line for each start in a row that trained nothing
+export DDPM_PROGRESS_FILE="$SLURM_TMPDIR/.ddpm-progress-$job" # the trainer makes it when it has saved a step
+rm -f "$DDPM_PROGRESS_FILE"
+
 train_and_requeue() {
     local code=11 # as if stopped at once, if the limit came before the start
     if [ -z "$limit" ]; then
@@ -39,17 +46,35 @@ train_and_requeue() {
         done
     fi
     # 11 is STOPPED_EARLY; 138 and 140 are deaths by SIGUSR1 and SIGUSR2, before Python could install its handlers
-    case "$limit$code" in yes11 | yes138 | yes140) requeue ;; *) return "$code" ;; esac
+    case "$limit$code" in
+    yes11 | yes138 | yes140) requeue ;;
+    *)
+        rm -f "$idle"
+        return "$code"
+        ;;
+    esac
 }
 
 requeue() {
-    local job="${SLURM_JOB_ID:-}"
-    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+    local starts=0 note="time limit: saved; requeueing job $job"
+    if [ -e "$DDPM_PROGRESS_FILE" ]; then
+        rm -f "$idle"
+    elif mkdir -p "${idle%/*}" && date >>"$idle"; then
+        starts=$(($(wc -l <"$idle")))
+        note="warning: TIME LIMIT BEFORE A STEP COULD BE TRAINED, $starts in a row; requeueing job $job"
+    fi
     _clean # requeueing ends this shell without its EXIT trap
+    if [ "$starts" -ge 3 ]; then
+        rm -f "$idle"
+        echo "error: GIVING UP JOB $job: $starts TIMES IN A ROW ITS TIME LIMIT CAME BEFORE A STEP COULD BE TRAINED." \
+            "The signal comes as long before the limit as --signal says, or up to a minute earlier still:" \
+            "submit with a longer --time" >&2
+        exit 11
+    fi
     if command -v scontrol >/dev/null 2>&1; then
-        echo "time limit: saved; requeueing job $job"
+        echo "$note"
         scontrol requeue "$job" && return
     fi
-    echo "error: TIME LIMIT, AND NO WORKING scontrol HERE TO REQUEUE JOB $job: saved; submit the same command again" >&2
+    echo "error: TIME LIMIT, AND NO WORKING scontrol HERE TO REQUEUE JOB $job: submit the same command again" >&2
     exit 11
 }

@@ -16,4 +16,4 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" && [ -e train.py ] || {
 source ../common/slurm_job.sh
 
 train_and_requeue --cache-dir="$SLURM_TMPDIR" --outdir="$SCRATCH/ddpm-output" --data=hub \
-    --epochs=100 --auto-resume --amp "$@"
+    --epochs=100 --keep-ckpts=3 --auto-resume --amp "$@"

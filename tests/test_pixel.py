@@ -109,47 +109,103 @@ def test_wrong_widths(flags):
     assert call(PIXEL, "train.py", *flags, "--base-ch", 12).code == USAGE
 
 
+@pytest.fixture
+def job(tiny, tmp_path):
+    """job(scontrol=…, flags=…) -> job.sh in training, under a stand-in for Slurm."""
+    jobs = []
+
+    def begin(*flags: str, scontrol: bool = True, **env: str) -> subprocess.Popen:
+        binaries = tmp_path / "bin"
+        binaries.mkdir(exist_ok=True)
+        (tmp_path / "scratch").mkdir(exist_ok=True)
+        if scontrol:
+            (binaries / "scontrol").write_text("#!/bin/bash\necho REQUEUED $@\n")
+            (binaries / "scontrol").chmod(0o755)
+        environment = {
+            "HOME": str(tmp_path),
+            "PATH": f"{binaries}:{os.path.dirname(sys.executable)}:/usr/bin:/bin",
+            "VIRTUAL_ENV": os.path.dirname(os.path.dirname(sys.executable)),
+            "SCRATCH": str(tmp_path / "scratch"),
+            "SLURM_JOB_ID": "7",
+            "SLURM_SUBMIT_DIR": str(REPO / PIXEL),
+            "OMP_NUM_THREADS": "1",
+            **env,
+        }
+        command = ["bash", REPO / PIXEL / "job.sh", *map(str, tiny), "--base-ch", "8", "--epochs=500", *flags]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        jobs.append(subprocess.Popen(command, env=environment, cwd="/", **output))
+        return jobs[-1]
+
+    yield begin
+    for started in jobs:
+        started.kill()
+
+
+def until_saved(job, scratch) -> None:
+    """Wait until a job has saved something."""
+    deadline = time.monotonic() + 120
+    while not list(scratch.glob("ddpm-output/checkpoints/ddpm-d3-*/*.pt")):
+        assert time.monotonic() < deadline, job.communicate(timeout=10)[0]
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.2)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
 @pytest.mark.parametrize("scontrol", [True, False])
-def test_the_job_saves_and_requeues(scontrol, tiny, tmp_path):
-    """job.sh under a stand-in for Slurm: the time-limit signal goes to the batch shell alone."""
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    if scontrol:
-        (binaries / "scontrol").write_text("#!/bin/bash\necho REQUEUED $@\n")
-        (binaries / "scontrol").chmod(0o755)
-    (tmp_path / "scratch").mkdir()
-    prefix = os.path.dirname(os.path.dirname(sys.executable))
-    environment = {
-        "HOME": str(tmp_path),
-        "PATH": f"{binaries}:{os.path.dirname(sys.executable)}:/usr/bin:/bin",
-        "VIRTUAL_ENV": prefix,
-        "SCRATCH": str(tmp_path / "scratch"),
-        "SLURM_JOB_ID": "7",
-        "SLURM_SUBMIT_DIR": str(REPO / PIXEL),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = ["bash", REPO / PIXEL / "job.sh", *map(str, tiny), "--base-ch", "8", "--epochs=500"]
-    job = subprocess.Popen(
-        command, env=environment, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("scratch/ddpm-output/checkpoints/ddpm-d3-*/*.pt")):
-            assert time.monotonic() < deadline, job.communicate(timeout=10)[0]
-            assert job.poll() is None, job.communicate()[0]
-            time.sleep(0.2)
-        job.send_signal(signal.SIGUSR1)
-        text, _ = job.communicate(timeout=60)
-    finally:
-        job.kill()
+def test_the_job_saves_and_requeues(scontrol, job, tmp_path):
+    """The time-limit signal goes to the batch shell alone."""
+    begun = job(scontrol=scontrol)
+    until_saved(begun, tmp_path / "scratch")
+    begun.send_signal(signal.SIGUSR1)
+    text, _ = begun.communicate(timeout=60)
     assert "stopped by SIGUSR1" in text, text
     if scontrol:
         assert "REQUEUED requeue 7" in text
-        assert job.returncode == 0
+        assert begun.returncode == 0
     else:
         assert "NO WORKING scontrol" in text
-        assert job.returncode == STOPPED_EARLY
+        assert begun.returncode == STOPPED_EARLY
+    newest = only_run(tmp_path / "scratch" / "ddpm-output")
+    assert len(list(newest.glob("checkpoint_*.pt"))) <= 4  # the newest three and the best
+
+
+SOON = """#!/bin/bash
+if [ "$1" = "$LIMIT_AT" ]; then
+    kill -USR1 $PPID
+    sleep 5
+fi
+exec {python} "$@"
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
+def test_a_job_whose_limit_always_comes_too_soon_gives_up(job, tmp_path):
+    """Three starts without a step end it; a start that trains begins the count anew, and another job has its own.
+
+    A stand-in for Python sends the signal: before there is a trainer (while job.sh looks at Python's version, `-c`),
+    or before the trainer could take it.
+    """
+    texts = []
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(SOON.format(python=sys.executable))
+    (tmp_path / "bin" / "python").chmod(0o755)
+
+    def limited(at: str, number: str = "7"):
+        begun = job(SLURM_JOB_ID=number, LIMIT_AT=at)
+        if not at:
+            until_saved(begun, tmp_path / "scratch")
+            begun.send_signal(signal.SIGUSR1)
+        texts.append(begun.communicate(timeout=60)[0])
+        return begun.returncode, "REQUEUED" in texts[-1]
+
+    assert [limited("-c"), limited("train.py"), limited("-c", "8"), limited("")] == [(0, True)] * 4, texts
+    assert "BEFORE A STEP COULD BE TRAINED, 2 in a row" in texts[1]
+    assert "time limit: saved; requeueing job 7" in texts[3]
+    ends = [limited("train.py"), limited("-c"), limited("train.py")]
+    assert ends == [(0, True), (0, True), (STOPPED_EARLY, False)], texts
+    assert "GIVING UP JOB 7" in texts[-1]
+    assert "submit with a longer --time" in texts[-1]
+    assert [path.name for path in (tmp_path / "scratch" / "ddpm-output").glob(".no*")] == [".no-progress-8"]
 
 
 @pytest.mark.parametrize("folder", [AE, LATENT, PIXEL])
