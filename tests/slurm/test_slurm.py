@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import statistics
+import sys
 from datetime import datetime
 from itertools import pairwise
 
@@ -67,6 +68,24 @@ def test_jobs_go_on_through_time_limits_until_they_are_done(cluster, data, ae_ru
         interrupted = only_run(cluster.scratch / "ddpm-output", f"{prefix}*")
         assert_same_training(interrupted, only_run(tmp_path / folder))
     assert not list(cluster.temporary.glob("tmp.*"))  # every allocation removed its copy of the data
+
+
+def test_a_job_whose_limit_comes_before_a_step_gives_up(cluster, data, tmp_path):
+    """Its --time is below the signal's lead: Slurm signals soon after each start; here the trainer is slow to begin."""
+    (tmp_path / "python").write_text(f'#!/bin/bash\n[ "$1" != train.py ] || sleep 600\nexec {sys.executable} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    before, cluster.env = cluster.env, cluster.env | {"PATH": f"{tmp_path}:{cluster.env['PATH']}"}
+    try:
+        job = cluster.submit(REPO / PIXEL, "--time=00:01:00", "--signal=B:USR1@115", flags=(*data, "--device=cpu"))
+    finally:
+        cluster.env = before
+    cluster.wait_for_end(job, patience=400)
+    text = cluster.log(job)
+    assert [text.count(f"BE TRAINED, {starts} in a row; requeueing job {job}") for starts in (1, 2, 3)] == [1, 1, 0], (
+        text
+    )
+    assert f"GIVING UP JOB {job}: 3 TIMES IN A ROW" in text
+    assert not list(cluster.scratch.glob("ddpm-output/.no-progress-*"))
 
 
 def long_job(cluster, data, *options, seed) -> str:
