@@ -170,7 +170,7 @@ class Session:
         self.log.info(f"{counted(parameters, 'parameter')}, {counted(steps_per_epoch, 'step')} an epoch")
         if self.resumed is not None:
             self._restore(self.resumed)
-        self._began_at = self.global_step
+        self._began_at = self.at.global_step
         self.record.rewind()  # only now: a start that fails before it could train has cut nothing
         setup_component_logger("train", self.run.log_file, self.args.debug)
 
@@ -406,7 +406,7 @@ class Session:
             self.log.error(f"cannot save a checkpoint ({error}); earlier ones are whole, training goes on")
             return
         self._unsaved, self._saved_path = False, path
-        if self.global_step > self._began_at:
+        if self.at.global_step > self._began_at:
             slurm.report_progress()
         if self.run.lock_again():
             self.log.warning(f"{self.run.checkpoints} was deleted and is made again, with this checkpoint in it")
