@@ -62,11 +62,18 @@ class HF_MNIST:
         labels = self.labels[index]
         return images, labels if labels.ndim else int(labels)
 
+    def _with(self, images: torch.Tensor, labels: torch.Tensor) -> HF_MNIST:
+        other = object.__new__(type(self))
+        other.images, other.labels, other.source = images, labels, self.source
+        return other
+
     def subset(self, indices: torch.Tensor) -> HF_MNIST:
         """The digits at `indices`, as a data set of the same kind."""
-        part = object.__new__(type(self))
-        part.images, part.labels, part.source = self.images[indices], self.labels[indices], self.source
-        return part
+        return self._with(self.images[indices], self.labels[indices])
+
+    def to(self, device: torch.device | str) -> HF_MNIST:
+        """The same digits on `device` (42 MB at most), where batches are then gathered and made floats."""
+        return self._with(self.images.to(device), self.labels.to(device))
 
 
 def split_train_val(dataset: Any, seed: int, fraction: float = VALIDATION_FRACTION) -> tuple[Any, Any]:
@@ -86,11 +93,14 @@ def split_train_val(dataset: Any, seed: int, fraction: float = VALIDATION_FRACTI
 class EpochBatches:
     """A sampler that yields one index tensor per batch; the order is a function of (seed, epoch).
 
-    Set `epoch`, and `start` to begin within it: that is all an exact mid-epoch resume takes.
+    Set `epoch`, and `start` to begin within it: that is all an exact mid-epoch resume takes. The indices are drawn on
+    the CPU, whatever `device` they are wanted on.
     """
 
-    def __init__(self, size: int, batch_size: int, *, shuffle: bool, seed: int) -> None:
-        self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed
+    def __init__(
+        self, size: int, batch_size: int, *, shuffle: bool, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.size, self.batch_size, self.shuffle, self.seed, self.device = size, batch_size, shuffle, seed, device
         self.epoch, self.start = 1, 0
 
     def __len__(self) -> int:
@@ -103,22 +113,28 @@ class EpochBatches:
             order = torch.randperm(self.size, generator=generator(self.seed, "order", self.epoch))
         else:
             order = torch.arange(self.size)
-        rest = order[self.start * self.batch_size :]
+        rest = order[self.start * self.batch_size :].to(self.device)  # one copy an epoch
         yield from rest.split(self.batch_size) if len(rest) else ()  # split makes one empty part of nothing
 
 
 def make_mnist_loader(
-    dataset: Any, batch_size: int, *, shuffle: bool = True, seed: int = 42, num_workers: int = 0
+    dataset: Any,
+    batch_size: int,
+    *,
+    shuffle: bool = True,
+    seed: int = 42,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
 ) -> DataLoader:
     """A DataLoader over whole batches, in an order that is a function of (seed, epoch): see `EpochBatches`.
 
-    Serves any data set that can be indexed with a tensor. `num_workers` is honoured, but for data in memory 0 is
-    fastest.
+    Serves any data set that can be indexed with a tensor; `device` is where its own tensors lie, and so its batches.
+    `num_workers` is honoured (for data on the CPU), but for data in memory 0 is fastest.
     """
     import torch
     from torch.utils.data import DataLoader
 
-    sampler = EpochBatches(len(dataset), batch_size, shuffle=shuffle, seed=seed)
+    sampler = EpochBatches(len(dataset), batch_size, shuffle=shuffle, seed=seed, device=device)
     return DataLoader(
         dataset,
         batch_size=None,  # the sampler's "index" is a whole batch of them

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from common.args import SAMPLERS
+from common.device import move
 from common.rng import generator
 
 PART = 256  # rows that go through a net at once when drawing; more are slower on a CPU
@@ -40,7 +41,7 @@ def precompute_schedules(
     alpha = 1 - beta
     alpha_bar = alpha.cumprod(0)
     exact = (beta, alpha, alpha_bar, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
-    return Schedules(*(values.to(device, torch.float32) for values in exact))
+    return Schedules(*(values.float().to(device) for values in exact))
 
 
 def _rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -63,7 +64,7 @@ def timestep_distribution(schedules: Schedules, mean: float = -0.5, deviation: f
     That spends training where images take shape (Karras et al. 2022, section 5, whose P_mean, in units of the data's
     deviation, and P_std the defaults are) instead of on timesteps that are all noise: half of a linear schedule's.
     """
-    alpha_bar = (1 - schedules.beta.double().cpu()).cumprod(0)
+    alpha_bar = (1 - schedules.beta.cpu().double()).cumprod(0)
     log_ratio = ((1 - alpha_bar) / alpha_bar).log() / 2  # (T,), grows with t
     edges = torch.cat([log_ratio[:1], (log_ratio[1:] + log_ratio[:-1]) / 2, log_ratio[-1:]])  # (T + 1,)
     share = torch.special.ndtr((edges - mean) / deviation).diff() + 1e-9  # (T,); no timestep is never seen
@@ -102,9 +103,9 @@ def epsilon_loss(
     row's label becomes `net.null_label`, so that the net also learns to draw without one (Ho & Salimans 2022,
     algorithm 1). All draws come from `rng`, on the CPU.
     """
-    t = draw_timesteps(len(x0), timesteps, rng).to(x0.device)  # (B,)
-    epsilon = torch.randn(x0.shape, generator=rng).to(x0.device)  # (B, ...)
-    dropped = (torch.rand(len(x0), generator=rng) < label_dropout).to(x0.device)  # (B,)
+    t = move(draw_timesteps(len(x0), timesteps, rng), x0.device)  # (B,)
+    epsilon = move(torch.randn(x0.shape, generator=rng), x0.device)  # (B, ...)
+    dropped = move(torch.rand(len(x0), generator=rng) < label_dropout, x0.device)  # (B,)
     labels = labels.masked_fill(dropped, net.null_label)  # (B,)
     return mse_loss(net(q_sample(x0, t, epsilon, schedules), t, labels), epsilon)
 
@@ -131,7 +132,7 @@ def reverse_steps(schedules: Schedules, steps: int | None = None, sampler: str =
         raise ValueError(f"steps must be from 1 to T = {T}, not {steps}")
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
-    alpha_bar = (1 - schedules.beta.double().cpu()).cumprod(0)  # float64: 1 - alpha_bar cancels badly in float32
+    alpha_bar = (1 - schedules.beta.cpu().double()).cumprod(0)  # float64: 1 - alpha_bar cancels badly in float32
     visited = (
         torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long() if steps > 1 else torch.tensor([T - 1])
     )
@@ -148,7 +149,8 @@ def noise_source(
     seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
 ) -> Callable[[int], torch.Tensor]:
     """z(i): the standard normal noise of reverse step i (0 is x_T itself), a function of (seed, i) on every device."""
-    return lambda index: torch.randn(shape, generator=generator(seed, "sample", index)).to(device)
+    where = torch.device(device)
+    return lambda index: move(torch.randn(shape, generator=generator(seed, "sample", index)), where)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ NON_FINITE_LOSS = 10
 STOPPED_EARLY = 11
 SAVE_FAILED = 12
 RUN_LOCKED = 13
+OUT_OF_MEMORY = 14
 INTERRUPTED = 130  # what shells use for a second Ctrl-C
 
 

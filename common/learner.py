@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,41 @@ def ema_decay(updates: int, ceiling: float) -> float:
     return min(ceiling, (1 + updates) / (10 + updates))
 
 
-def _ema_update(ceiling: float) -> Callable:
-    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], updates: torch.Tensor | int) -> None:
+class Average:
+    """The running average of a network's weights, for `ema_decay`'s decay; buffers are copied.
+
+    The state is that of `torch.optim.swa_utils.AveragedModel`, but its counter stays on the host: asked each step, a
+    device would have to finish its work first.
+    """
+
+    def __init__(self, net: nn.Module, ceiling: float) -> None:
+        self.net, self.ceiling, self.updates = copy.deepcopy(net), ceiling, 0
+
+    def update(self, net: nn.Module) -> None:
+        """Move towards the weights of `net`; the first time, take them."""
         import torch
 
-        torch._foreach_lerp_(averaged, current, 1 - ema_decay(int(updates), ceiling))
+        averaged, current = list(self.net.parameters()), list(net.parameters())
+        with torch.no_grad():
+            if self.updates:
+                torch._foreach_lerp_(averaged, current, 1 - ema_decay(self.updates, self.ceiling))
+            else:
+                torch._foreach_copy_(averaged, current)
+            for mine, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
+                mine.copy_(theirs)
+        self.updates += 1
 
-    return update
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        import torch
+
+        weights = {f"module.{name}": value for name, value in self.net.state_dict().items()}
+        return {"n_averaged": torch.tensor(self.updates)} | weights
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Mirror of `state_dict`. Raises RuntimeError or KeyError if the weights do not fit."""
+        weights = {name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"}
+        self.net.load_state_dict(weights)
+        self.updates = int(state["n_averaged"])
 
 
 class Learner:
@@ -58,11 +87,10 @@ class Learner:
         weight_decay: float = 0.01,
     ) -> None:
         import torch
-        from torch.optim.swa_utils import AveragedModel
 
         self.device, self.lr_at, self.grad_clip, self.amp = device, lr_at, grad_clip, amp
         self.net = net.to(device)
-        self.ema = AveragedModel(self.net, multi_avg_fn=_ema_update(ema)) if ema is not None else None
+        self.ema = Average(self.net, ema) if ema is not None else None
         self.parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=weight_decay, fused=fused)
@@ -71,7 +99,7 @@ class Learner:
     @property
     def averaged_net(self) -> nn.Module:
         """The weights to draw and to validate with: the EMA's, where there is one."""
-        return self.ema.module if self.ema is not None else self.net
+        return self.ema.net if self.ema is not None else self.net
 
     def autocast(self) -> Any:
         """The context for forward passes."""
@@ -92,17 +120,20 @@ class Learner:
         if self.grad_clip:
             self.scaler.unscale_(self.optimizer)
             norm = get_total_norm([weight.grad for weight in self.parameters if weight.grad is not None])
-            if norm > self.grad_clip:  # else the gradients would be read and written once more for nothing
+            # on the CPU, small gradients need not be read and written once more; elsewhere a look at the norm costs more
+            if self.device.type != "cpu" or norm > self.grad_clip:
                 clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
-            self.ema.update_parameters(self.net)
+            self.ema.update(self.net)
         return lr
 
     def is_finite(self) -> bool:
         """Are all weights finite? (A loss can still be finite when the update behind it was not.)"""
-        return all(bool(parameter.isfinite().all()) for parameter in self.parameters)
+        import torch
+
+        return bool(torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all())
 
     def state_dict(self) -> dict[str, Any]:
         """The checkpoint's `model`, `ema`, `optimizer` and `scaler`."""
@@ -114,10 +145,14 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Mirror of `state_dict`. Raises RuntimeError or ValueError if the weights do not fit."""
+        """Mirror of `state_dict`. Raises RuntimeError or ValueError if the weights do not fit.
+
+        The optimizer's options stay today's: those of the device that the state was saved on need not suit this one.
+        """
         self.net.load_state_dict(state["model"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        options = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": options})
         if self.amp and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import DataLoader
 
-STEP_SCALARS_EVERY = 50  # steps between TensorBoard points of the running loss
+LOOK_EVERY = 50  # steps between looks at the loss on devices that should not wait for it; and TensorBoard's points
 WRONG_INPUT = (MODEL_MISMATCH, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA)  # found out only when a run was begun
 
 
@@ -120,6 +120,7 @@ class Session:
         self.resumed = run.state
         device.seed_everything(args.seed)
         self.at = TrainState()
+        self._losses: list[tuple[torch.Tensor, int, int]] = []  # (loss, rows, step) not yet looked at
         self._unsaved, self._saved_at, self._saved_path = False, time.monotonic(), run.source
         self._pace, self._last_step = threads.Pace(), 0.0  # seconds
         self.extras: dict[str, Any] = {}  # what the recipe wants in its checkpoints beside the session's own keys
@@ -147,6 +148,23 @@ class Session:
     def rng(self, *purpose: str | int) -> torch.Generator:
         """A CPU generator that is a function of the run's seed and `purpose` alone."""
         return generator(self.args.seed, *purpose)
+
+    @property
+    def workers(self) -> int:
+        """DataLoader workers. Only a typed --num-workers starts any: for digits in memory they only cost."""
+        return self.args.num_workers if self.args.origin["num_workers"] == "flag" else 0
+
+    @property
+    def data_device(self) -> torch.device | str:
+        """Where the digits are to lie: on the device, but on the CPU where workers gather the batches."""
+        return "cpu" if self.workers else self.device
+
+    def loader(self, dataset: Any, batch_size: int, *, shuffle: bool = True) -> DataLoader:
+        """Batches of a data set on `data_device`: the training set's in random order, by the workers if there are any."""
+        from common.data import make_mnist_loader
+
+        how = {"seed": self.args.seed, "num_workers": self.workers if shuffle else 0, "device": self.data_device}
+        return make_mnist_loader(dataset, batch_size, shuffle=shuffle, **how)
 
     def attach(self, net: nn.Module, *, steps_per_epoch: int, warmup: int = 0, **options: Any) -> None:
         """Take charge of the network (options: see `Learner`), and restore everything if this run resumes."""
@@ -230,10 +248,15 @@ class Session:
                 self.poll()
 
     def _mean_loss(self) -> str:
+        self._look_at_losses()
         return f", mean loss so far {self.at.train_loss:.6f}"
 
     def step(self, loss_of: LossFn, batch: Any) -> None:
-        """Learn one batch. Raises Exit(NON_FINITE_LOSS) before a bad loss could reach the weights."""
+        """Learn one batch. Raises Exit(NON_FINITE_LOSS) before a bad loss could reach a checkpoint.
+
+        On the CPU it does so at once, before the weights change. To ask another device for the loss would make the host
+        wait for it: there the losses of many steps are looked at together, and before every save.
+        """
         import torch
 
         if self.args.threads == AUTO:
@@ -244,24 +267,35 @@ class Session:
         reseed(derive_seed(self.args.seed, "step", self.at.global_step))  # for layers that draw, e.g. dropout
         with self.learner.autocast():
             loss = loss_of(self.net, batch, self.rng("train", self.at.global_step))
-        value = loss.item()
-        if not math.isfinite(value):
-            raise Exit(
-                NON_FINITE_LOSS,
-                f"the loss became {value} in epoch {self.epoch}, step {self.at.global_step}; nothing of it was saved. "
-                f"Resume from the last checkpoint in {self.run.checkpoints} with a smaller --lr",
-            )
+        self._losses.append((loss.detach(), _rows(batch), self.at.global_step))
+        if self.device.type == "cpu":
+            self._look_at_losses()
         lr = self.learner.step(loss, self.at.global_step)
-        if (
-            self.at.batch and self.at.global_step % STEP_SCALARS_EVERY == 0
-        ):  # at the step's own index: below any purge_step
-            self.record.scalars({"loss/step": value, "lr": lr}, self.at.global_step)
-        rows = _rows(batch)
-        self.at.loss_sum += value * rows
-        self.at.loss_rows += rows
+        if self.at.global_step % LOOK_EVERY == 0:
+            self._look_at_losses()
+            if self.at.batch:  # at the step's own index: below any purge_step
+                self.record.scalars({"loss/step": self._last_loss, "lr": lr}, self.at.global_step)
         self.at.global_step += 1
         self.at.batch += 1
         self._unsaved = True
+
+    def _look_at_losses(self) -> None:
+        """Bring the losses since the last look to the host, all at once, and add them up.
+
+        Raises Exit(NON_FINITE_LOSS) if one is NaN or infinite.
+        """
+        losses, self._losses = self._losses, []
+        values = _to_host([loss for loss, _, _ in losses])
+        for value, (_, rows, step) in zip(values, losses, strict=True):
+            if not math.isfinite(value):
+                raise Exit(
+                    NON_FINITE_LOSS,
+                    f"the loss became {value} in epoch {self.epoch}, step {step}; nothing of it was saved. "
+                    f"Resume from the last checkpoint in {self.run.checkpoints} with a smaller --lr",
+                )
+            self.at.loss_sum += value * rows
+            self.at.loss_rows += rows
+            self._last_loss = value
 
     def _real_step(self, loss_of: LossFn, batch: Any) -> Callable[[], None]:
         """A function that learns the batch as `step` does, but changes copies of the weights and all that is theirs."""
@@ -302,17 +336,18 @@ class Session:
         """
         import torch
 
-        net, total, rows = self.averaged_net, 0.0, 0
+        net, losses, sizes, total = self.averaged_net, [], [], 0.0
         net.eval()
         with torch.no_grad(), self.learner.autocast():
             for index, batch in enumerate(loader):
                 self.poll()
-                loss = loss_of(net, _to(batch, self.device), self.rng("validation", index))
-                total += loss.item() * _rows(batch)
-                rows += _rows(batch)
+                losses.append(loss_of(net, _to(batch, self.device), self.rng("validation", index)))
+                sizes.append(_rows(batch))
+        for loss, rows in zip(_to_host(losses), sizes, strict=True):
+            total += loss * rows
         if not math.isfinite(total):
             raise Exit(NON_FINITE_LOSS, f"the validation loss became {total} in epoch {self.epoch}; not saved")
-        return total / rows
+        return total / sum(sizes)
 
     def poll(self, *_: Any) -> None:
         """A safe point: save if --ckpt-every-sec has passed, and leave if a signal asked for it.
@@ -344,6 +379,7 @@ class Session:
         preview() returns images (N, C, H, W) in [0, 1]; it is called with --generate-images. scalars: more figures
         for TensorBoard, metrics.jsonl and the checkpoint's `scores`.
         """
+        self._look_at_losses()
         pictures = preview() if preview is not None and self.args.generate_images else None
         if pictures is not None:
             self.record.images(pictures, self.epoch, self.at.global_step)
@@ -386,7 +422,11 @@ class Session:
         }
 
     def _save(self, final: bool = False) -> None:
-        """Save; a failure is logged and retried at the next occasion, or ends the run if this is the `final` one."""
+        """Save; a failure is logged and retried at the next occasion, or ends the run if this is the `final` one.
+
+        Raises Exit(NON_FINITE_LOSS) if a loss or a weight is NaN or infinite.
+        """
+        self._look_at_losses()
         if not self.learner.is_finite():
             message = (
                 f"the weights became NaN or infinite in epoch {self.epoch}; not saved, earlier checkpoints are whole"
@@ -419,7 +459,14 @@ def _now() -> str:
 
 
 def _to(batch: Any, where: torch.device) -> Any:
-    return [tensor.to(where, non_blocking=True) for tensor in batch]
+    return [device.move(tensor, where) for tensor in batch]
+
+
+def _to_host(losses: list[torch.Tensor]) -> list[float]:
+    """The numbers in scalar tensors, in a single transfer."""
+    import torch
+
+    return torch.stack(losses).tolist() if losses else []
 
 
 def _rows(batch: Any) -> int:

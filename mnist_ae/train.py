@@ -6,7 +6,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.args import AUTO, Args, Parser, add_training_arguments, number
-from common.data import HF_MNIST, make_mnist_loader, split_train_val
+from common.data import HF_MNIST, split_train_val
+from common.device import move
 from common.error_codes import NO_MODEL_SPECIFIED, Exit, run_main
 from common.evaluate import epoch_scorer
 from common.images import over
@@ -58,10 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         # Data
         digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
         args.derive(data=digits.source)
-        train_set, val_set = split_train_val(digits, args.seed)
-        workers = args.num_workers if args.given("num_workers") else 0
-        train = make_mnist_loader(train_set, args.batch_size, seed=args.seed, num_workers=workers)
-        val = make_mnist_loader(val_set, 1000, shuffle=False)
+        train_set, val_set = (part.to(session.data_device) for part in split_train_val(digits, args.seed))
+        train, val = session.loader(train_set, args.batch_size), session.loader(val_set, 1000, shuffle=False)
 
         # Model
         session.attach(
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             """
             images, _ = batch
             z = net.encode(images)  # (B, D)
-            noise = torch.randn(z.shape, generator=rng).to(z.device)
+            noise = move(torch.randn(z.shape, generator=rng), z.device)
             rebuilt = net.decode(z + LATENT_NOISE * noise)  # (B, 1, 28, 28)
             error = mse_loss(rebuilt, images) + ABSOLUTE * l1_loss(rebuilt, images)
             return error + LATENT_PULL * z.square().mean()
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             images, _ = batch
             return mse_loss(net(images), images)
 
-        some, some_labels = val_set[torch.arange(min(SOME, len(val_set)))]
+        some, some_labels = val_set[:SOME]
         some = some.to(session.device)
 
         @torch.no_grad()
@@ -94,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
 
         @torch.no_grad()
         def reconstructed():
-            return session.averaged_net(some).cpu(), some_labels
+            return session.averaged_net(some).cpu(), some_labels.cpu()
 
         scored_epoch = epoch_scorer(session, {"": reconstructed})
 

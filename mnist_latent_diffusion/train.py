@@ -42,13 +42,14 @@ def experiment_name(args: Args) -> str:
     )
 
 
-def encode(autoencoder, digits, args, device):
-    """All digits as latents: a data set of (z (D,) float32, label) on `device`."""
+def encode(autoencoder, digits, device):
+    """All digits as latents: (z (N, D) float32, labels (N,)) on `device`."""
     import torch
 
+    digits = digits.to(device)
+    batches = make_mnist_loader(digits, 1000, shuffle=False, device=device)
     with torch.no_grad():
-        z = [autoencoder.encode(images.to(device)) for images, _ in make_mnist_loader(digits, 1000, shuffle=False)]
-    return torch.utils.data.TensorDataset(torch.cat(z), digits.labels.to(device))
+        return torch.cat([autoencoder.encode(images) for images, _ in batches]), digits.labels
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     finding = {"identify": read_named_autoencoder, "settle": choose_autoencoder}
     with open_session(args, experiment_name, models=("lddpm",), **finding) as session:
         import torch
+        from torch.utils.data import TensorDataset
 
         from common.diffusion import epsilon_loss, timestep_distribution
 
@@ -71,13 +73,12 @@ def main(argv: list[str] | None = None) -> None:
         digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
         args.derive(data=digits.source)
         train_set, val_set = (
-            encode(autoencoder, part, args, session.device) for part in split_train_val(digits, args.seed)
+            TensorDataset(*(tensor.to(session.data_device) for tensor in encode(autoencoder, part, session.device)))
+            for part in split_train_val(digits, args.seed)
         )
         z = train_set.tensors[0]
         std, mean = torch.std_mean(z, dim=0)  # (D,), (D,)
-        workers = args.num_workers if args.given("num_workers") and session.device.type == "cpu" else 0
-        train = make_mnist_loader(train_set, args.batch_size, seed=args.seed, num_workers=workers)
-        val = make_mnist_loader(val_set, 1000, shuffle=False)
+        train, val = session.loader(train_set, args.batch_size), session.loader(val_set, 1000, shuffle=False)
 
         latent_statistics = {"latent/mean": mean.mean().item(), "latent/std": std.mean().item()}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.args import Args, Parser, add_diffusion_arguments, add_training_arguments, check_betas, number
-from common.data import HF_MNIST, make_mnist_loader, split_train_val
+from common.data import HF_MNIST, split_train_val
 from common.drawing import preview_and_scored
 from common.error_codes import run_main
 from common.evaluate import epoch_scorer
@@ -47,10 +47,8 @@ def main(argv: list[str] | None = None) -> None:
         # Data
         digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
         args.derive(data=digits.source)
-        train_set, val_set = split_train_val(digits, args.seed)
-        workers = args.num_workers if args.given("num_workers") else 0
-        train = make_mnist_loader(train_set, args.batch_size, seed=args.seed, num_workers=workers)
-        val = make_mnist_loader(val_set, args.batch_size, shuffle=False)
+        train_set, val_set = (part.to(session.data_device) for part in split_train_val(digits, args.seed))
+        train, val = (session.loader(part, args.batch_size, shuffle=part is train_set) for part in (train_set, val_set))
 
         # Model
         schedules = model.precompute_schedules(args.T, args.beta_start, args.beta_end, session.device)
