@@ -155,14 +155,18 @@ class Parser(argparse.ArgumentParser):
         self.kinds: dict[str, str] = {}
         self._declared: list[argparse.Action] = []
         self._environment: set[str] = set()
+        self._wrong: dict[str, str] = {}  # by flag, what is wrong with its variable
         self._by_kind: dict[str, argparse._ArgumentGroup] = {}
 
     def flag(self, kind: str, *names: str, env: str = "", **options: Any) -> None:
         """Declare a flag of the given kind. If the variable `env` is set and not empty, it is the default."""
         if kind not in self._by_kind:
             self._by_kind[kind] = self.add_argument_group(_KINDS[kind])
-        if os.environ.get(env):
-            options["default"] = os.environ[env]
+        if text := os.environ.get(env):
+            try:
+                options["default"] = options.get("type", str)(text)
+            except argparse.ArgumentTypeError as error:
+                self._wrong[names[0].removeprefix("--").replace("-", "_")] = f"${env}: {error}"
         action = self._by_kind[kind].add_argument(*names, **options)
         self._declared.append(action)
         self.kinds[action.dest] = kind
@@ -178,6 +182,9 @@ class Parser(argparse.ArgumentParser):
         for action in self._declared:  # a second look sees only what was typed
             action.default = argparse.SUPPRESS
         typed = vars(self.parse_args(argv))
+        for name, complaint in self._wrong.items():
+            if name not in typed:
+                self.error(complaint)
         for name in self.kinds:
             is_env = name in self._environment
             args.origin[name] = "flag" if name in typed else "environment" if is_env else "default"
@@ -269,7 +276,7 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
         type=number(int, 0),
         default=workers,
         help=f"DataLoader workers (default: $SLURM_CPUS_PER_TASK, else {workers}); the digits lie in memory, where "
-        "workers only cost, so they start only if this flag or that variable is set",
+        "workers only cost, so none start unless this flag is typed",
     )
     parser.flag(place, "--resume", metavar="PATH", help="resume from this checkpoint, or from a run's newest")
     parser.flag(

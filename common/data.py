@@ -94,11 +94,11 @@ class EpochBatches:
     """A sampler that yields one index tensor per batch; the order is a function of (seed, epoch).
 
     Set `epoch`, and `start` to begin within it: that is all an exact mid-epoch resume takes. The indices are drawn on
-    the CPU, whatever `device` they are wanted on.
+    the CPU, whatever `device` they are wanted on; lists instead of tensors, if that is None.
     """
 
     def __init__(
-        self, size: int, batch_size: int, *, shuffle: bool, seed: int, device: torch.device | str = "cpu"
+        self, size: int, batch_size: int, *, shuffle: bool, seed: int, device: torch.device | str | None = "cpu"
     ) -> None:
         self.size, self.batch_size, self.shuffle, self.seed, self.device = size, batch_size, shuffle, seed, device
         self.epoch, self.start = 1, 0
@@ -106,15 +106,16 @@ class EpochBatches:
     def __len__(self) -> int:
         return -(-self.size // self.batch_size) - self.start
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[torch.Tensor | list[int]]:
         import torch
 
         if self.shuffle:
             order = torch.randperm(self.size, generator=generator(self.seed, "order", self.epoch))
         else:
             order = torch.arange(self.size)
-        rest = order[self.start * self.batch_size :].to(self.device)  # one copy an epoch
-        yield from rest.split(self.batch_size) if len(rest) else ()  # split makes one empty part of nothing
+        rest = order[self.start * self.batch_size :].to(self.device or "cpu")  # one copy an epoch
+        parts = rest.split(self.batch_size) if len(rest) else ()  # split makes one empty part of nothing
+        yield from parts if self.device else map(torch.Tensor.tolist, parts)
 
 
 def make_mnist_loader(
@@ -134,17 +135,27 @@ def make_mnist_loader(
     import torch
     from torch.utils.data import DataLoader
 
-    sampler = EpochBatches(len(dataset), batch_size, shuffle=shuffle, seed=seed, device=device)
+    told = None if num_workers else device  # tensors would reach the workers through shared memory, and might not
+    sampler = EpochBatches(len(dataset), batch_size, shuffle=shuffle, seed=seed, device=told)
     return DataLoader(
         dataset,
         batch_size=None,  # the sampler's "index" is a whole batch of them
         sampler=sampler,
         num_workers=num_workers,
+        collate_fn=_into_shared_memory if num_workers else None,
         worker_init_fn=seed_worker,
         persistent_workers=False,
         pin_memory=False,
         generator=torch.Generator().manual_seed(derive_seed(seed, "workers")),
     )
+
+
+def _into_shared_memory(batch: Any) -> list[torch.Tensor]:
+    """Runs in a worker, where a lack of room in shared memory (/dev/shm) raises and is reported to the parent.
+
+    Left to the thread that sends the batch, it would only lose the batch, and the parent would wait for it for ever.
+    """
+    return [tensor.share_memory_() for tensor in batch]
 
 
 # --- where the digits come from ---------------------------------------------------------------------------------------

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.error_codes import BAD_OUTPUT, NO_DEVICE, Exit
+from common.error_codes import BAD_OUTPUT, NO_DEVICE, OUT_OF_MEMORY, Exit
 from common.slurm import STOP_SIGNALS
 
 if TYPE_CHECKING:
     import torch
 
+SHARED_MEMORY = "/dev/shm"
+_NO_ROOM = "--num-workers: workers pass batches through /dev/shm, and {}; drop the flag, or make more room there"
 OUTPUT_FOLDERS = ("checkpoints", "samples", "runs", "logs")
 
 
@@ -41,6 +46,36 @@ def get_device(name: str | None = None) -> torch.device:
     return device
 
 
+def check_shared_memory(workers: int) -> None:
+    """Raises Exit(OUT_OF_MEMORY) where there is no room even for the queues of so many DataLoader workers.
+
+    Too little room for batches is found out by the first worker that has one to pass: see `memory_in_one_line`.
+    """
+    try:
+        disk = shutil.disk_usage(SHARED_MEMORY)
+    except OSError:  # macOS has no such folder
+        return
+    if workers and disk.total and disk.free < 2**15 * (workers + 2):  # a total of 0: no limit
+        raise Exit(OUT_OF_MEMORY, _NO_ROOM.format(f"only {disk.free // 1024} kB are free"))
+
+
+@contextmanager
+def memory_in_one_line(advice: str) -> Iterator[None]:
+    """Running out of memory within becomes Exit(OUT_OF_MEMORY): the device's and the computer's with `advice`.
+
+    So does a DataLoader's worker that finds no room in shared memory for its batch, or that dies of it.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if "shared memory" in text or "DataLoader worker (pid" in text:
+            raise Exit(OUT_OF_MEMORY, _NO_ROOM.format("too little of it is left, or a worker was killed")) from None
+        if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text.lower():
+            raise Exit(OUT_OF_MEMORY, f"out of memory: {advice}") from None
+        raise
+
+
 def move(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
     """`tensor` on the device `where`: to CUDA by way of pinned memory, so that nobody waits for the copy.
 
@@ -52,7 +87,7 @@ def move(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
 
 
 def seed_everything(seed: int = 42) -> None:
-    """Seed torch (all devices), numpy and random, and keep cuDNN to kernels that repeat exactly. seed: in [0, 2**32)."""
+    """Seed torch (all devices), numpy and random, in [0, 2**32), and keep cuDNN to kernels that repeat exactly."""
     import numpy
     import torch
 

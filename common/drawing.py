@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from common import emoji, threads
 from common.args import DEFAULT_GUIDANCE, Args, Parser, add_sampling_arguments, check_sampling, number, wanted_labels
 from common.ckpt import atomic_write
-from common.device import get_device
+from common.device import get_device, memory_in_one_line
 from common.error_codes import BAD_OUTPUT, USAGE, Exit
 from common.images import check_output, make_image_grid, one_line, save_gif, save_output, to_bytes
 from common.progress import counted, progress
@@ -71,17 +71,18 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
     moments = _moments(args, args.steps or state["args"]["T"]) if args.show_process else []
     frames: dict[int, Any] = dict.fromkeys(moments)
     started = time.perf_counter()
-    images = draw_with_progress(
-        draw,
-        state,
-        labels=labels,
-        count=args.num_images,
-        guidance=args.guidance,
-        seed=args.seed,
-        sampler=args.sampler,
-        steps=args.steps,
-        frames=frames,
-    )
+    with memory_in_one_line(f"draw fewer than --num-images {args.num_images} at a time"):
+        images = draw_with_progress(
+            draw,
+            state,
+            labels=labels,
+            count=args.num_images,
+            guidance=args.guidance,
+            seed=args.seed,
+            sampler=args.sampler,
+            steps=args.steps,
+            frames=frames,
+        )
     seconds = time.perf_counter() - started
     origin = f"{state['exp_name']}, epoch {state['epoch']}"
     save_output(images, output)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import ckpt, emoji, threads
 from common.args import Parser, add_data_arguments, add_sampling_arguments, check_sampling, number, wanted_labels
-from common.device import get_device
+from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, Exit, run_main
 from common.images import check_output
@@ -221,10 +221,11 @@ def main(argv: list[str] | None = None) -> None:
     real, classifier, accuracy = _judges(
         args, args.digit or ([] if only is None else [only]), lambda text: print(f"{emoji.info} {text}")
     )
-    if model.startswith("ae-"):
-        images, labels, seconds = _reconstruct((path, trained), real, args.n, device)
-    else:
-        images, labels, seconds = _draw(args, draw, trained)
+    with memory_in_one_line(f"draw fewer than --n {args.n} images"):
+        if model.startswith("ae-"):
+            images, labels, seconds = _reconstruct((path, trained), real, args.n, device)
+        else:
+            images, labels, seconds = _draw(args, draw, trained)
     if not images.isfinite().all():
         raise Exit(BAD_CHECKPOINT, f"{path} gives images that are not finite; choose an earlier checkpoint")
     wanted = labels or (None if only is None else [only] * len(images))

@@ -120,7 +120,7 @@ class Learner:
         if self.grad_clip:
             self.scaler.unscale_(self.optimizer)
             norm = get_total_norm([weight.grad for weight in self.parameters if weight.grad is not None])
-            # on the CPU, small gradients need not be read and written once more; elsewhere a look at the norm costs more
+            # a look at the norm spares the CPU a pass over small gradients; another device would be waited for
             if self.device.type != "cpu" or norm > self.grad_clip:
                 clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         self.scaler.step(self.optimizer)

@@ -79,7 +79,8 @@ def open_session(
             record = Record(run, log.warning)
             log = setup_component_logger("train", run.log_file, args.debug)
             console.tell(log.warning)
-            yield Session(args, run, record, where, log)
+            with device.memory_in_one_line(f"choose a smaller --batch-size than {args.batch_size}"):
+                yield Session(args, run, record, where, log)
         except Exit as end:
             (log.error if end.code not in (OK, STOPPED_EARLY) else log.info)(str(end))
             if run is not None and end.code in WRONG_INPUT:
@@ -160,7 +161,7 @@ class Session:
         return "cpu" if self.workers else self.device
 
     def loader(self, dataset: Any, batch_size: int, *, shuffle: bool = True) -> DataLoader:
-        """Batches of a data set on `data_device`: the training set's in random order, by the workers if there are any."""
+        """Batches of a data set on `data_device`: in random order, by the workers if there are any; or in its own."""
         from common.data import make_mnist_loader
 
         how = {"seed": self.args.seed, "num_workers": self.workers if shuffle else 0, "device": self.data_device}
@@ -235,17 +236,22 @@ class Session:
             threads.use(self.args.threads, self.log.warning)
         started = time.monotonic()
         before = self.at.seconds
+        device.check_shared_memory(loader.num_workers)
         with slurm.signals_held():  # DataLoader workers start here
             batches = iter(loader)
         title = f"epoch {self.epoch}/{self.args.epochs}"
         done = self.steps_per_epoch - len(loader.sampler)
-        with progress(title, self.steps_per_epoch, "batch", self.log.info, done=done, more=self._mean_loss) as tick:
-            for batch in batches:
-                yield _to(batch, self.device)
-                self._last_step = before + time.monotonic() - started - self.at.seconds
-                self.at.seconds += self._last_step
-                tick()
-                self.poll()
+        try:
+            with progress(title, self.steps_per_epoch, "batch", self.log.info, done=done, more=self._mean_loss) as tick:
+                for batch in batches:
+                    yield _to(batch, self.device)
+                    self._last_step = before + time.monotonic() - started - self.at.seconds
+                    self.at.seconds += self._last_step
+                    tick()
+                    self.poll()
+        finally:
+            if loader.num_workers:  # an error's traceback would keep them, and Python wait for them when it ends
+                batches._shutdown_workers()
 
     def _mean_loss(self) -> str:
         self._look_at_losses()

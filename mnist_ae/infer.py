@@ -9,7 +9,7 @@ from common import emoji, threads
 from common.args import Parser, add_data_arguments, add_device_argument, add_threads_argument, number
 from common.autoencoder import build_autoencoder, read_autoencoder
 from common.data import HF_MNIST, make_mnist_loader
-from common.device import get_device
+from common.device import get_device, memory_in_one_line
 from common.error_codes import run_main
 from common.images import over, save_output
 from common.rng import generator
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     digits = HF_MNIST("test", args.cache_dir, data["args"]["only_digit"], args.data)
     order = torch.randperm(len(digits), generator=generator(args.seed, "test digits"))
 
-    with torch.no_grad():
+    with torch.no_grad(), memory_in_one_line(f"ask for fewer than --num-images {args.num_images}"):
         if args.interpolate:
             ends = order[: 2 * args.num_images]
             ends = ends[: len(ends) // 2 * 2]

@@ -1,18 +1,12 @@
 """Other devices than the CPU: what a stand-in for them can show on any machine (see fake_device.py), and CUDA itself."""
 
-import copy
 from unittest import mock
 
 import pytest
-import torch
 from fake_device import FakeDevice
-from helpers import AE, LATENT, PIXEL, assert_same, call, newest_state, only_run
-from torch import nn
+from helpers import AE, LATENT, PIXEL, call, newest_state, only_run
 
 from common.classifier import load_classifier
-from common.error_codes import NON_FINITE_LOSS, OUT_OF_MEMORY
-from common.learner import Learner
-from common.session import Session
 
 RECIPES = {
     "ae-mlp": (AE, "--model", "mlp"),
