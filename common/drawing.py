@@ -52,6 +52,11 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
 
     load(device) is the experiment's `load_for_drawing`. Raises Exit, for a bad output before anything is drawn.
     """
+    with memory_in_one_line(f"draw fewer than --num-images {args.num_images} at a time"):
+        _draw_to_file(args, load)
+
+
+def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str, Any]]]) -> None:
     output = check_output(args.output, ".png")
     if args.show_process:
         for path in _process_files(output):
@@ -71,18 +76,17 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
     moments = _moments(args, args.steps or state["args"]["T"]) if args.show_process else []
     frames: dict[int, Any] = dict.fromkeys(moments)
     started = time.perf_counter()
-    with memory_in_one_line(f"draw fewer than --num-images {args.num_images} at a time"):
-        images = draw_with_progress(
-            draw,
-            state,
-            labels=labels,
-            count=args.num_images,
-            guidance=args.guidance,
-            seed=args.seed,
-            sampler=args.sampler,
-            steps=args.steps,
-            frames=frames,
-        )
+    images = draw_with_progress(
+        draw,
+        state,
+        labels=labels,
+        count=args.num_images,
+        guidance=args.guidance,
+        seed=args.seed,
+        sampler=args.sampler,
+        steps=args.steps,
+        frames=frames,
+    )
     seconds = time.perf_counter() - started
     origin = f"{state['exp_name']}, epoch {state['epoch']}"
     save_output(images, output)
