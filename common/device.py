@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 SHARED_MEMORY = "/dev/shm"
-_NO_ROOM = "--num-workers: workers pass batches through /dev/shm, and {}; drop the flag, or make more room there"
 OUTPUT_FOLDERS = ("checkpoints", "samples", "runs", "logs")
 
 
@@ -46,6 +45,12 @@ def get_device(name: str | None = None) -> torch.device:
     return device
 
 
+def no_room(why: str) -> Exit:
+    """What ends a run whose DataLoader workers cannot go on."""
+    advice = "drop the flag, or make more room there"
+    return Exit(OUT_OF_MEMORY, f"--num-workers: workers pass batches through {SHARED_MEMORY}, and {why}; {advice}")
+
+
 def check_shared_memory(workers: int) -> None:
     """Raises Exit(OUT_OF_MEMORY) where there is no room even for the queues of so many DataLoader workers.
 
@@ -56,7 +61,7 @@ def check_shared_memory(workers: int) -> None:
     except OSError:  # macOS has no such folder
         return
     if workers and disk.total and disk.free < 2**15 * (workers + 2):  # a total of 0: no limit
-        raise Exit(OUT_OF_MEMORY, _NO_ROOM.format(f"only {disk.free // 1024} kB are free"))
+        raise no_room(f"only {disk.free // 1024} kB are free")
 
 
 @contextmanager
@@ -70,7 +75,7 @@ def memory_in_one_line(advice: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         if "shared memory" in text or "DataLoader worker (pid" in text:
-            raise Exit(OUT_OF_MEMORY, _NO_ROOM.format("too little of it is left, or a worker was killed")) from None
+            raise no_room("too little of it is left, or a worker was killed") from None
         if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text.lower():
             raise Exit(OUT_OF_MEMORY, f"out of memory: {advice}") from None
         raise

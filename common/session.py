@@ -241,6 +241,7 @@ class Session:
             batches = iter(loader)
         title = f"epoch {self.epoch}/{self.args.epochs}"
         done = self.steps_per_epoch - len(loader.sampler)
+        lost = (ConnectionError, EOFError, FileNotFoundError) if loader.num_workers else ()  # with a worker, its batch
         try:
             with progress(title, self.steps_per_epoch, "batch", self.log.info, done=done, more=self._mean_loss) as tick:
                 for batch in batches:
@@ -249,6 +250,8 @@ class Session:
                     self.at.seconds += self._last_step
                     tick()
                     self.poll()
+        except lost:
+            raise device.no_room("a worker was killed") from None
         finally:
             if loader.num_workers:  # an error's traceback would keep them, and Python wait for them when it ends
                 batches._shutdown_workers()

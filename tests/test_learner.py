@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import AE, LATENT, assert_same, call, newest_state, only_run, run
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from common.ckpt import run_checkpoints
 from common.error_codes import NO_DEVICE, NON_FINITE_LOSS, Exit
@@ -91,6 +92,21 @@ def test_ema_against_float64():
     for name, value in learner.averaged_net.state_dict().items():
         torch.testing.assert_close(value.double(), wanted[name], rtol=1e-5, atol=1e-6)
         assert not torch.equal(value, learner.net.state_dict()[name])
+
+
+def test_the_ema_has_the_state_of_torchs_averaged_model():
+    """Checkpoints of earlier versions were written with that, and go on loading."""
+    learner = make_learner(ema=0.9)
+    train(learner, range(7))
+    state = learner.state_dict()["ema"]
+    torchs = AveragedModel(learner.net)
+    assert list(state) == list(torchs.state_dict())
+    torchs.load_state_dict(state)
+    assert torchs.n_averaged == 7
+    other = make_learner(ema=0.9)
+    other.ema.load_state_dict(torchs.state_dict())
+    assert_same(other.ema.state_dict(), state)
+    assert other.ema.updates == 7
 
 
 def test_without_ema_the_averaged_net_is_the_net():

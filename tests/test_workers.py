@@ -1,0 +1,115 @@
+"""DataLoader workers: who asks for them, and what becomes of a run whose workers find no room or die."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from helpers import AE, LATENT, PIXEL, REPO, Result, call, environment, finish, run, start
+
+from common.error_codes import OUT_OF_MEMORY, USAGE
+from common.session import Session
+
+OWN = {AE: ("--model", "mlp"), LATENT: ("--T", 20, "--hidden-dim", 16), PIXEL: ("--base-ch", 8, "--T", 20)}
+
+
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("folder", OWN)
+def test_only_a_typed_flag_starts_workers(folder, typed, tiny, ae_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
+    started, original = [], Session.batches
+
+    def batches(self, loader):
+        started.append(loader.num_workers)
+        return original(self, loader)
+
+    monkeypatch.setattr(Session, "batches", batches)
+    own = (*OWN[folder], *(("--ae-ckpt", ae_run) if folder == LATENT else ()))
+    flags = ("--epochs", 1, "--outdir", tmp_path, *(("--num-workers", 1) if typed else ()))
+    result = call(folder, "train.py", *own, *tiny, *flags)
+    assert result.code == 0, result.text
+    assert started == [int(typed)]
+    assert f"num_workers              {1 if typed else 2}" in result.text  # what is shown
+
+
+def test_a_wrong_variable_is_named_and_a_flag_overrides_it(tiny, tmp_path):
+    wrong = {"SLURM_CPUS_PER_TASK": "4(x2)"}
+    flags = ("--model", "mlp", "--epochs", 1, "--outdir", tmp_path, *tiny)
+    result = run(AE, "train.py", *flags, env=wrong)
+    assert (result.code, len(result.errors)) == (USAGE, 1), result.text
+    assert "$SLURM_CPUS_PER_TASK: '4(x2)' is not a whole number" in result.errors[0]
+    assert "--num-workers" not in result.text
+    assert run(AE, "train.py", "--help", env=wrong).code == 0
+    assert run(AE, "train.py", *flags, "--num-workers", 0, env=wrong).code == 0
+
+
+# --- no room in shared memory ---
+
+
+@pytest.fixture
+def with_shared_memory():
+    """with_shared_memory(size, script, *args) -> Result, in a mount namespace with a /dev/shm of that size."""
+    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+
+    def command(size):
+        mount = "mount --make-rprivate / && mount -t tmpfs -o size=$0 tmpfs /dev/shm"
+        return [*unshare, "sh", "-c", f'{mount} && exec "$@"', size]
+
+    if not shutil.which("unshare") or subprocess.run([*command("64k"), "true"], capture_output=True).returncode:
+        pytest.skip("private mounts are not permitted here")
+
+    def inside(size, *args, timeout=60):
+        process = subprocess.Popen(
+            [*command(size), *map(str, args)],
+            cwd=REPO / AE,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return finish(process, timeout)
+
+    return inside
+
+
+@pytest.mark.parametrize("size", ["8k", "64k", "256k", "600k"])
+def test_too_little_shared_memory_ends_the_run_with_one_line(size, with_shared_memory, tiny, tmp_path):
+    """From no room for the queues to room for the first batches only: it ends, and never hangs."""
+    flags = ("--model", "mlp", "--epochs", 2, "--num-workers", 2, "--outdir", tmp_path, *tiny, "--batch-size", 128)
+    result: Result = with_shared_memory(size, "python", "train.py", *flags)
+    assert (result.code, len(result.errors)) == (OUT_OF_MEMORY, 1), result.text
+    assert "/dev/shm" in result.errors[0]
+    assert "--num-workers" in result.errors[0]
+    assert "Traceback" not in result.text
+
+
+def test_enough_shared_memory_or_no_workers(with_shared_memory, tiny, tmp_path):
+    flags = ("python", "train.py", "--model", "mlp", "--epochs", 1, "--outdir", tmp_path, *tiny)
+    for size, workers in (("16m", 2), ("4k", 0)):
+        result = with_shared_memory(size, *flags, "--num-workers", workers)
+        assert result.code == 0, result.text
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid` has started."""
+    return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL])
+def test_a_worker_that_is_killed_ends_the_run_with_one_line(number, tiny, tmp_path):
+    """As the kernel does, to a process that writes to shared memory that is not there, or when memory runs out."""
+    flags = ("--model", "mlp", "--epochs", 100000, "--num-workers", 2, "--outdir", tmp_path, *tiny, "--batch-size", 1)
+    process = start(AE, "train.py", *flags)
+    deadline = time.monotonic() + 60
+    while len(workers := children(process.pid)) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no workers"
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.kill(workers[-1], number)
+    result = finish(process, 60)
+    assert (result.code, result.text.count("error: --num-workers")) == (OUT_OF_MEMORY, 1), result.text
+    assert "Traceback" not in result.text
