@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.optim.swa_utils import AveragedModel
 
 LossFn = Callable[..., "torch.Tensor"]
 
@@ -31,41 +31,19 @@ def ema_decay(updates: int, ceiling: float) -> float:
     return min(ceiling, (1 + updates) / (10 + updates))
 
 
-class Average:
-    """The running average of a network's weights, for `ema_decay`'s decay; buffers are copied.
+def averaged(net: nn.Module, ceiling: float) -> AveragedModel:
+    """torch's running average of a network's weights, with the decay of `ema_decay`.
 
-    The state is that of `torch.optim.swa_utils.AveragedModel`, but its counter stays on the host: asked each step, a
-    device would have to finish its work first.
+    The counter is asked on the host, where torch keeps it: the copy on the device would have to be waited for.
     """
+    import torch
+    from torch.optim.swa_utils import AveragedModel
 
-    def __init__(self, net: nn.Module, ceiling: float) -> None:
-        self.net, self.ceiling, self.updates = copy.deepcopy(net), ceiling, 0
+    def update(mine: list[torch.Tensor], theirs: list[torch.Tensor], _updates: torch.Tensor | int) -> None:
+        torch._foreach_lerp_(mine, theirs, 1 - ema_decay(int(average.n_averaged), ceiling))
 
-    def update(self, net: nn.Module) -> None:
-        """Move towards the weights of `net`; the first time, take them."""
-        import torch
-
-        averaged, current = list(self.net.parameters()), list(net.parameters())
-        with torch.no_grad():
-            if self.updates:
-                torch._foreach_lerp_(averaged, current, 1 - ema_decay(self.updates, self.ceiling))
-            else:
-                torch._foreach_copy_(averaged, current)
-            for mine, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
-                mine.copy_(theirs)
-        self.updates += 1
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        import torch
-
-        weights = {f"module.{name}": value for name, value in self.net.state_dict().items()}
-        return {"n_averaged": torch.tensor(self.updates)} | weights
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Mirror of `state_dict`. Raises RuntimeError or KeyError if the weights do not fit."""
-        weights = {name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"}
-        self.net.load_state_dict(weights)
-        self.updates = int(state["n_averaged"])
+    average = AveragedModel(net, multi_avg_fn=update)
+    return average
 
 
 class Learner:
@@ -90,7 +68,7 @@ class Learner:
 
         self.device, self.lr_at, self.grad_clip, self.amp = device, lr_at, grad_clip, amp
         self.net = net.to(device)
-        self.ema = Average(self.net, ema) if ema is not None else None
+        self.ema = averaged(self.net, ema) if ema is not None else None
         self.parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(self.parameters, weight_decay=weight_decay, fused=fused)
@@ -99,7 +77,7 @@ class Learner:
     @property
     def averaged_net(self) -> nn.Module:
         """The weights to draw and to validate with: the EMA's, where there is one."""
-        return self.ema.net if self.ema is not None else self.net
+        return self.ema.module if self.ema is not None else self.net
 
     def autocast(self) -> Any:
         """The context for forward passes."""
@@ -126,7 +104,7 @@ class Learner:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
-            self.ema.update(self.net)
+            self.ema.update_parameters(self.net)
         return lr
 
     def is_finite(self) -> bool:

@@ -72,7 +72,7 @@ class Watched:
     def step(self, session, *what):
         first = len(self.device.transfers)
         self.original(session, *what)
-        self.steps.append((session.global_step - 1, first, len(self.device.transfers)))
+        self.steps.append((session.at.global_step - 1, first, len(self.device.transfers)))
 
     def run(self, train, *what):
         self.original = Session.step
@@ -183,7 +183,8 @@ def test_no_step_makes_the_host_wait(recipe, kind, trained):
     run = trained(recipe, kind)
     assert [step for step, _, _ in run.steps] == list(range(2 * STEPS))
     for step, first, last in run.steps:
-        copies = run.device.counted()[first:last]
+        # torch's own EMA copies its counter, a number, to where the weights lie
+        copies = [copy for copy in run.device.counted()[first:last] if "of 1 at learner.py" not in copy]
         assert len([copy for copy in copies if copy.startswith("to host")]) == (step % LOOK_EVERY == 0), copies
         assert kind == "mps" or not [copy for copy in copies if copy.startswith("to device:")], copies
         assert len(copies) <= 4
@@ -275,7 +276,7 @@ def with_a_bad_loss(monkeypatch, number: int) -> None:
     original = Session.step
 
     def step(self, loss_of, batch):
-        bad = float("inf") if self.global_step == number else 0.0
+        bad = float("inf") if self.at.global_step == number else 0.0
         original(self, lambda *what: loss_of(*what) + bad, batch)
 
     monkeypatch.setattr(Session, "step", step)
@@ -360,7 +361,7 @@ def test_the_optimizers_options_are_those_of_the_device(source, target):
         for name in ("fused", "foreach", "capturable"):
             assert learner.optimizer.param_groups[0][name] == fresh.optimizer.param_groups[0][name]
         assert_same(moved(learner.state_dict())["optimizer"]["state"], state["optimizer"]["state"])
-        assert learner.ema.updates == 5
+        assert learner.ema.n_averaged == 5
         steps_of(learner, range(5, 8))
         assert learner.is_finite()
 

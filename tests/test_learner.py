@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import AE, LATENT, assert_same, call, newest_state, only_run, run
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from common.ckpt import run_checkpoints
 from common.error_codes import NO_DEVICE, NON_FINITE_LOSS, Exit
@@ -92,21 +91,6 @@ def test_ema_against_float64():
     for name, value in learner.averaged_net.state_dict().items():
         torch.testing.assert_close(value.double(), wanted[name], rtol=1e-5, atol=1e-6)
         assert not torch.equal(value, learner.net.state_dict()[name])
-
-
-def test_the_ema_has_the_state_of_torchs_averaged_model():
-    """Checkpoints of earlier versions were written with that, and go on loading."""
-    learner = make_learner(ema=0.9)
-    train(learner, range(7))
-    state = learner.state_dict()["ema"]
-    torchs = AveragedModel(learner.net)
-    assert list(state) == list(torchs.state_dict())
-    torchs.load_state_dict(state)
-    assert torchs.n_averaged == 7
-    other = make_learner(ema=0.9)
-    other.ema.load_state_dict(torchs.state_dict())
-    assert_same(other.ema.state_dict(), state)
-    assert other.ema.updates == 7
 
 
 def test_without_ema_the_averaged_net_is_the_net():
@@ -212,6 +196,7 @@ def test_amp_is_asked_for_where_there_is_cuda(tiny, tmp_path, monkeypatch):
         raise Exit(NO_DEVICE, "enough")
 
     monkeypatch.setattr("common.session.Learner", set_up)
+    monkeypatch.setattr("common.session.Session.data_device", "cpu")
     for kind, flags in (("cuda", ("--amp",)), ("cuda", ()), ("cpu", ("--amp",))):
         monkeypatch.setattr("common.device.get_device", lambda _name, kind=kind: torch.device(kind))
         call(AE, "train.py", "--model", "mlp", "--outdir", tmp_path, *tiny, *flags)
