@@ -31,6 +31,7 @@ from common.error_codes import (
     NO_DATA,
     NON_FINITE_LOSS,
     OK,
+    OUT_OF_MEMORY,
     SAVE_FAILED,
     STOPPED_EARLY,
     Exit,
@@ -49,7 +50,8 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 LOOK_EVERY = 50  # steps between looks at the loss on devices that should not wait for it; and TensorBoard's points
-WRONG_INPUT = (MODEL_MISMATCH, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA)  # found out only when a run was begun
+# found out only when a run was begun, of which nothing is left if nothing was saved
+VAIN = (MODEL_MISMATCH, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA, NON_FINITE_LOSS, OUT_OF_MEMORY)
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def open_session(
                 yield Session(args, run, record, where, log)
         except Exit as end:
             (log.error if end.code not in (OK, STOPPED_EARLY) else log.info)(str(end))
-            if run is not None and end.code in WRONG_INPUT:
+            if run is not None and end.code in VAIN:
                 run.discard_if_empty()
             end.shown = not console.out
             raise
@@ -300,7 +302,8 @@ class Session:
                 raise Exit(
                     NON_FINITE_LOSS,
                     f"the loss became {value} in epoch {self.epoch}, step {step}; nothing of it was saved. "
-                    f"Resume from the last checkpoint in {self.run.checkpoints} with a smaller --lr",
+                    + (f"Resume from {self._saved_path}" if self._saved_path else "Start again")
+                    + " with a smaller --lr",
                 )
             self.at.loss_sum += value * rows
             self.at.loss_rows += rows

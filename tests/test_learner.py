@@ -234,6 +234,14 @@ def test_a_loss_that_becomes_nan_keeps_the_last_good_checkpoint(copy_of, ae_run,
     assert newest_state(run_folder)["epoch"] == 3
 
 
+def test_a_nan_before_anything_was_saved_names_no_checkpoint_and_leaves_no_folder(tiny, tmp_path):
+    flags = ("--model", "mlp", *tiny, "--lr", 1e20, "--grad-clip", 0, "--lr-scheduler", "none")
+    result = run(AE, "train.py", *flags, "--outdir", tmp_path)
+    assert (result.code, len(result.errors)) == (NON_FINITE_LOSS, 1), result.text
+    assert "Start again with a smaller --lr" in result.errors[0]
+    assert not [path for path in tmp_path.rglob("*") if "ae-mlp" in path.name]
+
+
 def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch):
     """The loss was still finite, but its gradient was not, and a save is due before the next loss is known."""
 
