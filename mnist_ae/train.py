@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
         args.derive(data=digits.source)
         train_set, val_set = (part.to(session.data_device) for part in split_train_val(digits, args.seed))
-        train, val = session.loader(train_set, args.batch_size), session.loader(val_set, 1000, shuffle=False)
+        train = session.loader(train_set, args.batch_size)
+        val = session.loader(val_set, 1000, shuffle=False)
 
         # Model
         session.attach(

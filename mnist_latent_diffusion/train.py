@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         z = train_set.tensors[0]
         std, mean = torch.std_mean(z, dim=0)  # (D,), (D,)
-        train, val = session.loader(train_set, args.batch_size), session.loader(val_set, 1000, shuffle=False)
+        train = session.loader(train_set, args.batch_size)
+        val = session.loader(val_set, 1000, shuffle=False)
 
         latent_statistics = {"latent/mean": mean.mean().item(), "latent/std": std.mean().item()}
 

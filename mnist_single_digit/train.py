@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
         args.derive(data=digits.source)
         train_set, val_set = (part.to(session.data_device) for part in split_train_val(digits, args.seed))
-        train, val = (session.loader(part, args.batch_size, shuffle=part is train_set) for part in (train_set, val_set))
+        train = session.loader(train_set, args.batch_size)
+        val = session.loader(val_set, args.batch_size, shuffle=False)
 
         # Model
         schedules = model.precompute_schedules(args.T, args.beta_start, args.beta_end, session.device)
