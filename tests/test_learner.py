@@ -197,9 +197,10 @@ def test_amp_is_asked_for_where_there_is_cuda(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr("common.session.Learner", set_up)
     monkeypatch.setattr("common.session.Session.data_device", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for kind, flags in (("cuda", ("--amp",)), ("cuda", ()), ("cpu", ("--amp",))):
-        monkeypatch.setattr("common.device.get_device", lambda _name, kind=kind: torch.device(kind))
-        call(AE, "train.py", "--model", "mlp", "--outdir", tmp_path, *tiny, *flags)
+        call(AE, "train.py", "--model", "mlp", "--outdir", tmp_path, *tiny, "--device", kind, *flags)
     assert asked == [("cuda", True), ("cuda", False), ("cpu", False)]
 
 
