@@ -176,6 +176,9 @@ class Session:
             self.args.derive("checkpoint", threads=before.get("threads", AUTO))
         if self.device.type != "cpu" and self.args.threads == AUTO:
             self.args.derive(threads=threads.available())
+        if self.args.threads != AUTO and self.args.threads > (cores := threads.available()):
+            wanted = f"the run takes {self.args.threads} threads, and here are {cores} cores"
+            self.log.warning(f"{wanted}: its last bits may differ")
         self.record.start(self.args, self.device)  # here, because the recipe has settled its flags
         args, total = self.args, self.args.epochs * steps_per_epoch
         self.steps_per_epoch = steps_per_epoch
@@ -235,7 +238,7 @@ class Session:
         loader.sampler.epoch, loader.sampler.start = self.epoch, self.at.batch
         self.net.train()
         if self.args.threads != AUTO:
-            threads.use(self.args.threads, self.log.warning)
+            threads.use(self.args.threads)
         started = time.monotonic()
         before = self.at.seconds
         device.check_shared_memory(loader.num_workers)
@@ -272,7 +275,9 @@ class Session:
 
         if self.args.threads == AUTO:
             self._choose_threads(loss_of, batch)
-        elif self.at.batch and self.device.type == "cpu" and self._pace.slowed(self._last_step):
+        elif (
+            self.at.batch and self.device.type == "cpu" and self.args.threads > 1 and self._pace.slowed(self._last_step)
+        ):
             self._say_that_it_is_busy(loss_of, batch)
         reseed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
         reseed(derive_seed(self.args.seed, "step", self.at.global_step))  # for layers that draw, e.g. dropout
@@ -334,7 +339,7 @@ class Session:
         """What a single thread would bring, now that steps have become slow; the run keeps its number, and its bits."""
         work, count, before = self._real_step(loss_of, batch), self.args.threads, self._pace.usual
         now, one = (threads.trial(work, number) for number in (count, 1))
-        threads.use(count, self.log.warning)
+        threads.use(count)
         rates = (f"{_rows(batch) / took:,.0f}" for took in (before, now, one))
         self.log.warning(
             "this machine is busy: {} images/s became {} with {count} threads; 1 thread would make {} "

@@ -39,22 +39,20 @@ def available() -> int:
 
 
 def prepare() -> int | None:
-    """Begin with one thread; returns the number that OMP_NUM_THREADS asks for, None if it is not set."""
+    """Begin with one thread; returns the number that OMP_NUM_THREADS asks for, None if it asks for none."""
     available()
     import torch
 
     _keep_freed_memory()
-    wanted = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else None
     torch.set_num_threads(1)
-    return wanted
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return min(int(first), available()) if first.isdecimal() and int(first) else None
 
 
-def use(count: int, warn: Callable[[str], None]) -> None:
-    """Compute with `count` threads, or with as many as there are cores, and say so."""
+def use(count: int) -> None:
+    """Compute with `count` threads, or with as many as there are cores."""
     import torch
 
-    if count > available():
-        warn(f"the run computed with {count} threads, and here are {available()} cores: its last bits may differ")
     torch.set_num_threads(min(count, available()))
 
 
