@@ -130,7 +130,8 @@ def _take(args: Args, data: dict[str, Any], flag: str) -> None:
     args.derive(flag, ae_model=trained["model"], ae_latent_dim=trained["latent_dim"], ae_only_digit=digit)
     args.derive(flag, ae_weights=ckpt.weights_digest(data["model"]))
     if args.only_digit == AUTO:
-        args.derive(flag, only_digit=digit)
+        if not args.resume:  # then it is the run's
+            args.derive(flag, only_digit=digit)
     elif digit not in (None, args.only_digit):
         wanted = "all digits are" if args.only_digit is None else f"--only-digit {args.only_digit} is"
         raise Exit(

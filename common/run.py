@@ -66,8 +66,8 @@ class Run:
         return True
 
     def discard_if_empty(self) -> None:
-        """Leave no trace of a run that failed before it saved anything."""
-        if self.state is None and not any(self.checkpoints.glob("*.pt*")):  # nothing set aside either
+        """Leave no trace of a run that ended before it saved anything."""
+        if not any(self.checkpoints.glob("*.pt*")):  # nothing set aside either
             for folder in (self.checkpoints, self.samples, self.tensorboard):
                 shutil.rmtree(folder, ignore_errors=True)
             self.log_file.unlink(missing_ok=True)
@@ -204,6 +204,7 @@ def _resume(args: Args, source: Path, state: ckpt.State, warn: ckpt.Warn) -> Run
         newest = args.auto_resume or Path(args.resume).name in ("latest", ckpt.LATEST) or Path(args.resume).is_dir()
         source, state = (newest and ckpt.newest_readable(folder, warn)) or (source, ckpt.read_checkpoint(source))
     else:  # a copy outside any run: its training goes on as a new run
+        args.adopt(state["args"])  # which may refuse: before there is a folder
         outdir = Path(args.outdir)
         make_output_directories(outdir)
         run_name, lock = _claim(outdir / ckpt.RUNS, ckpt.TIMESTAMP.sub("", state["exp_name"]))

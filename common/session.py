@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 LOOK_EVERY = 50  # steps between looks at the loss on devices that should not wait for it; and TensorBoard's points
-# found out only when a run was begun, of which nothing is left if nothing was saved
-VAIN = (MODEL_MISMATCH, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA, NON_FINITE_LOSS, OUT_OF_MEMORY)
+# what is found out only when a run was begun: of one that saved nothing then, nothing is left
+IN_VAIN = (MODEL_MISMATCH, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA, NON_FINITE_LOSS, OUT_OF_MEMORY, OK)
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def open_session(
                 yield Session(args, run, record, where, log)
         except Exit as end:
             (log.error if end.code not in (OK, STOPPED_EARLY) else log.info)(str(end))
-            if run is not None and end.code in VAIN:
+            if run is not None and end.code in IN_VAIN:
                 run.discard_if_empty()
             end.shown = not console.out
             raise
@@ -110,9 +110,10 @@ def raise_if_finished(args: Args, run: Run, log: Any) -> None:
     if state is None or not ckpt.is_complete(state):
         return
     if end := TrainState.from_checkpoint(state).why_ended(args.flags()):
-        log.info(f"checkpoints: {run.checkpoints.resolve()}")
+        log.info(f"checkpoints: {run.source.parent.resolve()}")
         more = "; raise --epochs to extend it" if state["epoch"] >= args.epochs else ""
-        raise Exit(OK, f"{run.name} is already finished: {end}{more}")
+        name = run.name if run.source.parent == run.checkpoints else run.source
+        raise Exit(OK, f"{name} is already finished: {end}{more}")
 
 
 class Session:

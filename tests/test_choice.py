@@ -128,6 +128,20 @@ def test_a_copy_with_auto_resume_goes_on_with_the_run_that_it_began(ae_run, tiny
     assert "is newer than" in result.text
 
 
+def test_a_copy_that_cannot_go_on_leaves_no_empty_run(ae_run, tiny, tmp_path):
+    """It is finished; a flag contradicts it; its data are missing."""
+    copied = shutil.copy(ae_run / "latest.pt", tmp_path / "mine.pt")
+    for flags, code in (
+        (("--auto-resume",), OK),
+        (("--latent-dim", 8), MODEL_MISMATCH),
+        (("--epochs", 3, "--data", "hub", "--cache-dir", tmp_path), MODEL_MISMATCH),
+        (("--epochs", 3, "--batch-size", 10**6), MODEL_MISMATCH),
+    ):
+        result = run(AE, "train.py", "--resume", copied, *tiny, "--outdir", tmp_path / "out", *flags)
+        assert result.code == code, result.text
+        assert not list((tmp_path / "out").glob("*/*")), flags
+
+
 def test_a_folder_without_a_checkpoint_is_taken_over_by_the_same_flags_only(tiny, tmp_path):
     given = ("--model", "mlp", *tiny, "--epochs", 1, "--outdir", tmp_path, "--auto-resume")
     assert run(AE, "train.py", *given, "--grad-clip", 0.5).code == 0
@@ -214,6 +228,17 @@ def test_an_autoencoder_is_its_weights_however_it_is_spelled(ae_run, copy_of, ti
     refused = run(LATENT, "train.py", "--ae-ckpt", renamed / "checkpoint_epoch_000001.pt", "--resume", folder)
     assert (refused.code, len(refused.errors)) == (MODEL_MISMATCH, 1), refused.text
     assert "--ae-ckpt" in refused.errors[0]
+
+
+def test_a_resume_that_names_its_autoencoder_keeps_its_own_digit(all_digits, tmp_path):
+    """The digit follows from the autoencoder only where a run begins."""
+    flags, autoencoder = all_digits
+    given = ("--ae-ckpt", autoencoder, "--outdir", tmp_path)
+    assert run(LATENT, "train.py", *given, *flags, "--only-digit", 3, "--epochs", 1).code == 0
+    folder = only_run(tmp_path)
+    result = run(LATENT, "train.py", *given, "--resume", folder, *flags[:4], "--epochs", 2)
+    assert result.code == 0, result.text
+    assert (newest_state(folder)["epoch"], newest_state(folder)["args"]["only_digit"]) == (2, 3)
 
 
 def test_runs_saved_before_the_weights_digest_was_recorded_still_resume(latent_run, copy_of, tiny_latent, conv_run):
