@@ -82,7 +82,8 @@ def figures_of(state: dict[str, Any], path: Path) -> dict[str, tuple[float, str]
     flags = _plain(state.get("args"))
     scores = read_scores(scores_file(path), state)
     live = _measured_in_training(_plain(state.get("scores")), flags)
-    written = _written_figures(path.parent).get(state.get("epoch"), {})
+    epoch = state.get("epoch")
+    written = _written_figures(path.parent).get(epoch, {}) if isinstance(epoch, int | float) else {}
     figures: dict[str, tuple[float, str]] = {}
     for source, measured in (
         (state, lambda _: ""),
@@ -93,7 +94,8 @@ def figures_of(state: dict[str, Any], path: Path) -> dict[str, tuple[float, str]
     ):
         for name, value in source.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and isinstance(name, str):
-                figures.setdefault(name, (float(value), measured(name)))
+                with suppress(OverflowError):  # a whole number of hundreds of digits
+                    figures.setdefault(name, (float(value), measured(name)))
     return figures
 
 

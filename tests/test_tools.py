@@ -103,6 +103,7 @@ def test_checkpoints_of_other_projects_are_ranked(tmp_path, capsys):
     torch.save(spec | {"val_loss": 0.5}, tmp_path / "checkpoint_epoch_000003.pt")
     torch.save({"state_dict": {}, "val_loss": 0.25, "epoch": 7}, tmp_path / "last.ckpt")
     torch.save({"model": {}, "args": argparse.Namespace(val_loss=0.75)}, tmp_path / "a.pth")
+    torch.save({"epoch": [3, 4], "val_loss": 0.8, "seed": 10**400}, tmp_path / "odd.pt")  # where we have numbers
     torch.save({"model": {}, "val_loss": "low"}, tmp_path / "words.pt")
     code, table, warnings = best(tmp_path, capsys=capsys)
     assert code == 0
