@@ -70,9 +70,7 @@ def find_autoencoder(folders: list[Path], digit: int | str | None, warn: ckpt.Wa
     found = []
     for folder in folders:
         runs = recorded_runs(folder, warn)
-        own = (
-            ckpt.newest_readable(folder, lambda _: None, ckpt.peek_checkpoint) if ckpt.run_checkpoints(folder) else None
-        )
+        own = ckpt.newest_readable(folder, lambda _: None, ckpt.peek_checkpoint)
         for run, state in [*runs, *([(folder, own[1])] if own else [])]:
             model, seen = state["args"].get("model"), state["args"].get("only_digit")
             if model in AUTOENCODERS and (digit == AUTO or seen in (None, digit)):

@@ -218,7 +218,7 @@ def relink(folder: str | Path, state: State) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _insist(path: Path, read: Callable[[], T]) -> T:
+def insist(path: Path, read: Callable[[], T]) -> T:
     """read(), tried again for some seconds where a disk or file server fails it for the moment.
 
     Raises UnreadableCheckpoint for what the system says of `path`.
@@ -255,7 +255,7 @@ def read_file(path: str | Path) -> Any:
     from common.peek import format_of
 
     path = Path(path)
-    content = _insist(path, lambda: _content(path))  # in one go: what is verified is what is loaded
+    content = insist(path, lambda: _content(path))  # in one go: what is verified is what is loaded
     if not content:
         raise UnreadableCheckpoint(path, "the file is empty")
     try:
@@ -295,7 +295,7 @@ def peek(path: str | Path) -> tuple[Any, set[str]]:
     from common import peek
 
     try:
-        return _insist(Path(path), lambda: peek.read(path))
+        return insist(Path(path), lambda: peek.read(path))
     except ValueError as error:
         raise UnreadableCheckpoint(path, str(error)) from None
 
@@ -315,10 +315,20 @@ def _checked(path: str | Path, state: Any) -> State:
     return state
 
 
+def names_in(folder: str | Path) -> list[str]:
+    """The names in a folder, none if it is not there. Raises OSError if a disk fails: glob would say nothing of it."""
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        if error.errno in _PASSING:
+            raise
+        return []
+
+
 def run_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     """(epoch, path) of the checkpoint files directly in `folder`, newest epoch first."""
     folder = Path(folder)
-    found = [(int(match[1]), path) for path in folder.glob("*.pt") if (match := _NAME.fullmatch(path.name))]
+    found = [(int(match[1]), folder / name) for name in names_in(folder) if (match := _NAME.fullmatch(name))]
     return sorted(found, reverse=True)
 
 
@@ -332,7 +342,7 @@ def newest_readable(
     """
     damaged: set[Path] = set()
     while True:
-        for _, path in _insist(Path(folder), lambda: run_checkpoints(folder)):
+        for _, path in insist(Path(folder), lambda: run_checkpoints(folder)):
             try:
                 return path, read(path)
             except UnreadableCheckpoint as error:

@@ -117,8 +117,8 @@ def recorded_runs(directory: str | Path, warn: ckpt.Warn) -> list[tuple[Path, ck
 
     A run of nothing but damaged checkpoints is named through `warn`. Raises UnreadableCheckpoint if a disk fails.
     """
-    runs = []
-    for folder in Path(directory).glob("*/"):
+    runs, directory = [], Path(directory)
+    for folder in [directory / name for name in ckpt.insist(directory, lambda: ckpt.names_in(directory))]:
         damaged: list[str] = []
         if found := ckpt.newest_readable(folder, damaged.append, ckpt.peek_checkpoint):
             runs.append((folder, found[1]))

@@ -321,9 +321,10 @@ def test_the_printed_command_goes_on_when_pasted(name, cache, tmp_path):
 
 FILE_SERVER = """
 import errno, runpy, sys
+WHAT = sys.argv.pop(1)
 sys.path[:0] = [".", ".."]
 def fail(event, args):
-    if event == "open" and str(args[0]).endswith("checkpoint_epoch_000002.pt"):
+    if event in ("open", "os.listdir", "os.scandir") and str(args[0]).endswith(WHAT):
         raise OSError(errno.ESTALE, "Stale file handle", args[0])
 sys.addaudithook(fail)
 sys.argv[0] = "train.py"
@@ -331,15 +332,25 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("how", ["--auto-resume", "--resume"])
-def test_a_file_server_that_fails_sets_nothing_back(how, ae_run, copy_of, tiny):
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ("--resume", "/checkpoint_epoch_000002.pt"),
+        ("--auto-resume", "/checkpoint_epoch_000002.pt"),
+        ("--auto-resume", "/checkpoints"),
+        ("--auto-resume", "-seed42-"),
+    ],
+)
+def test_a_file_server_that_fails_sets_nothing_back(how, what, ae_run, copy_of, tiny):
     folder = copy_of(ae_run)
+    what = folder.name if what == "-seed42-" else what
     before = {path.name for path in folder.iterdir()}
     how = (how, *([folder] if how == "--resume" else []))
     given = ("--model", "mlp", *tiny, "--epochs", 9, "--outdir", folder.parent.parent, *how)
-    result = run(AE, "-c", FILE_SERVER, *given)
+    result = run(AE, "-c", FILE_SERVER, what, *given)
     assert (result.code, len(result.errors)) == (BAD_CHECKPOINT, 1), result.text
-    assert "checkpoint_epoch_000002.pt: Stale file handle" in result.errors[0]
+    assert f"{what}: Stale file handle" in result.errors[0]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert {path.name for path in folder.iterdir()} <= before | {".lock"}
     assert "resumed from" in run(AE, "train.py", *given, "--epochs", 3).text
     assert newest_state(folder)["epoch"] == 3
