@@ -188,7 +188,7 @@ def test_amp_on_cuda():
 
 
 def test_amp_is_asked_for_where_there_is_cuda(tiny, tmp_path, monkeypatch):
-    """Without a CUDA device at hand: it is enough to see how the learner is set up."""
+    """It is enough to see how the learner is set up."""
     asked = []
 
     def set_up(_net, where, **options):
