@@ -41,7 +41,7 @@ def why_useless(tests: str) -> str:
 
 
 def end_of(tests: str, fault: dict | None) -> tuple[str, str]:
-    """How the tests end in a copy of the repository with the fault: "passed", "failed", "late" or "broken"; last words."""
+    """How the tests end in a copy with the fault ("passed", "failed", "late" or "broken"), and their last words."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(REPO, copy, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))

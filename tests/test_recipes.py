@@ -87,7 +87,8 @@ def watched(tiny, tiny_latent, tmp_path, monkeypatch):
     """watched(folder) -> (what a short run of its trainer did, its run folder)."""
 
     def watch(folder):
-        seen = SimpleNamespace(x0=[], settings=set(), losses=[], rows=[], numbers=[], rates=[], clip=set(), loaders={})
+        seen = SimpleNamespace(x0=[], settings=set(), losses=[], rows=[], numbers=[], rates=[], loaders={})
+        seen.clip, seen.decay = set(), set()
         loss, step, batches, validate = diffusion.epsilon_loss, Learner.step, Session.batches, Session.validate
 
         def epsilon_loss(net, x0, labels, schedules, timesteps, rng, dropout):
@@ -99,6 +100,7 @@ def watched(tiny, tiny_latent, tmp_path, monkeypatch):
             seen.losses.append(value.item())
             seen.numbers.append(number)
             seen.clip.add(self.grad_clip)
+            seen.decay |= {group["weight_decay"] for group in self.optimizer.param_groups}
             seen.rates.append(step(self, value, number))
             return seen.rates[-1]
 
@@ -135,11 +137,13 @@ def test_a_recipe_learns_from_shuffled_digits_that_validation_never_sees(folder,
     assert not [row for row in rows[1] if row.numpy().tobytes() in learned]
     assert seen.numbers == list(range(14))
     assert seen.rates == sorted(set(seen.rates))  # a warm-up, and no scheduler: each above the last
-    assert seen.clip == {1.0}
+    assert (seen.clip, seen.decay) == ({1.0}, {0.0})
     per_epoch = [slice(0, 7), slice(7, 14)]
     wanted = [np.average(seen.losses[part], weights=seen.rows[part]) for part in per_epoch]
     assert [row["train_loss"] for row in metrics(run)] == pytest.approx(wanted)
-    averaged, weights = newest_state(run)["ema"], newest_state(run)["model"]
+    state = newest_state(run)
+    assert state["best"]["val_loss"] == min(row["val_loss"] for row in metrics(run))
+    averaged, weights = state["ema"], state["model"]
     assert (averaged is None) == (folder == AE)
     if averaged:
         assert any(not torch.equal(averaged[f"module.{name}"], value) for name, value in weights.items())
