@@ -120,11 +120,14 @@ def test_a_value_that_a_run_did_not_know_yet_is_its_default(ae_run, copy_of, tin
 def test_a_copy_with_auto_resume_goes_on_with_the_run_that_it_began(ae_run, tiny, tmp_path):
     """As a job does that was submitted with --resume COPY and is requeued: on, not from the start again."""
     copied = shutil.copy(ae_run / "checkpoint_epoch_000001.pt", tmp_path / "mine.pt")
+    older = ckpt.read_checkpoint(copied) | {"timestamp": "2020-01-01T00:00:00+00:00"}  # so not begun from the copy
+    older["args"]["lr"] = 2e-3
+    ckpt.save_checkpoint(tmp_path / "checkpoints" / "older" / "checkpoint_epoch_000001.pt", older)
     given = ("--resume", copied, "--auto-resume", *tiny, "--lr", 2e-3, "--outdir", tmp_path)
     for epochs in (2, 3):
         result = run(AE, "train.py", *given, "--epochs", epochs)
         assert result.code == 0, result.text
-    assert newest_state(only_run(tmp_path))["epoch"] == 3
+    assert newest_state(only_run(tmp_path, "ae-*"))["epoch"] == 3
     assert "is newer than" in result.text
 
 
