@@ -236,14 +236,19 @@ def _claim(checkpoints: Path, prefix: str) -> tuple[str, IO[str]]:
 
 def _take_over(checkpoints: Path, prefix: str, args: Args) -> tuple[str, IO[str]] | None:
     """A folder in which a killed run of the same flags left no checkpoint, unless a living process holds it."""
+
+    def is_ours(folder: Path) -> bool:
+        flags = flags_in(folder)  # {} if it was killed even before it wrote them
+        return not any(folder.glob("*.pt")) and not (flags and args.difference(flags))
+
     for folder in sorted(checkpoints.glob("*/"), reverse=True):
-        if ckpt.TIMESTAMP.sub("", folder.name) == prefix and not any(folder.glob("*.pt")):
+        # asked before it is locked too: to hold another run's lock, even briefly, would keep its own start from it
+        if ckpt.TIMESTAMP.sub("", folder.name) == prefix and is_ours(folder):
             try:
                 lock = _lock(folder, 0)
             except Exit:
                 continue
-            flags = flags_in(folder)  # {} if it was killed even before it wrote them
-            if not (flags and args.difference(flags)) and not any(folder.glob("*.pt")):
+            if is_ours(folder):
                 return folder.name, lock
             lock.close()
     return None

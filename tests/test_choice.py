@@ -174,13 +174,13 @@ def test_a_sweep_killed_and_started_again_in_random_order(tiny, tmp_path, pytest
     often = ("--outdir", tmp_path / "sweep", "--auto-resume", "--ckpt-every-sec", 0.02)
     seed = random.SystemRandom().randrange(10**6)
     rng, waiting = random.Random(seed), list(range(len(SWEEP)))
-    kills = 2 * pytestconfig.getoption("--kills")
+    kills = pytestconfig.getoption("--kills")
     while waiting:
         some = rng.sample(waiting, min(2, len(waiting)))
         started = [(member, start(AE, "train.py", *given, *often, *SWEEP[member])) for member in some]
         if kills > 0:
             kills -= 1
-            time.sleep(rng.uniform(1, 6))
+            time.sleep(rng.uniform(1, 5))
             for _, process in started:
                 process.kill()
         for member, process in started:

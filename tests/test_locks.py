@@ -1,5 +1,6 @@
 """Two processes never train one run: names are claimed exclusively, and a run in training is locked."""
 
+import json
 import multiprocessing
 import shutil
 from time import sleep
@@ -8,6 +9,7 @@ import pytest
 from helpers import LATENT, call, finish, start
 
 from common import run as run_module
+from common.args import Args
 from common.error_codes import RUN_LOCKED, Exit
 
 
@@ -85,6 +87,23 @@ def test_a_folder_taken_over_before_it_was_locked_is_left_to_the_other(tmp_path,
     assert held == "lock"
     assert [path.name for path in sorted(tmp_path.iterdir())][-1] == name
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_looking_for_a_folder_to_take_over_locks_no_other_runs(tmp_path, monkeypatch):
+    """It would keep that run's own start from it, which would then begin anew."""
+    folder = tmp_path / "run-20260101-000000"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"flags": {"grad_clip": {"value": 0.1, "from": "flag"}}}))
+    args = Args()
+    args.grad_clip, args.kinds = 1.0, {"grad_clip": "training"}
+    locked, lock = [], run_module._lock
+    monkeypatch.setattr(run_module, "_lock", lambda where, patience: locked.append(where) or lock(where, patience))
+    assert run_module._take_over(tmp_path, "run", args) is None
+    assert locked == []
+    args.grad_clip = 0.1
+    name, held = run_module._take_over(tmp_path, "run", args)
+    held.close()
+    assert (name, locked) == (folder.name, [folder])
 
 
 def test_posix_lets_a_lock_that_is_held_answer_permission_denied(tmp_path, monkeypatch):
