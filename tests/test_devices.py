@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import drawing, evaluate
-from common.ckpt import run_checkpoints
 from common.classifier import load_classifier
 from common.device import move, seed_everything
 from common.diffusion import precompute_schedules, reverse_steps, timestep_distribution
@@ -296,7 +295,7 @@ def test_a_bad_loss_never_reaches_a_checkpoint(kind, often, train, tmp_path, mon
         assert state["global_step"] == 7
         assert 0 < state["train_loss"] < 1
     else:
-        assert run_checkpoints(only_run(tmp_path)) == []
+        assert not list(tmp_path.rglob("*.pt"))
 
 
 @stands_in
