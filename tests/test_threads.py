@@ -105,6 +105,20 @@ def test_a_resume_keeps_what_it_would_not_choose_and_changes_what_it_is_told(tin
     assert only_run(tmp_path) == folder  # whatever the number, it is the same run
 
 
+def test_a_resume_computes_with_the_recorded_number(ae_run, copy_of, tiny, cores, monkeypatch):
+    """Not only writes it down again."""
+    cores(2)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    folder = copy_of(ae_run)
+    for _, path in ckpt.run_checkpoints(folder):
+        state = ckpt.read_checkpoint(path)
+        state["args"]["threads"] = 2
+        ckpt.save_checkpoint(path, state)
+    result = call(AE, "train.py", "--resume", folder, "--epochs", 3, *tiny)
+    assert result.code == 0, result.text
+    assert torch.get_num_threads() == 2
+
+
 def test_a_resume_that_cannot_have_as_many_says_so(ae_run, copy_of, tiny):
     folder = copy_of(ae_run)
     for _, path in ckpt.run_checkpoints(folder):
