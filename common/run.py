@@ -94,7 +94,7 @@ def open_run(
     identify(args)
     outdir = Path(args.outdir)
     checkpoints = outdir / ckpt.RUNS
-    if args.resume:
+    if args.resume is not None:
         source, state = resume_target(args.resume, args.auto_resume, warn, models)
         if args.auto_resume and source.parent.parent.name != ckpt.RUNS:
             source, state = _begun_from(args, state, checkpoints, models, warn) or (source, state)

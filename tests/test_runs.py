@@ -305,9 +305,12 @@ def test_early_stopping_counts_epochs_without_a_better_loss(train, tmp_path):
     assert "already finished" in train(*flags).text
 
 
-def test_a_resume_of_what_is_not_there(tmp_path):
-    result = call(LATENT, "train.py", "--resume", tmp_path / "nothing.pt")
+@pytest.mark.parametrize("path", ["nothing.pt", ""])
+def test_a_resume_of_what_is_not_there(path, tmp_path):
+    """An empty path, as from a variable that is not set, does not begin anew without a word."""
+    result = call(LATENT, "train.py", "--resume", path and tmp_path / path, "--outdir", tmp_path / "out")
     assert (result.code, len(result.errors)) == (BAD_CHECKPOINT, 1), result.text
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_input_leaves_no_empty_run(tmp_path, cache):
