@@ -130,7 +130,8 @@ class Learner:
         self.net.load_state_dict(state["model"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
-        options = self.optimizer.state_dict()["param_groups"]
+        (today,), (saved,) = (kept["param_groups"] for kept in (self.optimizer.state_dict(), state["optimizer"]))
+        options = [today | {"lr": saved["lr"]}]  # of the last step: a resume after it, for the epoch's end, sets none
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": options})
         if self.amp and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

@@ -110,6 +110,7 @@ MOMENTS = {
     "before the last batch": ("step", 2 * STEPS - 1),
     "after the last batch": ("step", 2 * STEPS),
     "at the end of an epoch": ("end_epoch", 3),
+    "after the very last batch": ("step", EPOCHS * STEPS),
     "before anything is learned": ("attach", 1),
 }
 
@@ -123,7 +124,8 @@ def test_stopped_and_resumed(moment, flags, references, tmp_path, monkeypatch):
     assert stopped.code == STOPPED_EARLY, stopped.text
     assert "SIGTERM" in stopped.text
     assert re.search(r"go on with: .*--resume", stopped.text)
-    assert newest_state(only_run(tmp_path))["epoch"] < EPOCHS
+    state = newest_state(only_run(tmp_path))
+    assert state["epoch"] < EPOCHS or not ckpt.is_complete(state)
     resumed = call(LATENT, "train.py", *given)
     assert resumed.code == 0, resumed.text
     assert_same_training(only_run(tmp_path), references[LATENT])
