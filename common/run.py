@@ -168,7 +168,7 @@ def resume_target(
     Raises UnreadableCheckpoint if there is none, Exit(MODEL_MISMATCH) if it holds none of the `models`.
     """
     target = Path(path).absolute()
-    if target.name == ckpt.LATEST and ckpt.run_checkpoints(target.parent):
+    if target.name == ckpt.LATEST and ckpt.insist(target, lambda: ckpt.run_checkpoints(target.parent)):
         if not target.exists():
             warn(f"passing over {target}: it points to no file")
         target = target.parent
@@ -176,7 +176,7 @@ def resume_target(
     source = source.resolve() if source.is_symlink() else source  # best.pt moves on; its target does not
     if source.parent.parent.name != ckpt.RUNS:
         source = source.resolve()  # through a symlink to the run's folder
-    if newest and source in [path for _, path in ckpt.run_checkpoints(source.parent)]:
+    if newest and source in [path for _, path in ckpt.insist(source, lambda: ckpt.run_checkpoints(source.parent))]:
         return ckpt.newest_readable(source.parent, warn) or (source, state)
     return source, state
 
