@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from common import emoji
 from common.error_codes import MODEL_MISMATCH, USAGE, Exit
+from common.ranks import identity
 
 SAMPLERS = ("ddpm", "ddim")
 DEFAULT_GUIDANCE = 1.1  # a little variety for one more digit in a hundred that is what was asked for
@@ -191,7 +192,8 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{emoji.error} {self.prog}: {message} (--help lists the flags)\n")
+        line = f"{emoji.error} {self.prog}: {message} (--help lists the flags)\n"
+        self.exit(USAGE, line if identity().rank == 0 else None)  # of several processes one talks
 
 
 def number(
@@ -297,6 +299,15 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
     )
     parser.flag(shape, "--batch-size", type=number(int, 1), default=128, help="batch size (default: 128)")
     parser.flag(shape, "--seed", type=number(int, 0, 2**32 - 1), default=42, help="random seed (default: 42)")
+    parser.flag(
+        shape,
+        "--shards",
+        type=lambda text: AUTO if text == AUTO else number(int, 1)(text),
+        default=AUTO,
+        metavar="N",
+        help="parts of a batch whose gradients are computed apart: any number of processes that divides it gives the "
+        "same weights (default: the number of processes at the run's first start)",
+    )
     parser.flag(books, "--epochs", type=number(int, 1), default=epochs, help=f"epochs (default: {epochs})")
     parser.flag(training, "--lr", type=number(float, above=0), default=2e-4, help="learning rate (default: 2e-4)")
     parser.flag(

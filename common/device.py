@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.error_codes import BAD_OUTPUT, NO_DEVICE, OUT_OF_MEMORY, Exit
+from common.ranks import ALONE, Identity
 from common.slurm import STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -21,9 +22,10 @@ SHARED_MEMORY = "/dev/shm"
 OUTPUT_FOLDERS = ("checkpoints", "samples", "runs", "logs")
 
 
-def get_device(name: str | None = None) -> torch.device:
+def get_device(name: str | None = None, me: Identity = ALONE) -> torch.device:
     """The device called `name` ("cuda", "cuda:1", "mps", "cpu"), or the best there is: CUDA, then MPS, then CPU.
 
+    Of several processes on one machine (`me` is one of them) each gets a CUDA device of its own.
     Raises Exit(NO_DEVICE) if a named device does not exist; a wish is never quietly replaced by the CPU.
     """
     import torch
@@ -31,7 +33,13 @@ def get_device(name: str | None = None) -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
     if name is None:
-        return torch.device("cuda" if gpus else "mps" if mps else "cpu")
+        name = "cuda" if gpus else "mps" if mps else "cpu"
+    if name == "cuda" and me.size > 1 and gpus:
+        if gpus not in (1, *range(me.local_size, gpus + 1)):  # 1: Slurm may show each process its own only
+            raise Exit(
+                NO_DEVICE, f"{me.local_size} processes on a machine with {gpus} CUDA devices: start one for each"
+            )
+        return torch.device("cuda", me.local % gpus)
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -87,25 +87,32 @@ def draw_timesteps(count: int, distribution: torch.Tensor, rng: torch.Generator)
     return torch.searchsorted(distribution, shuffled, right=True).clamp_(max=len(distribution) - 1)
 
 
+def loss_draws(
+    shape: tuple[int, ...], timesteps: torch.Tensor, rng: torch.Generator, label_dropout: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `epsilon_loss` needs by chance, for a batch of x_0 of that shape (B, ...): (t (B,), epsilon, dropped (B,)).
+
+    timesteps: a `timestep_distribution` to draw t from. All draws come from `rng`, on the CPU. Rows of `dropped` are
+    True with probability `label_dropout`.
+    """
+    t = draw_timesteps(shape[0], timesteps, rng)
+    return t, torch.randn(shape, generator=rng), torch.rand(shape[0], generator=rng) < label_dropout
+
+
 def epsilon_loss(
     net: nn.Module,
     x0: torch.Tensor,
     labels: torch.Tensor,
     schedules: Schedules,
-    timesteps: torch.Tensor,
-    rng: torch.Generator,
-    label_dropout: float = 0.0,
+    draws: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """Mean squared error of the predicted noise (Ho et al. 2020, equation 14): a scalar.
 
-    net(x_t (B, ...), t (B,), labels (B,)) -> epsilon; x0: (B, ...); labels: (B,); timesteps: a
-    `timestep_distribution` to draw t from. With probability `label_dropout` a
-    row's label becomes `net.null_label`, so that the net also learns to draw without one (Ho & Salimans 2022,
-    algorithm 1). All draws come from `rng`, on the CPU.
+    net(x_t (B, ...), t (B,), labels (B,)) -> epsilon; x0: (B, ...); labels: (B,); draws: from `loss_draws`. A row's
+    label that was dropped becomes `net.null_label`, so that the net also learns to draw without one (Ho & Salimans
+    2022, algorithm 1).
     """
-    t = move(draw_timesteps(len(x0), timesteps, rng), x0.device)  # (B,)
-    epsilon = move(torch.randn(x0.shape, generator=rng), x0.device)  # (B, ...)
-    dropped = move(torch.rand(len(x0), generator=rng) < label_dropout, x0.device)  # (B,)
+    t, epsilon, dropped = draws
     labels = labels.masked_fill(dropped, net.null_label)  # (B,)
     return mse_loss(net(q_sample(x0, t, epsilon, schedules), t, labels), epsilon)
 

@@ -26,16 +26,23 @@ STOPPED_EARLY = 11
 SAVE_FAILED = 12
 RUN_LOCKED = 13
 OUT_OF_MEMORY = 14
+RANK_FAILED = 15
 INTERRUPTED = 130  # what shells use for a second Ctrl-C
 
 
 class Exit(Exception):
-    """End the program with `code` after showing `message` as one line (code 0: a note, not a fault)."""
+    """End the program with `code` after showing `message` as one line (code 0: a note, not a fault).
 
-    def __init__(self, code: int, message: str) -> None:
+    everywhere: of several processes that train one run, all raise it at the same point, and one of them shows it.
+    """
+
+    def __init__(self, code: int, message: str, everywhere: bool = False) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.everywhere = code, everywhere
         self.shown = False  # the session sets this once its log has shown the message
+
+    def __reduce__(self) -> tuple:
+        return Exit, (self.code, str(self), self.everywhere)
 
 
 def run_main(main: Callable[[], None]) -> int:
@@ -56,13 +63,15 @@ def run_main(main: Callable[[], None]) -> int:
 
 def _run(main: Callable[[], None]) -> int:
     from common import emoji
+    from common.ranks import identity
 
     try:
         main()
     except Exit as end:
-        if not end.shown:
+        rank = identity().rank
+        if not end.shown and not (rank and end.everywhere):
             symbol = emoji.error if end.code else emoji.ok
-            print(f"{symbol} {end}", file=sys.stderr if end.code else sys.stdout)
+            print(f"{symbol} {f'process {rank}: ' if rank else ''}{end}", file=sys.stderr if end.code else sys.stdout)
         return end.code
     except KeyboardInterrupt:
         print(f"{emoji.error} interrupted", file=sys.stderr)

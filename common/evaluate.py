@@ -112,11 +112,18 @@ def epoch_scorer(
     from common.classifier import fingerprint
 
     only = [] if args.only_digit is None else [args.only_digit]
-    real, classifier, _ = _judges(args, only, session.log.info, session.poll)
+    real = classifier = None  # of several processes only the first needs them
+
+    def fetch() -> None:
+        nonlocal real, classifier
+        real, classifier, _ = _judges(args, only, session.log.info, session.poll)
+
+    session.on_first(fetch)
 
     def scored() -> dict[str, Any]:
-        if session.epoch % args.eval_every:
-            return {}
+        return {} if session.epoch % args.eval_every else session.on_first(measured)
+
+    def measured() -> dict[str, Any]:
         figures: dict[str, Any] = {}
         for suffix, show in shown.items():
             images, wanted = show()

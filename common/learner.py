@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from common.ranks import World
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.optim.swa_utils import AveragedModel
 
 LossFn = Callable[..., "torch.Tensor"]
+DrawsFn = Callable[..., "tuple[torch.Tensor, ...]"]
 
 
 def learning_rate(step: int, total: int, base: float, scheduler: str, warmup: int = 0) -> float:
@@ -51,6 +54,7 @@ class Learner:
 
     ema: the ceiling of the EMA's decay, None for no EMA. grad_clip: largest gradient norm, 0 for no limit.
     amp: automatic mixed precision; off, the scaler and autocast are no-ops on the same path.
+    shards, world: the parts that a batch's gradient is computed in, and the processes that share them.
     """
 
     def __init__(
@@ -63,10 +67,13 @@ class Learner:
         amp: bool = False,
         ema: float | None = None,
         weight_decay: float = 0.01,
+        shards: int = 1,
+        world: World | None = None,
     ) -> None:
         import torch
 
         self.device, self.lr_at, self.grad_clip, self.amp = device, lr_at, grad_clip, amp
+        self.shards, self.world = shards, world or World()
         self.net = net.to(device)
         self.ema = averaged(self.net, ema) if ema is not None else None
         self.parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
@@ -86,15 +93,45 @@ class Learner:
         dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.amp)
 
-    def step(self, loss: torch.Tensor, number: int) -> float:
-        """Backward and update from a scalar loss, as step `number` of the run; returns the learning rate used."""
+    def gradient(self, loss_of: Callable[[int, slice], torch.Tensor], rows: int) -> torch.Tensor:
+        """Backward for a batch of so many rows; returns its mean loss, a scalar.
+
+        loss_of(shard, rows) is the mean loss of these rows of it. Each shard's gradient is computed by itself, and they
+        are added up in order, each by its share of the rows: so the processes that share them leave no trace.
+        """
+        import torch
+
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.shards == 1:
+            loss = loss_of(0, slice(0, rows))
+            self.scaler.scale(loss).backward()
+            return loss.detach()
+        mine = self.world.mine(self.shards)
+        sizes = [parameter.numel() for parameter in self.parameters]
+        parts = torch.zeros(len(mine), sum(sizes) + 1, device=self.device)  # a shard's gradients, and its loss
+        for part, shard in zip(parts, mine, strict=True):
+            begin, end = (edge * rows // self.shards for edge in (shard, shard + 1))
+            if begin == end:  # the last batch of an epoch may have fewer rows than there are shards
+                continue
+            loss = loss_of(shard, slice(begin, end)) * ((end - begin) / rows)
+            self.scaler.scale(loss).backward()
+            part[-1] = loss.detach()
+            for place, parameter in zip(part[:-1].split(sizes), self.parameters, strict=True):
+                if parameter.grad is not None:
+                    place.copy_(parameter.grad.flatten())
+            self.optimizer.zero_grad(set_to_none=True)
+        total = self.world.sum_in_order(parts)
+        for gradient, parameter in zip(total[:-1].split(sizes), self.parameters, strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        return total[-1]
+
+    def step(self, number: int) -> float:
+        """Update from the gradients that are there, as step `number` of the run; returns the learning rate used."""
         from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
         lr = self.lr_at(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
         if self.grad_clip:
             self.scaler.unscale_(self.optimizer)
             norm = get_total_norm([weight.grad for weight in self.parameters if weight.grad is not None])

@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING
 
 from common import emoji
 from common.error_codes import BAD_OUTPUT, Exit
+from common.ranks import identity
 
 if TYPE_CHECKING:
     from common.args import Args
 
 
 class _Console(logging.StreamHandler):
-    """One line per record on stdout, written through tqdm so that a progress bar is not torn apart."""
+    """One line per record on stdout, written through tqdm so that a progress bar is not torn apart.
+
+    Of several processes only the first one talks.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info:  # Python itself shows the traceback, as it ends the process
+        if record.exc_info or identity().rank:  # Python itself shows the traceback, as it ends the process
             return
         from tqdm import tqdm
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from common.ranks import identity
+
 PLAIN_LINE_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
@@ -29,7 +31,7 @@ def progress(
 
     done: how many of the `total` units lie behind already. more(): what else a plain line tells.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and identity().rank == 0:
         from tqdm import tqdm
 
         with tqdm(total=total, initial=done, desc=title, unit=unit, leave=False) as bar:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from common.args import Args
 from common.ckpt import atomic_write, clear_leftovers
 from common.events import Appended, Events
+from common.ranks import identity
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,7 @@ class Record:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
             "device": str(device),
+            "processes": identity().size,
             "threads": args.threads,
             "python": sys.version.split()[0],
             "torch": str(torch.__version__),
@@ -196,6 +198,13 @@ class Record:
             if what not in self._failed:
                 self._failed.add(what)
                 self.warn(f"cannot write {what} ({error}); training goes on")
+
+
+class NoRecord:
+    """The record of a process that writes none: of several that train together, all but the first."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 def _readable(text: str) -> str:

@@ -4,24 +4,28 @@
         session.attach(net, steps_per_epoch=len(train))
         for epoch in session.epochs():
             for batch in session.batches(train):
-                session.step(loss_of, batch)
-            session.end_epoch(val_loss=session.validate(val, loss_of), preview=draw)
+                session.step(loss_of, batch, draws_of)
+            session.end_epoch(val_loss=session.validate(val, loss_of, draws_of), preview=draw)
 
-`loss_of(net, batch, rng)` returns a scalar; `rng` is a CPU generator that belongs to this step alone.
+`draws_of(batch, rng)` returns what chance has to say about a whole batch, tensors with a row for each of its rows;
+`rng` is a CPU generator that belongs to this step alone. `loss_of(net, batch, draws)` returns the mean loss of the rows
+that it gets, a scalar, and draws nothing itself: several processes that train together each see a part of the rows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from common import ckpt, device, emoji, slurm, threads
+from common import ckpt, device, emoji, ranks, slurm, threads
 from common.args import AUTO, Args
 from common.console import patient
 from common.error_codes import (
@@ -32,22 +36,28 @@ from common.error_codes import (
     NON_FINITE_LOSS,
     OK,
     OUT_OF_MEMORY,
+    RANK_FAILED,
     SAVE_FAILED,
     STOPPED_EARLY,
+    USAGE,
     Exit,
 )
-from common.learner import Learner, LossFn, learning_rate
+from common.learner import DrawsFn, Learner, LossFn, learning_rate
 from common.logger_utils import close_handlers, log_args_rich, setup_component_logger
 from common.progress import counted, progress
-from common.record import Record
+from common.record import NoRecord, Record
 from common.rng import derive_seed, generator
 from common.run import Run, open_run
 from common.train_state import TrainState
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import nn
     from torch.utils.data import DataLoader
+
+    from common.data import HF_MNIST
 
 LOOK_EVERY = 50  # steps between looks at the loss on devices that should not wait for it; and TensorBoard's points
 # what is found out only when a run was begun: of one that saved nothing then, nothing is left
@@ -66,28 +76,41 @@ def open_session(
     """Everything around a training run: signals, threads, run folder and lock, log, device, seeds.
 
     See `common.run.open_run` for `name`, `models`, `identify` and `settle`. Raises Exit, having logged why.
+    Of several processes the first finds and holds the run, logs and writes.
     """
     handlers = slurm.install_signal_handlers()  # before the slow imports
     log = setup_component_logger("train", debug=args.debug)
-    run = record = None
+    run: Run | None = None  # on the first process, which holds it
     with patient() as console:
         try:
             asked = threads.prepare()
             if asked and args.threads == AUTO:
                 args.derive("OMP_NUM_THREADS", threads=asked)
-            where = device.get_device(args.device)
-            run = open_run(args, name, models, log.warning, identify, settle)
-            raise_if_finished(args, run, log)
-            record = Record(run, log.warning)
-            log = setup_component_logger("train", run.log_file, args.debug)
-            console.tell(log.warning)
-            with device.memory_in_one_line(f"choose a smaller --batch-size than {args.batch_size}"):
-                yield Session(args, run, record, where, log)
+            where = device.get_device(args.device, ranks.identity())
+            with ranks.joined(cuda=where.type == "cuda") as world:
+
+                def found() -> tuple[Run, dict[str, Any]]:
+                    nonlocal run
+                    run = open_run(args, name, models, log.warning, identify, settle)
+                    raise_if_finished(args, run, log)
+                    settle_shards(args, run, world)
+                    return dataclasses.replace(run, lock=None), vars(args)
+
+                theirs, flags = world.first(found)
+                vars(args).update(flags)
+                record = Record(run, log.warning) if run else NoRecord()
+                log = setup_component_logger("train", run and run.log_file, args.debug)
+                console.tell(log.warning)
+                try:
+                    with device.memory_in_one_line(f"choose a smaller --batch-size than {args.batch_size}"):
+                        yield Session(args, run or theirs, record, where, log, world)
+                finally:
+                    record.close()
         except Exit as end:
             (log.error if end.code not in (OK, STOPPED_EARLY) else log.info)(str(end))
             if run is not None and end.code in IN_VAIN:
                 run.discard_if_empty()
-            end.shown = not console.out
+            end.shown = not console.out and not ranks.identity().rank
             raise
         except KeyboardInterrupt:
             log.error("interrupted a second time: leaving at once; what was saved is safe")
@@ -96,8 +119,6 @@ def open_session(
             log.critical("ended by a bug:", exc_info=True)
             raise
         finally:
-            if record is not None:
-                record.close()
             if run is not None:
                 run.lock.close()
             close_handlers(log)
@@ -116,11 +137,37 @@ def raise_if_finished(args: Args, run: Run, log: Any) -> None:
         raise Exit(OK, f"{name} is already finished: {end}{more}")
 
 
+def settle_shards(args: Args, run: Run, world: ranks.World) -> None:
+    """--shards, where nobody has said how many: one for each process of a new run; a run from before had one.
+
+    Raises Exit(USAGE) if these processes cannot share them, or the batch is too small.
+    """
+    if args.shards == AUTO:
+        shards = world.size if run.state is None else 1
+        args.derive("default" if shards == 1 else "derived", shards=shards)
+    if args.shards % world.size:
+        raise Exit(
+            USAGE,
+            f"{counted(world.size, 'process', 'processes')} cannot share {counted(args.shards, 'shard')} equally: "
+            f"start a number that divides {args.shards}" + ("" if run.state else f", or give --shards {world.size}"),
+        )
+    if args.batch_size < args.shards:
+        raise Exit(USAGE, f"--batch-size {args.batch_size} is less than a row for each of {args.shards} shards")
+
+
+def no_draws(_batch: Any, _rng: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Of a loss that leaves nothing to chance."""
+    return ()
+
+
 class Session:
     """Drives one run. Attributes for recipes: `args`, `device`, `log`, `epoch`, `net`, `averaged_net`."""
 
-    def __init__(self, args: Args, run: Run, record: Record, where: torch.device, log: Any) -> None:
+    def __init__(
+        self, args: Args, run: Run, record: Record | NoRecord, where: torch.device, log: Any, world: ranks.World
+    ) -> None:
         self.args, self.run, self.record, self.device, self.log = args, run, record, where, log
+        self.world = world
         self.resumed = run.state
         device.seed_everything(args.seed)
         self.at = TrainState()
@@ -153,6 +200,15 @@ class Session:
         """A CPU generator that is a function of the run's seed and `purpose` alone."""
         return generator(self.args.seed, *purpose)
 
+    def digits(self) -> HF_MNIST:
+        """The training digits that the flags ask for. The first process reads them, and hands them to the others."""
+        from common.data import HF_MNIST
+
+        where = (self.args.cache_dir, self.args.only_digit, self.args.data)
+        digits = self.world.first(lambda: HF_MNIST("train", *where, warn=self.log.warning))
+        self.args.derive(data=digits.source)
+        return digits
+
     @property
     def workers(self) -> int:
         """DataLoader workers. Only a typed --num-workers starts any: for digits in memory they only cost."""
@@ -172,8 +228,8 @@ class Session:
 
     def attach(self, net: nn.Module, *, steps_per_epoch: int, warmup: int = 0, **options: Any) -> None:
         """Take charge of the network (options: see `Learner`), and restore everything if this run resumes."""
-        before = self.record.last_start()
         if self.resumed and self.resumed["global_step"] and self.args.threads == AUTO:  # saved before it was recorded
+            before = self.world.first(self.record.last_start)
             self.args.derive("checkpoint", threads=before.get("threads", AUTO))
         if self.device.type != "cpu" and self.args.threads == AUTO:
             self.args.derive(threads=threads.available())
@@ -189,15 +245,19 @@ class Session:
             lr_at=lambda step: learning_rate(step, total, args.lr, args.lr_scheduler, warmup),
             grad_clip=args.grad_clip,
             amp=args.amp and self.device.type == "cuda",
+            shards=args.shards,
+            world=self.world,
             **options,
         )
         parameters = sum(parameter.numel() for parameter in self.learner.parameters)
         self.log.info(f"{counted(parameters, 'parameter')}, {counted(steps_per_epoch, 'step')} an epoch")
         if self.resumed is not None:
             self._restore(self.resumed)
+        self._compare_weights()
         self._began_at = self.at.global_step
         self.record.rewind()  # only now: a start that fails before it could train has cut nothing
-        setup_component_logger("train", self.run.log_file, self.args.debug)
+        if not self.world.rank:
+            setup_component_logger("train", self.run.log_file, self.args.debug)
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
@@ -206,10 +266,7 @@ class Session:
             reason = str(error).splitlines()[0]
             raise Exit(BAD_CHECKPOINT, f"{self.run.source}: does not fit this network ({reason})") from None
         self.at = TrainState.from_checkpoint(state)
-        for path in ckpt.set_aside(self.run.checkpoints, after=self.epoch):
-            self.log.warning(f"set aside a checkpoint of a later epoch as {path.name}")
-        with contextlib.suppress(OSError):  # the next save links anew
-            ckpt.relink(self.run.checkpoints, state)
+        self.world.first(lambda: self._tidy(state))
         planned = state["args"]["epochs"]
         if planned != self.args.epochs and self.args.lr_scheduler != "none":
             self.log.info(f"--epochs {planned} -> {self.args.epochs}: the {self.args.lr_scheduler} curve is re-drawn")
@@ -217,6 +274,75 @@ class Session:
         self.log.info(f"{emoji.ok} resumed from {self.run.source} (epoch {self.epoch}, {where})")
         if ckpt.is_complete(state):
             self.at = self.at.next_epoch()
+
+    def _tidy(self, state: dict[str, Any]) -> None:
+        for path in ckpt.set_aside(self.run.checkpoints, after=self.epoch):
+            self.log.warning(f"set aside a checkpoint of a later epoch as {path.name}")
+        with contextlib.suppress(OSError):  # the next save links anew
+            ckpt.relink(self.run.checkpoints, state)
+
+    # --- several processes ---
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """What work() returns: the first process does it, the others wait, and take part in every `poll` in it."""
+        if self.world.rank:
+            while not self._agree():
+                pass
+            return self.world.first(work)
+
+        def done() -> Any:
+            if failed is not None:
+                raise failed
+            return result
+
+        result = failed = None
+        try:
+            result = work()
+        except Exit as error:
+            if error.everywhere:  # raised by a poll, in which the others took part
+                raise
+            failed = error
+        self._agree(over=True)
+        return self.world.first(done)
+
+    def _agree(self, over: bool = False) -> bool:
+        """The one decision of all processes: leave, if a signal asked any of them for it; save, if it is time.
+
+        over: the first process says that what it does alone is done; returns whether it said so. Raises
+        Exit(STOPPED_EARLY).
+        """
+        due = self._unsaved and time.monotonic() - self._saved_at >= self.args.ckpt_every_sec
+        rows = self.world.numbers([slurm.stop_requested(), int(due), int(over)])
+        if rows[0][2]:
+            return True
+        if asked := max(row[0] for row in rows):
+            if self._unsaved or self._saved_path is None:
+                self._save(final=True)
+            if not self.world.rank:
+                slurm.report("stopped")
+            raise Exit(
+                STOPPED_EARLY,
+                f"stopped by {signal.Signals(asked).name} in epoch {self.epoch} after "
+                f"{counted(self.at.batch, 'batch', 'batches')} and saved; "
+                f"go on with: {self.args.resume_command(self._saved_path)}",
+                everywhere=True,
+            )
+        if rows[0][1]:
+            self._save()
+        return False
+
+    def _compare_weights(self) -> None:
+        """Raises Exit(RANK_FAILED) if the processes do not hold the same weights."""
+        if self.world.size > 1:
+            digests = self.world.all(ckpt.weights_digest(self.net.state_dict()))
+            if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+                which = ", ".join(map(str, others))
+                raise Exit(
+                    RANK_FAILED,
+                    f"the weights of process {which} are not those of process 0 in epoch {self.epoch}, step "
+                    f"{self.at.global_step}: not saved. Are the machines, threads and libraries of all the same?",
+                    everywhere=True,
+                )
 
     # --- the loop ---
 
@@ -263,31 +389,28 @@ class Session:
                 batches._shutdown_workers()
 
     def _mean_loss(self) -> str:
-        self._look_at_losses()
         return f", mean loss so far {self.at.train_loss:.6f}"
 
-    def step(self, loss_of: LossFn, batch: Any) -> None:
+    def step(self, loss_of: LossFn, batch: Any, draws_of: DrawsFn = no_draws) -> None:
         """Learn one batch. Raises Exit(NON_FINITE_LOSS) before a bad loss could reach a checkpoint.
 
         On the CPU it does so at once, before the weights change. To ask another device for the loss would make the host
         wait for it: there the losses of many steps are looked at together, and before every save.
         """
-        import torch
 
+        rows, number = _rows(batch), self.at.global_step
+        draws = draws_of(batch, self.rng("train", number))
         if self.args.threads == AUTO:
-            self._choose_threads(loss_of, batch)
+            self._choose_threads(loss_of, batch, draws)
         elif (
             self.at.batch and self.device.type == "cpu" and self.args.threads > 1 and self._pace.slowed(self._last_step)
         ):
-            self._say_that_it_is_busy(loss_of, batch)
-        reseed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
-        reseed(derive_seed(self.args.seed, "step", self.at.global_step))  # for layers that draw, e.g. dropout
-        with self.learner.autocast():
-            loss = loss_of(self.net, batch, self.rng("train", self.at.global_step))
-        self._losses.append((loss.detach(), _rows(batch), self.at.global_step))
+            self._say_that_it_is_busy(loss_of, batch, draws)
+        loss = self.learner.gradient(self._loss_of_shard(self.learner, loss_of, batch, draws), rows)
+        self._losses.append((loss, rows, number))
         if self.device.type == "cpu":
             self._look_at_losses()
-        lr = self.learner.step(loss, self.at.global_step)
+        lr = self.learner.step(number)
         if self.at.global_step % LOOK_EVERY == 0:
             self._look_at_losses()
             if self.at.batch:  # at the step's own index: below any purge_step
@@ -295,6 +418,22 @@ class Session:
         self.at.global_step += 1
         self.at.batch += 1
         self._unsaved = True
+
+    def _loss_of_shard(self, learner: Learner, loss_of: LossFn, batch: Any, draws: Any) -> Callable:
+        """See `Learner.gradient`."""
+        import torch
+
+        reseed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
+
+        def loss_of_shard(shard: int, rows: slice) -> torch.Tensor:
+            which = (shard,) if shard else ()
+            reseed(derive_seed(self.args.seed, "step", self.at.global_step, *which))  # for layers that draw: dropout
+            with learner.autocast():
+                return loss_of(
+                    learner.net, *(_to([part[rows] for part in parts], self.device) for parts in (batch, draws))
+                )
+
+        return loss_of_shard
 
     def _look_at_losses(self) -> None:
         """Bring the losses since the last look to the host, all at once, and add them up.
@@ -310,25 +449,31 @@ class Session:
                     f"the loss became {value} in epoch {self.epoch}, step {step}; nothing of it was saved. "
                     + (f"Resume from {self._saved_path}" if self._saved_path else "Start again")
                     + " with a smaller --lr",
+                    everywhere=True,
                 )
             self.at.loss_sum += value * rows
             self.at.loss_rows += rows
             self._last_loss = value
 
-    def _real_step(self, loss_of: LossFn, batch: Any) -> Callable[[], None]:
-        """A function that learns the batch as `step` does, but changes copies of the weights and all that is theirs."""
+    def _real_step(self, loss_of: LossFn, batch: Any, draws: Any) -> Callable[[], None]:
+        """A function that learns this process's part of the batch as `step` does, but changes copies of the weights."""
         learner = copy.deepcopy(self.learner)
+        learner.world, learner.shards = ranks.World(), self.args.shards // self.world.size
+        loss_of_shard = self._loss_of_shard(learner, loss_of, batch, draws)
 
         def work() -> None:
-            with learner.autocast():
-                loss = loss_of(learner.net, batch, self.rng("train", self.at.global_step))
-            learner.step(loss, self.at.global_step)
+            learner.gradient(loss_of_shard, max(1, _rows(batch) // self.world.size))
+            learner.step(self.at.global_step)
 
         return work
 
-    def _choose_threads(self, loss_of: LossFn, batch: Any) -> None:
-        """At the run's first step, for all of it: the number of threads that is fastest as this machine now is."""
-        count, seconds = threads.fastest(self._real_step(loss_of, batch))
+    def _choose_threads(self, loss_of: LossFn, batch: Any, draws: Any) -> None:
+        """At the run's first step, for all of it: the number of threads that is fastest as this machine now is.
+
+        Several processes try at the same time, and take the first one's number: it must be the same for all.
+        """
+        count, seconds = self.world.all(threads.fastest(self._real_step(loss_of, batch, draws)))[0]
+        threads.use(count)
         self.args.derive(threads=count)
         self.record.amend(self.args)
         self._pace = threads.Pace(seconds[count])
@@ -336,9 +481,9 @@ class Session:
         cores = threads.available()
         self.log.info(f"threads: {count} of {cores} (images/s in a trial: {rates}); --threads N overrides")
 
-    def _say_that_it_is_busy(self, loss_of: LossFn, batch: Any) -> None:
+    def _say_that_it_is_busy(self, loss_of: LossFn, batch: Any, draws: Any) -> None:
         """What a single thread would bring, now that steps have become slow; the run keeps its number, and its bits."""
-        work, count, before = self._real_step(loss_of, batch), self.args.threads, self._pace.usual
+        work, count, before = self._real_step(loss_of, batch, draws), self.args.threads, self._pace.usual
         now, one = (threads.trial(work, number) for number in (count, 1))
         threads.use(count)
         rates = (f"{_rows(batch) / took:,.0f}" for took in (before, now, one))
@@ -347,8 +492,10 @@ class Session:
             "(stop, and resume with --threads 1: only the last bits change)".format(*rates, count=count)
         )
 
-    def validate(self, loader: DataLoader, loss_of: LossFn) -> float:
+    def validate(self, loader: DataLoader, loss_of: LossFn, draws_of: DrawsFn = no_draws) -> float:
         """Mean loss per row over `loader`, with the weights that are drawn with; the same noise every epoch.
+
+        Several processes each take every so manieth batch; the losses are added up as one process would.
 
         Raises Exit(NON_FINITE_LOSS) if it is NaN or infinite.
         """
@@ -358,13 +505,18 @@ class Session:
         net.eval()
         with torch.no_grad(), self.learner.autocast():
             for index, batch in enumerate(loader):
-                self.poll()
-                losses.append(loss_of(net, _to(batch, self.device), self.rng("validation", index)))
                 sizes.append(_rows(batch))
-        for loss, rows in zip(_to_host(losses), sizes, strict=True):
-            total += loss * rows
+                if index % self.world.size == 0:
+                    self.poll()
+                if index % self.world.size == self.world.rank:
+                    draws = draws_of(batch, self.rng("validation", index))
+                    losses.append(loss_of(net, *(_to(parts, self.device) for parts in (batch, draws))))
+        everyones = self.world.all(_to_host(losses))
+        for index, rows in enumerate(sizes):
+            total += everyones[index % self.world.size][index // self.world.size] * rows
         if not math.isfinite(total):
-            raise Exit(NON_FINITE_LOSS, f"the validation loss became {total} in epoch {self.epoch}; not saved")
+            why = f"the validation loss became {total} in epoch {self.epoch}; not saved"
+            raise Exit(NON_FINITE_LOSS, why, everywhere=True)
         return total / sum(sizes)
 
     def poll(self, *_: Any) -> None:
@@ -372,17 +524,7 @@ class Session:
 
         Takes and ignores arguments, so that it can be a sampling callback. Raises Exit(STOPPED_EARLY).
         """
-        if slurm.stop_requested():
-            if self._unsaved or self._saved_path is None:
-                self._save(final=True)
-            raise Exit(
-                STOPPED_EARLY,
-                f"stopped by {slurm.stop_signal()} in epoch {self.epoch} after "
-                f"{counted(self.at.batch, 'batch', 'batches')} and saved; "
-                f"go on with: {self.args.resume_command(self._saved_path)}",
-            )
-        if self._unsaved and time.monotonic() - self._saved_at >= self.args.ckpt_every_sec:
-            self._save()
+        self._agree()
 
     def end_epoch(
         self,
@@ -398,9 +540,8 @@ class Session:
         for TensorBoard, metrics.jsonl and the checkpoint's `scores`.
         """
         self._look_at_losses()
-        pictures = preview() if preview is not None and self.args.generate_images else None
-        if pictures is not None:
-            self.record.images(pictures, self.epoch, self.at.global_step)
+        if preview is not None and self.args.generate_images:
+            self.on_first(lambda: self.record.images(preview(), self.epoch, self.at.global_step))
         at = self.at
         at.val_loss, at.scores = val_loss, scalars or {}
         if at.best is None or val_loss < at.best["val_loss"]:
@@ -449,27 +590,32 @@ class Session:
             message = (
                 f"the weights became NaN or infinite in epoch {self.epoch}; not saved, earlier checkpoints are whole"
             )
-            raise Exit(NON_FINITE_LOSS, message)
-        self.record.flush()
+            raise Exit(NON_FINITE_LOSS, message, everywhere=True)
+        self._compare_weights()
         self._saved_at = time.monotonic()
         try:
-            path = ckpt.save_checkpoint_and_link_latest(self.run.checkpoints, self.checkpoint())
-            best = self.at.best["epoch"] if self.at.best else None
-            every, last = self.args.ckpt_save_every, self.args.keep_ckpts or None
-            ckpt.prune(self.run.checkpoints, keep_every=every, keep_last=last, best_epoch=best)
+            self._saved_path = self.world.first(self._write)
         except OSError as error:
             if final:
                 message = f"cannot save the end of the run ({error}); earlier checkpoints are whole"
-                raise Exit(SAVE_FAILED, message) from None
+                raise Exit(SAVE_FAILED, message, everywhere=True) from None
             self.log.error(f"cannot save a checkpoint ({error}); earlier ones are whole, training goes on")
             return
-        self._unsaved, self._saved_path = False, path
+        self._unsaved = False
+
+    def _write(self) -> Path:
+        self.record.flush()
+        path = ckpt.save_checkpoint_and_link_latest(self.run.checkpoints, self.checkpoint())
+        best = self.at.best["epoch"] if self.at.best else None
+        every, last = self.args.ckpt_save_every, self.args.keep_ckpts or None
+        ckpt.prune(self.run.checkpoints, keep_every=every, keep_last=last, best_epoch=best)
         if self.at.global_step > self._began_at:
-            slurm.report_progress()
+            slurm.report("trained")
         if self.run.lock_again():
             self.log.warning(f"{self.run.checkpoints} was deleted and is made again, with this checkpoint in it")
             self.record.config_again()
         self.log.debug(f"saved {path}")
+        return path
 
 
 def _now() -> str:

@@ -11,10 +11,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+
+from common.ranks import identity
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _received: int | None = None
+_parent = os.getppid()
 
 
 def _on_signal(number: int, _frame: object) -> None:
@@ -60,18 +62,21 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def stop_requested() -> bool:
-    """Has a stop signal arrived since the handlers were installed?"""
-    return _received is not None
+def stop_requested() -> int:
+    """The number of the stop signal that has arrived since the handlers were installed; 0 if none has.
+
+    One of several processes whose launcher was killed is as if its terminal had been closed: it would stay for ever.
+    """
+    if _received is None and identity().size > 1 and os.getppid() != _parent:
+        _on_signal(signal.SIGHUP, None)
+    return _received or 0
 
 
-def stop_signal() -> str:
-    """Name of the signal that asked for the stop, such as "SIGUSR1" ("" if none did)."""
-    return signal.Signals(_received).name if _received is not None else ""
+def report(what: str) -> None:
+    """Tell job.sh that this start has "trained" and saved at least a step, or that it "stopped" and saved.
 
-
-def report_progress() -> None:
-    """Tell job.sh that this start has trained and saved at least a step: else it would requeue itself for ever."""
+    Without the one it would requeue itself for ever; the other it cannot learn from the exit codes of launchers.
+    """
     if path := os.environ.get("DDPM_PROGRESS_FILE"):
-        with suppress(OSError):
-            Path(path).touch()
+        with suppress(OSError), open(path, "a") as file:
+            file.write(f"{what}\n")

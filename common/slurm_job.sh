@@ -7,6 +7,7 @@
 # the job puts itself back in the queue. On SIGTERM (scancel, preemption) the trainer saves too, but nothing is requeued
 # from here: a preempted job is requeued by Slurm, a cancelled one by nobody.
 # In a job array the task's number is the digit: sbatch --array=0-9 job.sh.
+# A job of several tasks (sbatch --ntasks=2, --nodes=2, --gpus-per-node=4) trains one run with that many processes.
 # A job whose limit comes three times in a row before it could train a single step gives up (see requeue).
 
 limit="" child="" made=""
@@ -30,13 +31,21 @@ fi
 job="${SLURM_JOB_ID:-}"
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
 idle="$SCRATCH/ddpm-output/.no-progress-$job"                 # a line for each start in a row that trained nothing
-export DDPM_PROGRESS_FILE="$SLURM_TMPDIR/.ddpm-progress-$job" # the trainer makes it when it has saved a step
+export DDPM_PROGRESS_FILE="$SLURM_TMPDIR/.ddpm-progress-$job" # the trainer says there: trained and saved; stopped
 rm -f "$DDPM_PROGRESS_FILE"
+
+# What starts the trainer: nothing, or srun where there are several tasks, or a node has several GPUs for its one task.
+_launcher() {
+    local nodes="${SLURM_JOB_NUM_NODES:-1}" gpus="${SLURM_GPUS_ON_NODE:-1}" tasks="${SLURM_NTASKS:-1}"
+    [ "$tasks" -gt "$nodes" ] || tasks=$((nodes * (gpus > 1 ? gpus : 1)))
+    [ "$tasks" -gt 1 ] || return 0
+    echo srun --kill-on-bad-exit=1 --ntasks="$tasks" --ntasks-per-node=$(((tasks + nodes - 1) / nodes))
+}
 
 train_and_requeue() {
     local code=11 # as if stopped at once, if the limit came before the start
     if [ -z "$limit" ]; then
-        python train.py ${SLURM_ARRAY_TASK_ID:+--only-digit="$SLURM_ARRAY_TASK_ID"} "$@" &
+        $(_launcher) python train.py ${SLURM_ARRAY_TASK_ID:+--only-digit="$SLURM_ARRAY_TASK_ID"} "$@" &
         child=$!
         [ -z "$limit" ] || kill -USR1 "$child" # the limit came before there was a child to tell
         while true; do # a trapped signal ends `wait` early
@@ -45,6 +54,7 @@ train_and_requeue() {
             kill -0 "$child" 2>/dev/null || break
         done
     fi
+    grep -qs stopped "$DDPM_PROGRESS_FILE" && code=11 # launchers have exit codes of their own
     # 11 is STOPPED_EARLY; 138 and 140 are deaths by SIGUSR1 and SIGUSR2, before Python could install its handlers
     case "$limit$code" in
     yes11 | yes138 | yes140) requeue ;;
@@ -57,7 +67,7 @@ train_and_requeue() {
 
 requeue() {
     local starts=0 note="time limit: saved; requeueing job $job"
-    if [ -e "$DDPM_PROGRESS_FILE" ]; then
+    if grep -qs trained "$DDPM_PROGRESS_FILE"; then
         rm -f "$idle"
     elif mkdir -p "${idle%/*}" && date >>"$idle"; then
         starts=$(($(wc -l <"$idle")))

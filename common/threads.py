@@ -20,6 +20,7 @@ from functools import cache
 from typing import Any
 
 from common.args import AUTO
+from common.ranks import identity
 
 TRIAL_SECONDS = 0.12  # for each number of threads
 WORTH = 1.05  # how much faster more threads must be
@@ -29,13 +30,15 @@ SLOW = 2.5  # times as long as they took before
 
 @cache
 def available() -> int:
-    """The number of cores that this process may use: Slurm's share, or the affinity mask.
+    """The number of cores that this process may use: Slurm's share, or its part of the affinity mask.
 
     Asked before torch is imported: where OMP_PROC_BIND is set, its OpenMP then ties this thread to a single core.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(cores, int(share)) if share.isdigit() and int(share) else cores
+    if share.isdigit() and int(share):
+        return min(cores, int(share))
+    return max(1, cores // identity().local_size)
 
 
 def prepare() -> int | None:

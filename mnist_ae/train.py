@@ -6,8 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.args import AUTO, Args, Parser, add_training_arguments, number
-from common.data import HF_MNIST, split_train_val
-from common.device import move
+from common.data import split_train_val
 from common.error_codes import NO_MODEL_SPECIFIED, Exit, run_main
 from common.evaluate import epoch_scorer
 from common.images import over
@@ -57,8 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         from torch.nn.functional import l1_loss, mse_loss
 
         # Data
-        digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
-        args.derive(data=digits.source)
+        digits = session.digits()
         train_set, val_set = (part.to(session.data_device) for part in split_train_val(digits, args.seed))
         train = session.loader(train_set, args.batch_size)
         val = session.loader(val_set, 1000, shuffle=False)
@@ -68,20 +66,23 @@ def main(argv: list[str] | None = None) -> None:
             module_of(args.model).Autoencoder(args.latent_dim), steps_per_epoch=len(train), warmup=200, weight_decay=0.0
         )
 
-        def loss_of(net, batch, rng):
+        def draws_of(batch, rng):
+            images, _ = batch
+            return (torch.randn(len(images), args.latent_dim, generator=rng),)
+
+        def loss_of(net, batch, draws):
             """Squared and absolute error from a slightly noisy latent, and a small pull on the latents' size.
 
             Noise and pull make it a variational autoencoder with a fixed posterior width: neighbouring latents decode
             alike, which is what the diffusion on them needs.
             """
-            images, _ = batch
+            (images, _), (noise,) = batch, draws
             z = net.encode(images)  # (B, D)
-            noise = move(torch.randn(z.shape, generator=rng), z.device)
             rebuilt = net.decode(z + LATENT_NOISE * noise)  # (B, 1, 28, 28)
             error = mse_loss(rebuilt, images) + ABSOLUTE * l1_loss(rebuilt, images)
             return error + LATENT_PULL * z.square().mean()
 
-        def reconstruction_error(net, batch, _rng):
+        def reconstruction_error(net, batch, _draws):
             images, _ = batch
             return mse_loss(net(images), images)
 
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         # Training
         for _ in session.epochs():
             for batch in session.batches(train):
-                session.step(loss_of, batch)
+                session.step(loss_of, batch, draws_of)
             val_loss = session.validate(val, reconstruction_error)
             statistics = latent_statistics(session.averaged_net, some)
             session.end_epoch(val_loss, preview, statistics | scored_epoch())

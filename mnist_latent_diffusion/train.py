@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.args import AUTO, Args, Parser, add_diffusion_arguments, add_training_arguments, check_betas, number
 from common.autoencoder import build_autoencoder, choose_autoencoder, describe, read_named_autoencoder
-from common.data import HF_MNIST, make_mnist_loader, split_train_val
+from common.data import make_mnist_loader, split_train_val
 from common.drawing import preview_and_scored
 from common.error_codes import run_main
 from common.evaluate import epoch_scorer
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         import torch
         from torch.utils.data import TensorDataset
 
-        from common.diffusion import epsilon_loss, timestep_distribution
+        from common.diffusion import epsilon_loss, loss_draws, timestep_distribution
 
         model = module_of(args.model)
 
@@ -70,8 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         autoencoder = build_autoencoder(ae_data, session.device)
 
         # Data: latents, encoded once and standardised
-        digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
-        args.derive(data=digits.source)
+        digits = session.digits()
         train_set, val_set = (
             TensorDataset(*(tensor.to(session.data_device) for tensor in encode(autoencoder, part, session.device)))
             for part in split_train_val(digits, args.seed)
@@ -92,9 +91,13 @@ def main(argv: list[str] | None = None) -> None:
 
         timesteps = timestep_distribution(schedules)
 
-        def loss_of(net, batch, rng):
+        def draws_of(batch, rng):
+            z, _ = batch
+            return loss_draws(z.shape, timesteps, rng, LABEL_DROPOUT)
+
+        def loss_of(net, batch, draws):
             z, labels = batch
-            return epsilon_loss(net, net.standardise(z), labels, schedules, timesteps, rng, LABEL_DROPOUT)
+            return epsilon_loss(net, net.standardise(z), labels, schedules, draws)
 
         def draw(**what):
             return model.generate_images(
@@ -107,8 +110,8 @@ def main(argv: list[str] | None = None) -> None:
         # Training
         for _ in session.epochs():
             for batch in session.batches(train):
-                session.step(loss_of, batch)
-            val_loss = session.validate(val, loss_of)
+                session.step(loss_of, batch, draws_of)
+            val_loss = session.validate(val, loss_of, draws_of)
             session.end_epoch(val_loss, preview, latent_statistics | scored_epoch())
 
 

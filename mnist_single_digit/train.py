@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.args import Args, Parser, add_diffusion_arguments, add_training_arguments, check_betas, number
-from common.data import HF_MNIST, split_train_val
+from common.data import split_train_val
 from common.drawing import preview_and_scored
 from common.error_codes import run_main
 from common.evaluate import epoch_scorer
@@ -40,13 +40,12 @@ def experiment_name(args: Args) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with open_session(args, experiment_name, models=("ddpm",)) as session:
-        from common.diffusion import epsilon_loss, uniform_timesteps
+        from common.diffusion import epsilon_loss, loss_draws, uniform_timesteps
 
         model = module_of(args.model)
 
         # Data
-        digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
-        args.derive(data=digits.source)
+        digits = session.digits()
         train_set, val_set = (part.to(session.data_device) for part in split_train_val(digits, args.seed))
         train = session.loader(train_set, args.batch_size)
         val = session.loader(val_set, args.batch_size, shuffle=False)
@@ -58,9 +57,13 @@ def main(argv: list[str] | None = None) -> None:
 
         timesteps = uniform_timesteps(schedules)
 
-        def loss_of(net, batch, rng):
+        def draws_of(batch, rng):
+            images, _ = batch
+            return loss_draws(images.shape, timesteps, rng, LABEL_DROPOUT)
+
+        def loss_of(net, batch, draws):
             images, labels = batch
-            return epsilon_loss(net, 2 * images - 1, labels, schedules, timesteps, rng, LABEL_DROPOUT)
+            return epsilon_loss(net, 2 * images - 1, labels, schedules, draws)
 
         def draw(**what):
             return model.generate_images(session.averaged_net, schedules, seed=args.seed, callback=session.poll, **what)
@@ -71,8 +74,9 @@ def main(argv: list[str] | None = None) -> None:
         # Training
         for _ in session.epochs():
             for batch in session.batches(train):
-                session.step(loss_of, batch)
-            session.end_epoch(session.validate(val, loss_of), preview, scored_epoch())
+                session.step(loss_of, batch, draws_of)
+            val_loss = session.validate(val, loss_of, draws_of)
+            session.end_epoch(val_loss, preview, scored_epoch())
 
 
 if __name__ == "__main__":

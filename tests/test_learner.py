@@ -28,12 +28,16 @@ def loss_of(learner: Learner, step: int, scale: float = 1.0) -> torch.Tensor:
         return scale * ((learner.net(x).squeeze(1) - x.sum(1)) ** 2).mean()
 
 
+def learn(learner: Learner, step: int, scale: float = 1.0) -> torch.Tensor:
+    loss = learner.gradient(lambda _shard, _rows: loss_of(learner, step, scale), 16)
+    learner.lr = learner.step(step)
+    return loss
+
+
 def train(learner: Learner, steps: range, scale: float = 1.0) -> list[float]:
     losses = []
     for step in steps:
-        loss = loss_of(learner, step, scale)
-        learner.step(loss, step)
-        losses.append(loss.item())
+        losses.append(learn(learner, step, scale).item())
     return losses
 
 
@@ -62,7 +66,8 @@ def test_every_step_uses_its_learning_rate():
     learner = make_learner()
     learner.lr_at = lambda step: 10.0 ** -(step + 2)
     before = copy.deepcopy(learner.net.state_dict())
-    assert learner.step(loss_of(learner, 0), 3) == 1e-5
+    learn(learner, 3)
+    assert learner.lr == 1e-5
     moved = max((v - before[k]).abs().max().item() for k, v in learner.net.state_dict().items())
     assert 0 < moved < 2e-5  # Adam's first step is about the learning rate
 
@@ -81,7 +86,7 @@ def test_ema_against_float64():
     learner = make_learner(ema=0.9)
     wanted = None
     for step in range(150):
-        learner.step(loss_of(learner, step), step)
+        learn(learner, step)
         weights = {name: value.double() for name, value in learner.net.state_dict().items()}
         if wanted is None:
             wanted = weights  # the first update forgets the random start entirely
@@ -148,7 +153,7 @@ def test_amp_on_the_cpu_computes_in_bfloat16_and_learns():
 def test_amp_skips_a_step_whose_gradients_overflow():
     learner = make_learner(amp=True, grad_clip=1.0)
     before, scale = copy.deepcopy(learner.net.state_dict()), learner.scaler.get_scale()
-    learner.step(loss_of(learner, 0) * float("inf"), 0)
+    learn(learner, 0, float("inf"))
     assert_same(learner.net.state_dict(), before)
     assert learner.scaler.get_scale() < scale
     assert_same(learner.scaler.state_dict()["scale"], learner.state_dict()["scaler"]["scale"])
@@ -246,7 +251,7 @@ def test_a_nan_before_anything_was_saved_names_no_checkpoint_and_leaves_no_folde
 def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch):
     """The loss was still finite, but its gradient was not, and a save is due before the next loss is known."""
 
-    def poison(self, loss, number):
+    def poison(self, number):
         next(iter(self.net.parameters())).data[0] = float("nan")
         return 0.0
 

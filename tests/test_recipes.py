@@ -44,7 +44,8 @@ def test_the_loss_noises_every_row_to_the_timestep_that_the_net_is_told():
     schedules = diffusion.precompute_schedules(20, 1e-3, 0.3)  # neighbouring timesteps differ a lot
     x0, labels, net = noise(20_000, 2), torch.arange(20_000) % 10, Spy()
     timesteps = diffusion.uniform_timesteps(schedules)
-    loss = diffusion.epsilon_loss(net, x0, labels, schedules, timesteps, generator(0, "loss"), 0.3)
+    draws = diffusion.loss_draws(x0.shape, timesteps, generator(0, "loss"), 0.3)
+    loss = diffusion.epsilon_loss(net, x0, labels, schedules, draws)
     signal, width = schedules.sqrt_alpha_bar[net.t, None], schedules.sqrt_one_minus_alpha_bar[net.t, None]
     epsilon = (net.x - signal * x0) / width
     for t in range(20):
@@ -89,19 +90,27 @@ def watched(tiny, tiny_latent, tmp_path, monkeypatch):
     def watch(folder):
         seen = SimpleNamespace(x0=[], settings=set(), losses=[], rows=[], numbers=[], rates=[], loaders={})
         seen.clip, seen.decay = set(), set()
-        loss, step, batches, validate = diffusion.epsilon_loss, Learner.step, Session.batches, Session.validate
+        loss, draws, gradient, step = diffusion.epsilon_loss, diffusion.loss_draws, Learner.gradient, Learner.step
+        batches, validate = Session.batches, Session.validate
 
-        def epsilon_loss(net, x0, labels, schedules, timesteps, rng, dropout):
+        def epsilon_loss(net, x0, *rest):
             seen.x0.append(x0)
-            seen.settings.add((dropout, tuple(timesteps.tolist())))
-            return loss(net, x0, labels, schedules, timesteps, rng, dropout)
+            return loss(net, x0, *rest)
 
-        def learner_step(self, value, number):
+        def loss_draws(shape, timesteps, rng, dropout):
+            seen.settings.add((dropout, tuple(timesteps.tolist())))
+            return draws(shape, timesteps, rng, dropout)
+
+        def learner_gradient(self, *what):
+            value = gradient(self, *what)
             seen.losses.append(value.item())
+            return value
+
+        def learner_step(self, number):
             seen.numbers.append(number)
             seen.clip.add(self.grad_clip)
             seen.decay |= {group["weight_decay"] for group in self.optimizer.param_groups}
-            seen.rates.append(step(self, value, number))
+            seen.rates.append(step(self, number))
             return seen.rates[-1]
 
         def session_batches(self, loader):
@@ -110,11 +119,13 @@ def watched(tiny, tiny_latent, tmp_path, monkeypatch):
                 seen.rows.append(len(batch[0]))
                 yield batch
 
-        def session_validate(self, loader, loss_of):
+        def session_validate(self, loader, *rest):
             seen.loaders["val"] = loader
-            return validate(self, loader, loss_of)
+            return validate(self, loader, *rest)
 
         monkeypatch.setattr(diffusion, "epsilon_loss", epsilon_loss)
+        monkeypatch.setattr(diffusion, "loss_draws", loss_draws)
+        monkeypatch.setattr(Learner, "gradient", learner_gradient)
         monkeypatch.setattr(Learner, "step", learner_step)
         monkeypatch.setattr(Session, "batches", session_batches)
         monkeypatch.setattr(Session, "validate", session_validate)
@@ -183,7 +194,8 @@ def test_the_validation_loss_is_that_of_the_averaged_weights_under_noise_that_ne
     with torch.no_grad():
         z = net.standardise(build_autoencoder(state["ae_ckpt_data"]).encode(images))
         timesteps, rng = diffusion.timestep_distribution(schedules), generator(42, "validation", 0)
-        wanted = diffusion.epsilon_loss(net, z, labels, schedules, timesteps, rng, 0.3)
+        draws = diffusion.loss_draws(z.shape, timesteps, rng, 0.3)
+        wanted = diffusion.epsilon_loss(net, z, labels, schedules, draws)
     assert state["val_loss"] == pytest.approx(wanted.item(), rel=1e-5)
 
 

@@ -21,7 +21,7 @@ LABEL_DROPOUT = 0.1
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.diffusion import Schedules, epsilon_loss, uniform_timesteps  # noqa: E402
+from common.diffusion import Schedules, epsilon_loss, loss_draws, uniform_timesteps  # noqa: E402
 from common.time_embedding import TimeMLP  # noqa: E402
 
 
@@ -163,7 +163,7 @@ def seconds_per_epoch(cache_dir: Path, schedules: Schedules, latent: bool, batch
         if latent:
             with torch.no_grad():
                 z = autoencoder.encode(images)
-            loss = epsilon_loss(net, z, labels, schedules, uniform, rng, LABEL_DROPOUT)
+            loss = epsilon_loss(net, z, labels, schedules, loss_draws(z.shape, uniform, rng, LABEL_DROPOUT))
         else:
             loss = F.mse_loss(net(images), images)
         optimizer.zero_grad()

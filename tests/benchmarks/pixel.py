@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.classifier import load_classifier
 from common.data import HF_MNIST, split_train_val
-from common.diffusion import draw, epsilon_loss, precompute_schedules, uniform_timesteps
+from common.diffusion import draw, epsilon_loss, loss_draws, precompute_schedules, uniform_timesteps
 from common.evaluate import score
 from common.learner import Learner
 from common.modules import module_of
@@ -72,9 +72,13 @@ class Trained:
             rng = generator(0, "pixel benchmark", self.steps)
             rows = torch.randint(len(self.images), (BATCH,), generator=rng)
             x, labels = 2 * self.images[rows] - 1, self.labels[rows]
-            loss = epsilon_loss(net, x, labels, self.schedules, self.timesteps, rng, LABEL_DROPOUT)
-            self.losses.append(loss.item())
-            self.learner.step(loss, self.steps)
+            draws = loss_draws(x.shape, self.timesteps, rng, LABEL_DROPOUT)
+
+            def loss_of(_shard: int, _rows: slice, what: tuple = (net, x, labels, self.schedules, draws)):
+                return epsilon_loss(*what)
+
+            self.losses.append(self.learner.gradient(loss_of, len(x)).item())
+            self.learner.step(self.steps)
             self.steps += 1
             self.seconds += time.perf_counter() - started
 

@@ -15,7 +15,7 @@ from torch.nn.functional import mse_loss
 from common.args import wanted_labels
 from common.classifier import judge, load_classifier, train_classifier
 from common.data import HF_MNIST, split_train_val
-from common.diffusion import draw, epsilon_loss, precompute_schedules, uniform_timesteps
+from common.diffusion import draw, epsilon_loss, loss_draws, precompute_schedules, uniform_timesteps
 from common.evaluate import score
 from common.rng import generator
 
@@ -93,7 +93,8 @@ def plain(figures: Figures, cache_dir: Path, epochs: tuple[int, int], count: int
                 if net is denoiser:
                     with torch.no_grad():
                         z = autoencoder.encode(images[rows])
-                    loss = epsilon_loss(net, z, labels[rows], schedules, uniform, rng, LABEL_DROPOUT)
+                    draws = loss_draws(z.shape, uniform, rng, LABEL_DROPOUT)
+                    loss = epsilon_loss(net, z, labels[rows], schedules, draws)
                 else:
                     loss = mse_loss(net(images[rows]), images[rows])
                 optimizer.zero_grad()

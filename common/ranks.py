@@ -1,0 +1,212 @@
+"""Several processes that train one run, or draw together: who they are, and all that they say to each other.
+
+torchrun or srun starts them, torch.distributed connects them. A process that was started alone is a world of size 1,
+in which nothing is sent: it takes the same path.
+
+What makes weights independent of how many processes there are: a batch is cut into shards by position, each shard's
+gradient is computed by itself, and they are added up in the order of the shards (`World.sum_in_order`). Which process
+computed which shard then leaves no trace.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from common.error_codes import RANK_FAILED, Exit
+
+if TYPE_CHECKING:
+    import torch
+
+_SECONDS = os.environ.get("DDPM_RANK_PATIENCE", "")
+PATIENCE = int(_SECONDS) if _SECONDS.isdigit() and int(_SECONDS) else 300  # seconds to wait for another process
+
+
+class Identity(NamedTuple):
+    """Which process this is: `rank` of `size`; on its machine, `local` of `local_size`."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+    local_size: int = 1
+
+
+ALONE = Identity()
+
+
+def identity() -> Identity:
+    """As the launcher's variables tell: torchrun's, or Slurm's in a step of several tasks; else a process alone."""
+    env = os.environ
+    if all(env.get(name, "").isdigit() for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")) and env.get("MASTER_ADDR"):
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return Identity(*(int(env.get(name) or default) for name, default in zip(names, ALONE, strict=True)))
+    # a batch script has most of these variables too, but it is no step of several tasks
+    if int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and env.get("SLURM_PROCID", "").isdigit():
+        local_sizes = _per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or "1")
+        here = local_sizes[min(int(env.get("SLURM_NODEID") or 0), len(local_sizes) - 1)]
+        return Identity(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), here)
+    return ALONE
+
+
+def _per_node(text: str) -> list[int]:
+    """Slurm's short form, "2(x3),1" -> [2, 2, 2, 1]."""
+    pairs = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in pairs for _ in range(int(times or 1))]
+
+
+def _meeting_point() -> tuple[str, int]:
+    """(host, port) where the processes of a Slurm step meet: its first node, and a port from the job's number."""
+    env = os.environ
+    nodes, host = env.get("SLURM_STEP_NODELIST", ""), "127.0.0.1"
+    if int(env.get("SLURM_STEP_NUM_NODES") or 1) > 1:
+        reply = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        host = reply.stdout.split()[0]
+    number = int(env["SLURM_JOB_ID"]) * 8 + int(env.get("SLURM_STEP_ID") or 0)  # steps of one job may run side by side
+    return host, 20_000 + number % 10_000
+
+
+@contextmanager
+def joined(cuda: bool = False) -> Iterator[World]:
+    """The processes of this run, connected until the end of the block. cuda: gradients lie on GPUs, one a process.
+
+    Raises Exit(RANK_FAILED) if they do not find each other.
+    """
+    me = identity()
+    if me.size == 1:
+        yield World(me)
+        return
+    import torch
+    from torch import distributed
+
+    if "MASTER_PORT" not in os.environ:
+        host, port = _meeting_point()
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    patience = timedelta(seconds=PATIENCE)
+    with _in_touch(f"the {me.size} processes of this run do not find each other at {where}"):
+        # decisions are words between hosts; only gradients need to go from device to device
+        distributed.init_process_group("gloo", rank=me.rank, world_size=me.size, timeout=patience)
+        if cuda:
+            torch.cuda.set_device(me.local % torch.cuda.device_count())  # as device.get_device does
+        gradients = distributed.new_group(backend="nccl", timeout=patience) if cuda else None
+    world = World(me, gradients)
+    try:
+        yield world
+        world.leave()
+    except Exit as end:
+        if end.everywhere:
+            world.leave()
+        raise
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def _in_touch(what: str) -> Iterator[None]:
+    """What torch.distributed raises when a process is gone, or does not answer, becomes Exit(RANK_FAILED)."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = "does not answer" if "imed out" in str(error) or "imeout" in str(error) else "is gone"
+        raise Exit(
+            RANK_FAILED,
+            f"{what}: one {reason} ({PATIENCE} s are waited). What was saved is safe; go on with --auto-resume",
+        ) from None
+
+
+class World:
+    """The processes of a run. All of them call each method at the same point; a world of size 1 sends nothing."""
+
+    def __init__(self, me: Identity = ALONE, gradients: Any = None) -> None:
+        self.rank, self.size, self.local = me.rank, me.size, me.local
+        self._gradients = gradients
+
+    def mine(self, shards: int) -> range:
+        """Which of so many shards this process computes."""
+        each = shards // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def all(self, value: Any) -> list[Any]:
+        """Every process's `value` (small and picklable), in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        from torch import distributed
+
+        values = [None] * self.size
+        with _in_touch("another process of this run"):
+            distributed.all_gather_object(values, value)
+        return values
+
+    def numbers(self, row: list[int]) -> list[list[int]]:
+        """Every process's row of whole numbers; as `all`, but quick enough to be asked at every step."""
+        if self.size == 1:
+            return [row]
+        import torch
+        from torch import distributed
+
+        mine = torch.tensor(row)
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        with _in_touch("another process of this run"):
+            distributed.all_gather(rows, mine)
+        return [row.tolist() for row in rows]
+
+    def first(self, work: Callable[[], Any]) -> Any:
+        """What work() returns on the first process, which alone runs it. Its Exit or OSError is raised everywhere."""
+        told: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                told = [work(), None]
+            except (Exit, OSError) as error:
+                if isinstance(error, Exit):
+                    error.everywhere = True
+                if self.size == 1:
+                    raise
+                told = [None, error]
+        if self.size > 1:
+            from torch import distributed
+
+            with _in_touch("another process of this run"):
+                distributed.broadcast_object_list(told, 0)
+        value, error = told
+        if error is not None:
+            raise error
+        return value
+
+    def sum_in_order(self, parts: torch.Tensor) -> torch.Tensor:
+        """(shards of this process, P) -> (P,): the sum over all shards of all processes, ((s0 + s1) + s2) + ...
+
+        The order of additions, and with it the rounding, is that of the shards, whatever the number of processes. Each
+        process adds up its part of the P numbers for all shards, then they exchange the sums.
+        """
+        import torch
+        from torch import distributed
+
+        count, length = parts.shape
+        if self.size > 1:
+            width = -(-length // self.size)
+            parts = torch.nn.functional.pad(parts, (0, width * self.size - length))
+            sent = parts.view(count, self.size, width).transpose(0, 1).contiguous()  # (to each process, shards, width)
+            parts = torch.empty_like(sent)
+            with _in_touch("another process of this run"):
+                distributed.all_to_all_single(parts, sent, group=self._gradients)
+            parts = parts.view(self.size * count, width)
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        if self.size == 1:
+            return total
+        totals = [torch.empty_like(total) for _ in range(self.size)]
+        with _in_touch("another process of this run"):
+            distributed.all_gather(totals, total, group=self._gradients)
+        return torch.cat(totals)[:length]
+
+    def leave(self) -> None:
+        """Wait until all are ready to leave: launchers take a process that ends early for a reason to kill the rest."""
+        if self.size > 1:
+            with suppress(Exit):
+                self.numbers([0])
