@@ -6,7 +6,9 @@ CLAUDE.md lists what each code means to a user.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -48,6 +50,7 @@ class Exit(Exception):
 def run_main(main: Callable[[], None]) -> int:
     """Run a script's main; return its exit code, having shown an `Exit` that nobody showed yet."""
     from common import emoji
+    from common.ranks import identity
 
     code = OK
     with guarded():
@@ -58,6 +61,11 @@ def run_main(main: Callable[[], None]) -> int:
             if code == OK and error.errno != errno.EPIPE:  # a broken pipe: `… | head` has seen enough
                 print(f"{emoji.error} cannot write the output: {error.strerror}", file=sys.stderr)
                 return BAD_OUTPUT
+    if identity().size > 1:  # gloo's threads sometimes abort a process that ends by way of its destructors
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
     return code
 
 

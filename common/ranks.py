@@ -89,8 +89,11 @@ def joined(cuda: bool = False) -> Iterator[World]:
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     patience = timedelta(seconds=PATIENCE)
     with _in_touch(f"the {me.size} processes of this run do not find each other at {where}"):
+        store = next(distributed.rendezvous("env://", me.rank, me.size, timeout=patience))[0]
+        if me.size == me.local_size:  # torchrun starts processes again beside a store that still knows the dead ones
+            store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # decisions are words between hosts; only gradients need to go from device to device
-        distributed.init_process_group("gloo", rank=me.rank, world_size=me.size, timeout=patience)
+        distributed.init_process_group("gloo", store=store, rank=me.rank, world_size=me.size, timeout=patience)
         if cuda:
             torch.cuda.set_device(me.local % torch.cuda.device_count())  # as device.get_device does
         gradients = distributed.new_group(backend="nccl", timeout=patience) if cuda else None

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 LOOK_EVERY = 50  # steps between looks at the loss on devices that should not wait for it; and TensorBoard's points
 # what is found out only when a run was begun: of one that saved nothing then, nothing is left
-IN_VAIN = (MODEL_MISMATCH, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA, NON_FINITE_LOSS, OUT_OF_MEMORY, OK)
+IN_VAIN = (USAGE, MODEL_MISMATCH, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA, NON_FINITE_LOSS, OUT_OF_MEMORY, OK)
 
 
 @contextmanager

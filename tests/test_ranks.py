@@ -1,0 +1,386 @@
+"""Several processes train one run: the same bits whatever their number, and nobody is left behind when one fails."""
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    AE,
+    LATENT,
+    PIXEL,
+    Result,
+    assert_same_training,
+    call,
+    finish,
+    metrics,
+    newest_state,
+    only_run,
+    start,
+)
+from torch import nn
+
+from common import ckpt, ranks
+from common.error_codes import NON_FINITE_LOSS, RANK_FAILED, SAVE_FAILED, STOPPED_EARLY, USAGE
+from common.learner import Learner
+
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node"
+GONE = 60  # seconds
+
+
+@pytest.fixture(scope="module")
+def flags(tiny, ae_run):
+    """flags(folder) -> flags of a small run in four shards whose last batch leaves one of them empty (405 threes)."""
+    common = (*tiny, "--batch-size", 67, "--epochs", 3, "--lr-scheduler", "cosine", "--shards", 4)
+    own = {
+        AE: ("--model", "conv", "--latent-dim", 4),
+        LATENT: ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16),
+        PIXEL: ("--base-ch", 8, "--T", 20, "--samples-per-epoch", 4, "--generate-images"),
+    }
+    return lambda folder, *more: (*own[folder], *common, *more)
+
+
+@pytest.fixture(scope="module")
+def references(flags, tmp_path_factory):
+    """references(folder) -> the run of a single process that nobody touched."""
+    known = {}
+
+    def reference(folder):
+        if folder not in known:
+            outdir = tmp_path_factory.mktemp("alone")
+            result = call(folder, "train.py", *flags(folder, "--outdir", outdir))
+            assert result.code == 0, result.text
+            known[folder] = only_run(outdir)
+        return known[folder]
+
+    return reference
+
+
+class Launched:
+    """`size` processes of a trainer that find each other by torchrun's variables, and can be told apart."""
+
+    def __init__(self, folder, size, *args, script="train.py", **env):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", **env}
+        self.processes = [
+            start(folder, script, *args, env={"RANK": str(r), "LOCAL_RANK": str(r), "MASTER_PORT": str(port), **common})
+            for r in range(size)
+        ]
+
+    def finish(self, timeout=120) -> list[Result]:
+        """How each of them ended."""
+        try:
+            return [finish(process, timeout) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def wait_for(self, sign, patience=120.0):
+        """Wait until sign() while all of them live."""
+        deadline = time.monotonic() + patience
+        while not sign():
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in self.processes), self.finish()
+            time.sleep(0.01)
+
+
+def saved(outdir) -> list[int]:
+    """When each checkpoint in an output tree was written."""
+    times = []
+    for path in outdir.glob("checkpoints/*/checkpoint_*.pt"):
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime_ns)
+    return times
+
+
+# --- who takes part ---
+
+
+@pytest.mark.parametrize(
+    ("env", "identity"),
+    [
+        ({}, (0, 1, 0, 1)),
+        (
+            {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "a", "MASTER_PORT": 1},
+            (3, 4, 1, 2),
+        ),
+        ({"RANK": 3}, (0, 1, 0, 1)),  # some other program's
+        # a batch script of two tasks, outside of any step
+        ({"SLURM_JOB_ID": 7, "SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_NTASKS": 2}, (0, 1, 0, 1)),
+        (
+            {"SLURM_PROCID": 5, "SLURM_LOCALID": 1, "SLURM_NODEID": 2, "SLURM_STEP_NUM_TASKS": 6}
+            | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),3"},
+            (5, 6, 1, 3),
+        ),
+    ],
+)
+def test_a_process_knows_who_it_is(env, identity, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, str(value))
+    assert tuple(ranks.identity()) == identity
+
+
+def test_processes_share_the_cores_of_their_machine(monkeypatch):
+    from common import threads
+
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(threads, "identity", lambda: ranks.Identity(0, 4, 0, 4))
+    assert threads.available.__wrapped__() == 2
+
+
+# --- the gradient of a batch in shards ---
+
+
+@pytest.mark.parametrize("rows", [16, 11, 3])  # 3: two of the five shards are empty
+def test_the_gradient_of_shards_is_that_of_the_batch(rows):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 1)), torch.randn(16, 4)
+    learner = Learner(net, torch.device("cpu"), lr_at=lambda _: 1e-2, shards=5)
+    edges, seen = [shard * rows // 5 for shard in range(6)], []
+
+    def loss_of(shard, part):
+        seen.append((shard, part.start, part.stop))
+        return net(x[part]).square().mean()
+
+    loss = learner.gradient(loss_of, rows)
+    found = torch.cat([weight.grad.flatten() for weight in net.parameters()])
+    wanted, parts = net(x[:rows]).square().mean(), []
+    assert seen == [(s, edges[s], edges[s + 1]) for s in range(5) if edges[s] < edges[s + 1]]
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    exact = torch.autograd.grad(wanted, net.parameters())
+    assert torch.allclose(found, torch.cat([part.flatten() for part in exact]), atol=1e-6)
+    for _, begin, end in seen:  # bit for bit: each by itself, added up in order
+        share = net(x[begin:end]).square().mean() * ((end - begin) / rows)
+        parts.append(torch.cat([part.flatten() for part in torch.autograd.grad(share, net.parameters())]))
+    total = torch.zeros_like(found)
+    for part in parts:
+        total = total + part
+    assert torch.equal(found, total)
+
+
+# --- the same bits whatever their number ---
+
+
+@pytest.mark.parametrize(("folder", "size"), [(AE, 2), (PIXEL, 4)])
+def test_any_number_of_processes_ends_with_the_same_bits(folder, size, flags, references, tmp_path):
+    results = Launched(folder, size, *flags(folder, "--outdir", tmp_path)).finish()
+    assert [result.code for result in results] == [0] * size, results
+    assert_same_training(only_run(tmp_path), references(folder))
+    assert [result.text for result in results[1:]] == [""] * (size - 1)  # only the first one talks
+    assert sorted(path.name for path in (tmp_path / "samples").glob("*/epoch_*.png")) == (
+        ["epoch_000001.png", "epoch_000002.png", "epoch_000003.png"] if folder == PIXEL else []
+    )
+
+
+def test_soak_with_another_number_of_processes_at_each_start(flags, references, tmp_path, pytestconfig):
+    """One of them, or all, get a SIGKILL at a random instant; the others are gone soon, and nothing is lost."""
+    kills, seed = pytestconfig.getoption("--kills"), random.SystemRandom().randrange(10**6)
+    rng = random.Random(seed)
+    epochs = 4 + 6 * kills
+    often = ("--epochs", epochs, "--ckpt-every-sec", 0.02)
+    assert call(LATENT, "train.py", *flags(LATENT, *often, "--outdir", tmp_path / "untouched")).code == 0
+    given = flags(LATENT, *often, "--outdir", tmp_path / "killed", "--auto-resume")
+    for done in range(kills):
+        launched = Launched(LATENT, size := rng.choice([1, 2, 4]), *given)
+        before = set(saved(tmp_path / "killed"))
+        launched.wait_for(lambda before=before: set(saved(tmp_path / "killed")) - before)
+        time.sleep(rng.uniform(0, 0.25))
+        dead = rng.choice([[rng.randrange(size)], range(size)])
+        for rank in dead:
+            launched.processes[rank].kill()
+        started = time.monotonic()
+        codes = [result.code for result in launched.finish()]
+        assert time.monotonic() - started < GONE
+        wanted = [-signal.SIGKILL if rank in dead else RANK_FAILED for rank in range(size)]
+        assert codes == wanted, f"after {done} kills, seed {seed}"
+    results = Launched(LATENT, size := rng.choice([1, 2, 4]), *given).finish()
+    assert [result.code for result in results] == [0] * size, f"seed {seed}: {results}"
+    assert_same_training(only_run(tmp_path / "killed"), only_run(tmp_path / "untouched"))
+
+
+def test_torchrun_starts_again_what_was_killed(flags, references, tmp_path):
+    given = flags(LATENT, "--ckpt-every-sec", 0.02, "--outdir", tmp_path, "--auto-resume", "--epochs", 12)
+    process = start(LATENT, f"{TORCHRUN} 2 --max-restarts 1 train.py", *given)
+    try:
+        deadline = time.monotonic() + 120
+        while not saved(tmp_path):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        workers = children(process.pid)
+        os.kill(workers[-1], signal.SIGKILL)
+    finally:
+        result = finish(process)
+    assert result.code == 0, result.text
+    assert "resumed from" in result.text
+    assert_same_training(only_run(tmp_path), one_process(flags(LATENT, "--epochs", 12), tmp_path / "alone"))
+
+
+def one_process(flags, outdir):
+    """The run that a process alone makes of a latent training."""
+    assert call(LATENT, "train.py", *flags, "--outdir", outdir).code == 0
+    return only_run(outdir)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that process `pid` started."""
+    found = []
+    for stat in os.listdir("/proc"):
+        with contextlib.suppress(OSError, ValueError):
+            text = Path(f"/proc/{int(stat)}/stat").read_text()
+            if int(text.rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat))
+    return sorted(found)
+
+
+# --- stops ---
+
+
+LONG = ("--epochs", 100_000, "--ckpt-every-sec", 100_000)
+
+
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize("drawing", [False, True])
+def test_a_signal_to_one_of_them_stops_all_at_the_same_step(number, rank, drawing, flags, tmp_path):
+    """drawing: most of the time the first one draws previews, while the other waits."""
+    more = ("--generate-images", "--samples-per-epoch", 64, "--T", 500) if drawing else ()
+    launched = Launched(LATENT, 2, *flags(LATENT, *LONG, *more, "--outdir", tmp_path))
+    launched.wait_for(lambda: saved(tmp_path))
+    time.sleep(0.3)
+    launched.processes[rank].send_signal(number)
+    results = launched.finish(timeout=20)
+    assert [result.code for result in results] == [STOPPED_EARLY] * 2, results
+    assert results[0].text.count(f"stopped by {number.name}") == 1
+    assert "go on with: python train.py --resume" in results[0].text
+    assert results[1].text == ""
+    state = newest_state(only_run(tmp_path))
+    assert f"in epoch {state['epoch']} after {state['batch']:,} batch" in results[0].text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_torchrun_saves_and_leaves_nobody(number, flags, tmp_path):
+    process = start(LATENT, f"{TORCHRUN} 2 train.py", *flags(LATENT, *LONG, "--outdir", tmp_path))
+    try:
+        deadline = time.monotonic() + 120
+        while not saved(tmp_path):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        workers = children(process.pid)
+        assert len(workers) == 2
+        time.sleep(0.3)
+        process.send_signal(number)
+        deadline = time.monotonic() + GONE
+        while any(os.path.exists(f"/proc/{worker}") for worker in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        result = finish(process)
+    folder = only_run(tmp_path)
+    log = next((tmp_path / "logs").glob("*.log")).read_text()
+    assert "and saved; go on with" in log, result.text
+    state = newest_state(folder)
+    assert f"in epoch {state['epoch']} after {state['batch']:,} batch" in log
+
+
+# --- failures ---
+
+
+def test_one_that_hangs_is_not_waited_for_for_ever(flags, tmp_path):
+    given = flags(LATENT, *LONG, "--outdir", tmp_path)
+    launched = Launched(LATENT, 2, *given, DDPM_RANK_PATIENCE="5")
+    launched.wait_for(lambda: saved(tmp_path))
+    launched.processes[0].send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    result = finish(launched.processes[1])
+    assert (result.code, len(result.errors)) == (RANK_FAILED, 1), result.text
+    assert "process 1: another process of this run: one does not answer (5 s are waited)" in result.errors[0]
+    assert time.monotonic() - started < 30
+    launched.processes[0].kill()
+    launched.finish()
+
+
+def test_one_that_never_came_is_not_waited_for_for_ever(flags, tmp_path):
+    launched = Launched(LATENT, 2, *flags(LATENT, "--outdir", tmp_path), DDPM_RANK_PATIENCE="3")
+    launched.processes[1].kill()
+    result = launched.finish()[0]
+    assert (result.code, len(result.errors)) == (RANK_FAILED, 1), result.text
+    assert "the 2 processes of this run do not find each other" in result.errors[0]
+    assert not list(tmp_path.rglob("*lddpm*"))
+
+
+def test_a_full_disk_ends_all_of_them_with_the_same_code(flags, disk):
+    outdir = disk("600k")
+    results = Launched(AE, 2, *flags(AE, "--latent-dim", 64, "--outdir", outdir)).finish()
+    assert [result.code for result in results] == [SAVE_FAILED] * 2, results
+    assert len(results[0].errors) == 4  # three epochs' saves, and the end
+    assert results[1].text == ""
+
+
+AS_RANK_1 = """
+import os, sys
+sys.path.insert(0, ".")
+import train
+from common.error_codes import run_main
+from common.learner import Learner
+step = Learner.step
+def other(self, number):
+    rate = step(self, number)
+    if os.environ["RANK"] == "1" and number == 3:
+        next(iter(self.net.parameters())).data.view(-1)[0] += 1e-7
+    return rate
+Learner.step = other
+sys.exit(run_main(lambda: train.main(sys.argv[1:])))
+"""
+
+
+def test_weights_that_went_apart_are_never_saved(flags, tmp_path):
+    results = Launched(LATENT, 2, AS_RANK_1, *flags(LATENT, "--outdir", tmp_path), script="-c").finish()
+    assert [result.code for result in results] == [RANK_FAILED] * 2, results
+    assert len(results[0].errors) == 1
+    assert "the weights of process 1 are not those of process 0 in epoch 1" in results[0].errors[0]
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_bad_loss_ends_all_of_them_with_one_line(flags, tmp_path):
+    results = Launched(AE, 2, *flags(AE, "--lr", 1e20, "--grad-clip", 0, "--outdir", tmp_path)).finish()
+    assert [result.code for result in results] == [NON_FINITE_LOSS] * 2, results
+    assert [len(result.errors) for result in results] == [1, 0]
+    assert not list(tmp_path.rglob("*ae-conv*"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (("--shards", 3), "2 processes cannot share 3 shards equally"),
+        (("--batch-size", 3), "--batch-size 3 is less than a row for each of 4 shards"),
+        (("--shards", "many"), "'many' is not a whole number"),
+    ],
+)
+def test_wrong_shards_are_one_line(wrong, says, flags, tmp_path):
+    results = Launched(LATENT, 2, *flags(LATENT, *wrong, "--outdir", tmp_path)).finish()
+    assert [result.code for result in results] == [USAGE] * 2, results
+    assert [len(result.errors) for result in results] == [1, 0]
+    assert says in results[0].errors[0]
+    assert not list(tmp_path.rglob("*lddpm*"))
+
+
+def test_a_run_keeps_its_shards(ae_run, copy_of, cache):
+    """One that was begun by a process alone, or before shards existed, has one."""
+    run = copy_of(ae_run)
+    again = ("--resume", run, "--epochs", 3, "--cache-dir", cache)
+    assert [result.code for result in Launched(AE, 2, *again).finish()] == [USAGE] * 2
+    state = newest_state(run)
+    assert state["args"].pop("shards") == 1
+    ckpt.save_checkpoint_and_link_latest(run, state)
+    results = Launched(AE, 2, *again).finish()
+    assert [result.code for result in results] == [USAGE] * 2
+    assert "2 processes cannot share 1 shard equally: start a number that divides 1" in results[0].text
+    assert call(AE, "train.py", *again).code == 0
+    assert metrics(run)[-1]["epoch"] == 3
