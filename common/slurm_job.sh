@@ -7,7 +7,8 @@
 # the job puts itself back in the queue. On SIGTERM (scancel, preemption) the trainer saves too, but nothing is requeued
 # from here: a preempted job is requeued by Slurm, a cancelled one by nobody.
 # In a job array the task's number is the digit: sbatch --array=0-9 job.sh.
-# A job of several tasks (sbatch --ntasks=2, --nodes=2, --gpus-per-node=4) trains one run with that many processes.
+# A job of several tasks, nodes or GPUs a node (sbatch --ntasks=2, --nodes=2, --gres=gpu:4) trains one run with that many
+# processes.
 # A job whose limit comes three times in a row before it could train a single step gives up (see requeue).
 
 limit="" child="" made=""
@@ -34,18 +35,28 @@ idle="$SCRATCH/ddpm-output/.no-progress-$job"                 # a line for each 
 export DDPM_PROGRESS_FILE="$SLURM_TMPDIR/.ddpm-progress-$job" # the trainer says there: trained and saved; stopped
 rm -f "$DDPM_PROGRESS_FILE"
 
-# What starts the trainer: nothing, or srun where there are several tasks, or a node has several GPUs for its one task.
-_launcher() {
-    local nodes="${SLURM_JOB_NUM_NODES:-1}" gpus="${SLURM_GPUS_ON_NODE:-1}" tasks="${SLURM_NTASKS:-1}"
-    [ "$tasks" -gt "$nodes" ] || tasks=$((nodes * (gpus > 1 ? gpus : 1)))
-    [ "$tasks" -gt 1 ] || return 0
-    echo srun --kill-on-bad-exit=1 --ntasks="$tasks" --ntasks-per-node=$(((tasks + nodes - 1) / nodes))
-}
+# Sets `launcher`, what starts the trainer: nothing, or srun for a process per task, or per GPU where no tasks were given.
+launcher=()
+nodes="${SLURM_JOB_NUM_NODES:-1}" gpus="${SLURM_GPUS_ON_NODE:-1}" tasks="${SLURM_NTASKS:-1}"
+if [ "${SLURM_GPUS_PER_NODE:-0}" -gt "$gpus" ] 2>/dev/null; then
+    echo "error: job.sh's own --gres stands beside --gpus-per-node: say sbatch --gres=gpu:$SLURM_GPUS_PER_NODE" >&2
+    exit 2
+fi
+if [ "$tasks" -le "$nodes" ] && [ "$gpus" -gt 1 ]; then
+    tasks=$((nodes * gpus))
+    export SLURM_CPUS_PER_TASK=$(((${SLURM_CPUS_ON_NODE:-1} + gpus - 1) / gpus))
+    launcher=(--overcommit) # a node may have fewer cores for the job than GPUs
+elif [ "$tasks" -lt "$nodes" ]; then
+    tasks="$nodes"
+fi
+if [ "$tasks" -gt 1 ]; then
+    launcher=(srun --kill-on-bad-exit=1 "${launcher[@]}" --nodes="$nodes" --ntasks="$tasks")
+fi
 
 train_and_requeue() {
     local code=11 # as if stopped at once, if the limit came before the start
     if [ -z "$limit" ]; then
-        $(_launcher) python train.py ${SLURM_ARRAY_TASK_ID:+--only-digit="$SLURM_ARRAY_TASK_ID"} "$@" &
+        "${launcher[@]}" python train.py ${SLURM_ARRAY_TASK_ID:+--only-digit="$SLURM_ARRAY_TASK_ID"} "$@" &
         child=$!
         [ -z "$limit" ] || kill -USR1 "$child" # the limit came before there was a child to tell
         while true; do # a trapped signal ends `wait` early

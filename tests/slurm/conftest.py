@@ -38,7 +38,8 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,batch_sched_delay=1
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 State=UNKNOWN
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 Gres=gpu:4 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
@@ -139,6 +140,9 @@ def cluster(tmp_path_factory):
         (folder / name).mkdir()
     host = os.uname().nodename.split(".")[0]
     (folder / "slurm.conf").write_text(CONF.format(host=host, folder=folder))
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-3]\n")  # to be asked for, though there are none
+    for number in range(4):
+        (folder / f"gpu{number}").touch()
     os.makedirs("/run/munge", exist_ok=True)
     shutil.chown("/run/munge", "munge", "munge")
     subprocess.run(["runuser", "-u", "munge", "--", "munged", "--force"], capture_output=True, timeout=60)

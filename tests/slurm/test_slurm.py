@@ -40,14 +40,19 @@ def epochs_for(seconds: float, folder: str, where: tuple, flags: tuple) -> int:
 
 
 def test_jobs_go_on_through_time_limits_until_they_are_done(cluster, data, ae_run, tmp_path):
-    """One of either kind at once, on a core each; the runs that they are compared with take what the two leave."""
+    """One of either kind at once, on a core each; the runs that they are compared with take what the two leave.
+
+    The latent one trains with two tasks, which share its core.
+    """
     given, epochs, where = {}, {}, ("--cache-dir", cluster.scratch / "hf_cache", "--outdir")
     for folder in (PIXEL, LATENT):
         flags = ("--data=hub", *data, "--only-digit", 3, "--lr-scheduler", "none", "--device", "cpu", *SMALL[folder])
-        flags += ("--ae-ckpt", ae_run) if folder == LATENT else ()
-        epochs[folder] = epochs_for(SECONDS, folder, (*where, tmp_path / f"trial-{folder}"), flags)
+        flags += ("--ae-ckpt", ae_run, "--shards", 2) if folder == LATENT else ()
+        seconds = SECONDS / 3 if folder == LATENT else SECONDS
+        epochs[folder] = epochs_for(seconds, folder, (*where, tmp_path / f"trial-{folder}"), flags)
         given[folder] = (f"--epochs={epochs[folder]}", *flags)
-    jobs = {folder: cluster.submit(REPO / folder, *SOON, flags=flags) for folder, flags in given.items()}
+    tasks = {PIXEL: (), LATENT: ("--ntasks=2", "--overcommit")}
+    jobs = {folder: cluster.submit(REPO / folder, *SOON, *tasks[folder], flags=given[folder]) for folder in given}
     untouched = {folder: start(folder, "train.py", *where, tmp_path / folder, *given[folder]) for folder in jobs}
     try:
         for process in untouched.values():
@@ -67,7 +72,23 @@ def test_jobs_go_on_through_time_limits_until_they_are_done(cluster, data, ae_ru
         prefix = {PIXEL: "ddpm-d3", LATENT: "lddpm-"}[folder]
         interrupted = only_run(cluster.scratch / "ddpm-output", f"{prefix}*")
         assert_same_training(interrupted, only_run(tmp_path / folder))
+        starts = json.loads((interrupted / "config.json").read_text())["starts"]
+        assert {start["processes"] for start in starts} == {2 if folder == LATENT else 1}
     assert not list(cluster.temporary.glob("tmp.*"))  # every allocation removed its copy of the data
+
+
+def test_what_two_tasks_began_one_goes_on_with(cluster, data, ae_run, tmp_path):
+    """And four GPUs, none of which is there, are four processes."""
+    flags = (*data, "--only-digit", 3, "--seed=9", "--device=cpu", "--ae-ckpt", ae_run, "--shards=4", *SMALL[LATENT])
+    for options, epochs in ((("--ntasks=2", "--overcommit"), 2), ((), 3), (("--gres=gpu:4",), 4)):
+        job = cluster.submit(REPO / LATENT, *options, flags=(*flags, f"--epochs={epochs}", "--lr-scheduler=none"))
+        cluster.wait_for_end(job)
+        assert f"epoch {epochs} of {epochs} is done" in cluster.log(job), cluster.log(job)
+    run = only_run(cluster.scratch / "ddpm-output", "lddpm-*-seed9-*")
+    assert [start["processes"] for start in json.loads((run / "config.json").read_text())["starts"]] == [2, 1, 4]
+    wrong = cluster.submit(REPO / LATENT, "--gres=gpu:1", "--gpus-per-node=4", flags=flags)
+    cluster.wait_for_end(wrong)
+    assert "error: job.sh's own --gres stands beside --gpus-per-node: say sbatch --gres=gpu:4" in cluster.log(wrong)
 
 
 def test_a_job_whose_limit_comes_before_a_step_gives_up(cluster, data, tmp_path):
