@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt, emoji, threads
-from common.args import Parser, add_data_arguments, add_sampling_arguments, check_sampling, number, wanted_labels
+from common.args import Parser, add_data_arguments, add_sampling_arguments, check_sampling, number
 from common.device import get_device, memory_in_one_line
-from common.drawing import choose_threads, draw_with_progress
+from common.drawing import choose_threads, draw_with_progress, wanted_labels
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, Exit, run_main
 from common.images import check_output
 from common.record import write_text
@@ -95,16 +95,15 @@ def score(
 
 
 def epoch_scorer(
-    session: Session, shown: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor | None]]]
+    session: Session, shown: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]]
 ) -> Callable[[], dict[str, Any]]:
     """For a trainer's --eval-every: a function that scores an epoch, {figure + suffix: value, "classifier": which}.
 
     It gives {} in the epochs between, and without --eval-every. shown: by suffix, what to score: a function that
-    returns (images, wanted labels or None), as `score` takes them.
+    returns (images, wanted labels), as `score` takes them.
 
     The digits and the classifier are fetched here, before training begins: Exit(NO_DATA) if they cannot be had.
     """
-    import torch
 
     args = session.args
     if not args.eval_every:
@@ -123,8 +122,6 @@ def epoch_scorer(
             if not images.isfinite().all():
                 session.log.warning(f"epoch {session.epoch} gives images that are not finite: not scored")
                 continue
-            if wanted is None and only:
-                wanted = torch.full((len(images),), args.only_digit)
             rows = score(images, wanted, real, classifier, errors=False)
             figures |= {f"{name}{suffix}": row["value"] for name, row in rows.items()}
         return figures and figures | {"classifier": fingerprint(classifier)}
@@ -148,13 +145,12 @@ def _judges(
     return real, classifier, accuracy
 
 
-def _draw(args: Any, draw: Callable, state: dict[str, Any]) -> tuple[torch.Tensor, list[int] | None, float]:
-    """(images, wanted labels, seconds) from a diffusion checkpoint's `draw`."""
-    labels = wanted_labels(args.digit, args.n)
+def _draw(args: Any, draw: Callable, labels: list[int] | None) -> tuple[torch.Tensor, float]:
+    """(images, seconds) from a diffusion checkpoint's `draw`."""
     options = {"guidance": args.guidance, "sampler": args.sampler, "steps": args.steps}
     started = time.perf_counter()
-    images = draw_with_progress(draw, state, labels=labels, count=args.n, seed=args.seed, **options)
-    return images, labels, time.perf_counter() - started
+    images = draw_with_progress(draw, labels=labels, count=args.n, seed=args.seed, **options)
+    return images, time.perf_counter() - started
 
 
 def _reconstruct(
@@ -216,7 +212,8 @@ def main(argv: list[str] | None = None) -> None:
         threads.settle(args.threads, lambda: threads.recorded(trained["args"]))
     else:
         draw, _ = module_of(model).load_for_drawing((path, trained), device)
-        choose_threads(args, draw, args.n, wanted_labels(args.digit, args.n), device)
+        labels = wanted_labels(args.digit, args.n, args.seed, trained["args"])
+        choose_threads(args, draw, args.n, labels, device)
     only = trained["args"].get("only_digit")
     real, classifier, accuracy = _judges(
         args, args.digit or ([] if only is None else [only]), lambda text: print(f"{emoji.info} {text}")
@@ -225,13 +222,19 @@ def main(argv: list[str] | None = None) -> None:
         if model.startswith("ae-"):
             images, labels, seconds = _reconstruct((path, trained), real, args.n, device)
         else:
-            images, labels, seconds = _draw(args, draw, trained)
+            images, seconds = _draw(args, draw, labels)
     if not images.isfinite().all():
         raise Exit(BAD_CHECKPOINT, f"{path} gives images that are not finite; choose an earlier checkpoint")
     wanted = labels or (None if only is None else [only] * len(images))
     figures = score(images, None if wanted is None else torch.tensor(wanted), real, classifier)
 
-    kind = "reconstructions" if model.startswith("ae-") else "unconditional" if labels is None else "with labels"
+    # by suffix, one file holds the figures of three ways of drawing, and none hides another's
+    if model.startswith("ae-"):
+        kind, suffix = "reconstructions", ""
+    elif args.digit is None:
+        kind, suffix = "labels by class shares", ""
+    else:
+        kind, suffix = ("labels as asked for", "_labelled") if args.digit else ("without labels", "_unlabelled")
     print(f"{len(images):,} images, {kind}, from {trained['exp_name']}, epoch {trained['epoch']}")
     print(f"judged by a classifier that reads {accuracy:.2%} of the test digits ({real.source}) correctly")
     if (spare := len(_halves(real)[1])) < len(images):
@@ -243,8 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'images/s':>10} {len(images) / seconds:>9.1f}")
     print(f"{emoji.info} not Inception figures: they compare only with figures of this classifier")
     settings = {name: getattr(args, name) for name in ("n", "seed", "digit", "guidance", "sampler", "steps")}
-    settings["only_digit"] = only  # decides which real digits it is compared with
-    suffix = "_labelled" if kind == "with labels" else ""  # so that one file holds both, and neither hides the other
+    settings |= {"kind": kind, "only_digit": only}  # which decides what real digits it is compared with
     known = read_scores(target, trained) | {"timestamp": trained["timestamp"]}
     known |= {f"{name}{suffix}": row["value"] for name, row in figures.items()}
     details = {"figures": figures, "settings": settings, "images_per_second": len(images) / seconds}

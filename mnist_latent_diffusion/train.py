@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # Data: latents, encoded once and standardised
         digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
-        args.derive(data=digits.source)
+        args.derive(data=digits.source, class_counts=digits.class_counts)
         train_set, val_set = (
             TensorDataset(*(tensor.to(session.data_device) for tensor in encode(autoencoder, part, session.device)))
             for part in split_train_val(digits, args.seed)

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # Data
         digits = HF_MNIST("train", args.cache_dir, args.only_digit, args.data, warn=session.log.warning)
-        args.derive(data=digits.source)
+        args.derive(data=digits.source, class_counts=digits.class_counts)
         train_set, val_set = (part.to(session.data_device) for part in split_train_val(digits, args.seed))
         train = session.loader(train_set, args.batch_size)
         val = session.loader(val_set, args.batch_size, shuffle=False)

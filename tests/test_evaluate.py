@@ -104,9 +104,15 @@ def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
     labelled = run(".", "-m common.evaluate", "--ckpt", folder, *flags, "--digit", 3, "--sampler", "ddim", "--steps", 5)
     assert labelled.code == 0, labelled.text
     written = json.loads((folder / "checkpoint_epoch_000002.scores.json").read_text())
-    assert {"fid", "precision", "recall", "fid_labelled", "agreement_labelled"} <= written.keys()
+    assert {"fid", "precision", "recall", "agreement", "fid_labelled", "agreement_labelled"} <= written.keys()
     assert written["details_labelled"]["settings"]["steps"] == 5
     assert written["details_labelled"]["classifier"] == fingerprint(judged[0])
+    few = ("--sampler", "dpm", "--steps", 5)
+    nameless = run(".", "-m common.evaluate", "--ckpt", folder, *flags, "--digit", "none", *few)
+    assert nameless.code == 0, nameless.text
+    more = json.loads((folder / "checkpoint_epoch_000002.scores.json").read_text())
+    assert more["details_unlabelled"]["settings"]["kind"] == "without labels"
+    assert {name: value for name, value in more.items() if not name.endswith("_unlabelled")} == written
     best = run(".", "-m common.find_best_ckpt", folder, "--metric", "fid", "--print-path-only")
     assert str(folder / "checkpoint_epoch_000002.pt") in best.text
 
@@ -128,7 +134,7 @@ def test_scoring_an_autoencoder(ae_run, copy_of, cache, judged):
     ("flags", "code"),
     [
         (("--steps", 10**6), USAGE),
-        (("--guidance", 2), USAGE),
+        (("--digit", "none", "--guidance", 2), USAGE),
         (("--json", "scores.txt"), BAD_OUTPUT),
         (("--json", "/dev/null/scores.json"), BAD_OUTPUT),
     ],
@@ -147,7 +153,7 @@ def test_scores_during_training(folder, tiny, tiny_latent, judged, tmp_path):
     result = call(folder, "train.py", *own, "--epochs", 2, "--eval-every", 2, "--outdir", tmp_path)
     assert result.code == 0, result.text
     rows = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
-    wanted = {"fid"} if folder == AE else {"fid", "fid_labelled", "agreement_labelled"}
+    wanted = {"fid"} if folder == AE else {"fid", "agreement", "fid_labelled", "agreement_labelled"}
     assert not wanted & rows[0].keys()
     assert wanted <= rows[1].keys()
     scores = newest_state(only_run(tmp_path))["scores"]
