@@ -25,7 +25,7 @@ from common import emoji
 from common.error_codes import MODEL_MISMATCH, USAGE, Exit
 
 SAMPLERS = ("ddpm", "ddim", "dpm")
-DPM_STEPS = 10  # TODO
+DPM_STEPS = 10  # more draw no better (tests/benchmarks/samplers.md)
 DEFAULT_GUIDANCE = 1.1  # a little variety for one more digit in a hundred that is what was asked for
 _KINDS = {
     "place": "where things live and run (always today's, also on resume)",
@@ -217,12 +217,17 @@ def number(
     return parse
 
 
-def _digit_or_all(text: str) -> int | None:
-    if text.lower() in ("none", "all"):
-        return None
-    if text not in list("0123456789"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a digit from 0 to 9, nor 'all'")
-    return int(text)
+def _digit_or(*words: str) -> Callable[[str], int | None]:
+    """An argparse type: a digit, or None for one of `words`."""
+
+    def parse(text: str) -> int | None:
+        if text.lower() in words:
+            return None
+        if text not in list("0123456789"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a digit from 0 to 9, nor {words[0]!r}")
+        return int(text)
+
+    return parse
 
 
 def add_data_arguments(parser: Parser) -> None:
@@ -292,7 +297,7 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
     parser.flag(
         shape,
         "--only-digit",
-        type=_digit_or_all,
+        type=_digit_or("all", "none"),
         metavar="0-9",
         help="train on a single digit (default: all digits)",
     )
@@ -382,10 +387,6 @@ def add_diffusion_arguments(parser: Parser) -> None:
     )
 
 
-def _digit_or_none(text: str) -> int | None:
-    return None if text.lower() == "none" else number(int, 0, 9)(text)
-
-
 def add_sampling_arguments(parser: Parser) -> None:
     """The flags that drawing from a diffusion model shares: labels, guidance, seed, sampler, steps."""
     add_device_argument(parser)
@@ -399,7 +400,7 @@ def add_sampling_arguments(parser: Parser) -> None:
     )
     add(
         "--digit",
-        type=_digit_or_none,
+        type=_digit_or("none"),
         nargs="+",
         metavar="D",
         help="draw this digit; of several, each gets an equal run of images; none: draw without labels "

@@ -18,7 +18,7 @@ from common import ckpt, emoji, threads
 from common.args import Parser, add_data_arguments, add_sampling_arguments, check_sampling, number
 from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress, wanted_labels
-from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, Exit, run_main
+from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE, Exit, run_main
 from common.images import check_output
 from common.record import write_text
 
@@ -36,6 +36,7 @@ MEANING = {
     "agreement": "share of the images that the classifier takes for the wanted digit",
     "imbalance": "total variation between the classes seen and wanted (0 is balanced)",
     "confident": "share of the images that the classifier is more than 90 % sure of",
+    "tstr": "accuracy on real test digits of a classifier that learned from the images (real: from as many real ones)",
 }
 
 
@@ -94,6 +95,34 @@ def score(
     return {name: found[name] for name in ORDER if name in found}
 
 
+def train_on_synthetic(
+    images: torch.Tensor, labels: torch.Tensor, real: Any, learnable: Any, say: Callable[[str], None]
+) -> dict[str, float]:
+    """The figure "tstr" of `score`: train on synthetic, test on real (Esteban et al. 2017, section 4.1.2).
+
+    images (N, 1, 28, 28), labels (N,): the drawings. real: the test digits; learnable: real training digits, N of which
+    set the floor. Both classifiers are the project's own, trained alike.
+    """
+    import torch
+    from torch.utils.data import TensorDataset
+
+    from common.classifier import judge, train_classifier
+    from common.metrics import bootstrap
+    from common.rng import generator
+
+    some = torch.randperm(len(learnable), generator=generator(0, "evaluation training digits"))[: len(images)]
+    found: dict[str, float] = {}
+    for column, error, learned in (
+        ("value", "error", TensorDataset(images, labels)),
+        ("floor", "floor_error", learnable.subset(some)),
+    ):
+        net = train_classifier(learned, progress=say)
+        predicted = judge(net, real[torch.arange(len(real))][0])[1].argmax(1)
+        hits = (predicted == real.labels).numpy()
+        found |= {column: float(hits.mean()), error: bootstrap(lambda rows: rows.mean(), hits)}
+    return found
+
+
 def epoch_scorer(
     session: Session, shown: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]]
 ) -> Callable[[], dict[str, Any]]:
@@ -133,16 +162,20 @@ def _judges(
     args: Any, digits: list[int], say: Callable[[str], None], poll: Callable[[], object] = lambda: None
 ) -> tuple[Any, Any, float]:
     """(held-out real digits, only `digits` if any are given; the classifier; its accuracy)."""
-    import torch
 
     from common.classifier import load_classifier
     from common.data import HF_MNIST
 
     real = HF_MNIST("test", args.cache_dir, source=args.data)
     classifier, accuracy = load_classifier(args.cache_dir, real.source, say, poll)
-    if digits:
-        real = real.subset(torch.isin(real.labels, torch.tensor(digits)).nonzero().flatten())
-    return real, classifier, accuracy
+    return _only(real, digits), classifier, accuracy
+
+
+def _only(real: Any, digits: list[int]) -> Any:
+    """The data set `real`, or its part of these digits if any are named."""
+    import torch
+
+    return real.subset(torch.isin(real.labels, torch.tensor(digits)).nonzero().flatten()) if digits else real
 
 
 def _draw(args: Any, draw: Callable, labels: list[int] | None) -> tuple[torch.Tensor, float]:
@@ -187,6 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("Score a checkpoint.", "python -m common.evaluate --ckpt RUN_FOLDER --digit 0 1 2 3 4 5 6 7 8 9")
     parser.add_argument("--ckpt", required=True, help="checkpoint file, its run's folder (newest) or FOLDER/best")
     parser.add_argument("--n", type=number(int, 200), default=5000, help="images, at least 200 (default: 5000)")
+    tstr = "also train a classifier on the images and their labels, and test it on real digits (two minutes)"
+    parser.add_argument("--tstr", action="store_true", help=tstr)
     parser.add_argument("--json", type=Path, help="where the scores go (default: beside the checkpoint)")
     add_sampling_arguments(parser)
     add_data_arguments(parser)
@@ -196,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from common.classifier import fingerprint
+    from common.data import HF_MNIST
     from common.modules import module_of
 
     device = get_device(args.device)
@@ -208,6 +244,8 @@ def main(argv: list[str] | None = None) -> None:
         check_sampling(args, trained["args"])
     elif args.digit or args.steps or args.guidance is not None or args.sampler != "ddpm":
         raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
+    if args.tstr and args.digit == []:
+        raise Exit(USAGE, "--tstr learns from the images' labels; leave out --digit none")
     if model.startswith("ae-"):
         threads.settle(args.threads, lambda: threads.recorded(trained["args"]))
     else:
@@ -215,9 +253,9 @@ def main(argv: list[str] | None = None) -> None:
         labels = wanted_labels(args.digit, args.n, args.seed, trained["args"])
         choose_threads(args, draw, args.n, labels, device)
     only = trained["args"].get("only_digit")
-    real, classifier, accuracy = _judges(
-        args, args.digit or ([] if only is None else [only]), lambda text: print(f"{emoji.info} {text}")
-    )
+    digits = args.digit or ([] if only is None else [only])
+    say = lambda text: print(f"{emoji.info} {text}")  # noqa: E731
+    real, classifier, accuracy = _judges(args, digits, say)
     with memory_in_one_line(f"draw fewer than --n {args.n} images"):
         if model.startswith("ae-"):
             images, labels, seconds = _reconstruct((path, trained), real, args.n, device)
@@ -227,6 +265,9 @@ def main(argv: list[str] | None = None) -> None:
         raise Exit(BAD_CHECKPOINT, f"{path} gives images that are not finite; choose an earlier checkpoint")
     wanted = labels or (None if only is None else [only] * len(images))
     figures = score(images, None if wanted is None else torch.tensor(wanted), real, classifier)
+    if args.tstr:
+        learnable = _only(HF_MNIST("train", args.cache_dir, source=real.source), digits)
+        figures["tstr"] = train_on_synthetic(images, torch.tensor(labels), real, learnable, say)
 
     # by suffix, one file holds the figures of three ways of drawing, and none hides another's
     if model.startswith("ae-"):

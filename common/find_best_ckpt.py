@@ -19,7 +19,7 @@ from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
 from common.evaluate import read_scores, scores_file
 from common.inspect_ckpt import SUFFIXES
 
-_RISING = ("acc", "precision", "recall", "agreement", "confident", "per_second")
+_RISING = ("acc", "precision", "recall", "agreement", "confident", "tstr", "per_second")
 COMPARABLE = (
     "epoch",
     "global_step",
@@ -29,6 +29,7 @@ COMPARABLE = (
     "agreement",
     "imbalance",
     "confident",
+    "tstr",
 )  # between models of any kind
 _LOG_LINE = re.compile(r"\bepoch\W+(\d+)")
 _LOG_FIELD = re.compile(r"(\w+)[ =:]+(-?\d[\d.,]*(?:e[+-]?\d+)?)")

@@ -1,7 +1,12 @@
 """The figures of sample quality: right on cases with a known answer, and written where the tools look for them."""
 
+import contextlib
+import io
 import json
+import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +14,7 @@ import torch
 from helpers import AE, LATENT, PIXEL, call, newest_state, only_run, run
 from scipy.linalg import sqrtm
 
-from common import ckpt, classifier, data, metrics
+from common import ckpt, classifier, data, evaluate, metrics
 from common.classifier import VERSION, fingerprint, judge, load_classifier, train_classifier
 from common.data import HF_MNIST
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit
@@ -130,9 +135,39 @@ def test_scoring_an_autoencoder(ae_run, copy_of, cache, judged):
     assert run(".", "-m common.evaluate", "--ckpt", folder, "--n", 3).code == USAGE
 
 
+def test_a_classifier_learns_from_the_drawings_and_from_as_many_real_digits(
+    latent_run, copy_of, cache, judged, monkeypatch
+):
+    """And is tested on real test digits: --tstr."""
+    learned = []
+
+    def train(digits, **_):
+        images, labels = digits[torch.arange(len(digits))]
+        learned.append((images, labels))
+        says = int(len(learned) == 1)  # of the first classifier: all 3, of the second: all 0
+        return SimpleNamespace(features=lambda x: x, head=lambda x: torch.eye(10)[[3 * says] * len(x)])
+
+    monkeypatch.setattr(classifier, "train_classifier", train)
+    flags = ("--ckpt", copy_of(latent_run), "--n", 200, "--data", "embedded", "--cache-dir", cache)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        evaluate.main([str(flag) for flag in (*flags, "--sampler", "dpm", "--tstr")])
+    written = json.loads(Path(re.search(r"ok: (\S+scores.json)", said.getvalue())[1]).read_text())
+    (drawn, labels), (real, real_labels) = learned
+    assert drawn.shape == real.shape == (200, 1, 28, 28)
+    assert set(labels.tolist()) == set(real_labels.tolist()) == {3}
+    train_set = HF_MNIST("train", cache, 3, "embedded")
+    known = {image.numpy().tobytes() for image in train_set[torch.arange(450)][0]}
+    assert len({image.numpy().tobytes() for image in real} & known) == 200
+    assert not {image.numpy().tobytes() for image in drawn} & known
+    assert written["details"]["figures"]["tstr"] == {"value": 1.0, "error": 0.0, "floor": 0.0, "floor_error": 0.0}
+    assert written["tstr"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("flags", "code"),
     [
+        (("--digit", "none", "--tstr"), USAGE),
         (("--steps", 10**6), USAGE),
         (("--digit", "none", "--guidance", 2), USAGE),
         (("--json", "scores.txt"), BAD_OUTPUT),
