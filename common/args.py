@@ -25,7 +25,8 @@ from common import emoji
 from common.error_codes import MODEL_MISMATCH, USAGE, Exit
 from common.ranks import identity
 
-SAMPLERS = ("ddpm", "ddim")
+SAMPLERS = ("ddpm", "ddim", "dpm")
+DPM_STEPS = 10  # more draw no better (tests/benchmarks/samplers.md)
 DEFAULT_GUIDANCE = 1.1  # a little variety for one more digit in a hundred that is what was asked for
 _KINDS = {
     "place": "where things live and run (always today's, also on resume)",
@@ -218,12 +219,17 @@ def number(
     return parse
 
 
-def _digit_or_all(text: str) -> int | None:
-    if text.lower() in ("none", "all"):
-        return None
-    if text not in list("0123456789"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a digit from 0 to 9, nor 'all'")
-    return int(text)
+def _digit_or(*words: str) -> Callable[[str], int | None]:
+    """An argparse type: a digit, or None for one of `words`."""
+
+    def parse(text: str) -> int | None:
+        if text.lower() in words:
+            return None
+        if text not in list("0123456789"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a digit from 0 to 9, nor {words[0]!r}")
+        return int(text)
+
+    return parse
 
 
 def add_data_arguments(parser: Parser) -> None:
@@ -293,7 +299,7 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
     parser.flag(
         shape,
         "--only-digit",
-        type=_digit_or_all,
+        type=_digit_or("all", "none"),
         metavar="0-9",
         help="train on a single digit (default: all digits)",
     )
@@ -397,40 +403,56 @@ def add_sampling_arguments(parser: Parser) -> None:
     add_device_argument(parser)
     add_threads_argument(parser)
     add = parser.add_argument
-    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="random seed of the noise (default: 42)")
+    add(
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        default=42,
+        help="random seed of the noise and of labels (default: 42)",
+    )
     add(
         "--digit",
-        type=number(int, 0, 9),
+        type=_digit_or("none"),
         nargs="+",
         metavar="D",
-        help="draw this digit; of several, each gets an equal run of images (default: unconditional)",
+        help="draw this digit; of several, each gets an equal run of images; none: draw without labels "
+        "(default: each image's digit is drawn from the training data's class shares)",
     )
     add(
         "--guidance",
         type=number(float, 0),
         metavar="SCALE",
-        help=f"classifier-free guidance scale, with --digit; 1 is none, more exaggerates (default: {DEFAULT_GUIDANCE})",
+        help="classifier-free guidance scale; 1 is none, more exaggerates "
+        f"(default: {DEFAULT_GUIDANCE} with --digit, else 1)",
     )
-    add("--sampler", choices=SAMPLERS, default="ddpm", help="ancestral ddpm, or deterministic ddim (default: ddpm)")
-    add("--steps", type=number(int, 1), help="reverse steps, at most T (default: T)")
+    samplers = "ancestral ddpm, deterministic ddim, or dpm: DPM-Solver++, for few steps (default: ddpm)"
+    add("--sampler", choices=SAMPLERS, default="ddpm", help=samplers)
+    add("--steps", type=number(int, 1), help=f"reverse steps, at most T (default: T; with --sampler dpm {DPM_STEPS})")
+
+
+def default_steps(sampler: str, T: int) -> int:
+    """How many of T reverse steps a sampler takes unless it is told."""
+    return min(DPM_STEPS, T) if sampler == "dpm" else T
 
 
 def check_sampling(args: argparse.Namespace, trained: dict[str, Any]) -> None:
-    """Check the sampling flags against the model's own, and fill in the default guidance. Raises Exit."""
+    """Check the sampling flags against the model's own, and fill in the default guidance and steps. Raises Exit.
+
+    `--digit none` becomes [], no digit; None is left where nobody asked.
+    """
     if args.steps is not None and args.steps > trained["T"]:
         raise Exit(USAGE, f"--steps {args.steps} is more than the model's T = {trained['T']}")
+    args.steps = args.steps or default_steps(args.sampler, trained["T"])
+    if args.digit and None in args.digit:
+        if len(args.digit) > 1:
+            raise Exit(USAGE, "--digit none means no labels at all: name no digit beside it")
+        args.digit = []
     if args.guidance is None:
         args.guidance = DEFAULT_GUIDANCE if args.digit else 1.0
-    elif not args.digit:
-        raise Exit(USAGE, "--guidance has an effect only with --digit")
+    elif args.digit == []:
+        raise Exit(USAGE, "--guidance has an effect only on labels; leave out --digit none")
     only = trained["only_digit"]
     if only is not None and any(digit != only for digit in args.digit or []):
         raise Exit(MODEL_MISMATCH, f"this model was trained on {only}s only; --digit can only be {only}")
-
-
-def wanted_labels(digits: list[int] | None, count: int) -> list[int] | None:
-    """The label of each of `count` images: equal runs of `digits`, as --digit names them; None if it names none."""
-    return [digits[i * len(digits) // count] for i in range(count)] if digits else None
 
 
 def check_betas(parser: Parser, args: Args) -> None:

@@ -67,6 +67,11 @@ class HF_MNIST:
         other.images, other.labels, other.source = images, labels, self.source
         return other
 
+    @property
+    def class_counts(self) -> list[int]:
+        """How many digits there are of each of the ten classes."""
+        return self.labels.bincount(minlength=10).tolist()
+
     def subset(self, indices: torch.Tensor) -> HF_MNIST:
         """The digits at `indices`, as a data set of the same kind."""
         return self._with(self.images[indices], self.labels[indices])

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from common.args import SAMPLERS
+from common.args import SAMPLERS, default_steps
 from common.device import move
 from common.rng import generator
 
+LAST_SNR = 2.2  # log(signal / noise) from which "dpm" goes to x_0 at once: timestep 30 of the default schedule
 PART = 256  # rows that go through a net at once when drawing; more are slower on a CPU
 
 
@@ -118,12 +119,37 @@ def epsilon_loss(
 
 
 class ReverseStep(NamedTuple):
-    """x_{previous} = x_scale * x_t + epsilon_scale * epsilon + noise_scale * z, from timestep t."""
+    """x_{next} = x_scale * x_t + epsilon_scale * epsilon + noise_scale * z + change_scale * (x_0 - previous x_0).
+
+    From timestep t, where x_0 is predicted as (x_t - noise * epsilon) / signal; the previous x_0 is that of the step
+    before.
+    """
 
     t: int
     x_scale: float
     epsilon_scale: float
     noise_scale: float
+    change_scale: float
+    signal: float
+    noise: float
+
+
+def half_log_snr(alpha_bar: torch.Tensor) -> torch.Tensor:
+    """log(signal / noise) at these alpha_bar, of the same shape: lambda of Lu et al. 2022, falling with t."""
+    return torch.logit(alpha_bar) / 2
+
+
+def _evenly_spaced(alpha_bar: torch.Tensor, steps: int, sampler: str) -> torch.Tensor:
+    """(steps,) int64: distinct timesteps, falling from T - 1, even in t; for "dpm" in log-SNR, up to LAST_SNR."""
+    T = len(alpha_bar)
+    if sampler != "dpm":
+        visited = torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long()
+        return visited if steps > 1 else torch.tensor([T - 1])
+    snr = half_log_snr(alpha_bar)  # (T,)
+    wanted = torch.linspace(snr[-1], snr[0].clamp(max=LAST_SNR).clamp(min=snr[-1]), steps, dtype=torch.float64)
+    nearest = (wanted[:, None] - snr).abs().argmin(dim=1).flip(0)  # rising
+    places = torch.arange(steps)
+    return ((nearest - places).cummax(0).values.clamp(max=T - steps) + places).flip(0)  # each at least 1 apart
 
 
 def reverse_steps(schedules: Schedules, steps: int | None = None, sampler: str = "ddpm") -> list[ReverseStep]:
@@ -131,25 +157,30 @@ def reverse_steps(schedules: Schedules, steps: int | None = None, sampler: str =
 
     "ddpm" is ancestral sampling with the posterior variance beta_tilde (Ho et al. 2020, equations 6, 7 and 11; their
     first choice of sigma is beta, the other extreme); "ddim" is deterministic (Song et al. 2021, equation 12, with
-    eta 0; eta 1 is "ddpm"). `steps` < T visits an evenly spaced subset of the timesteps. The last step adds no noise.
+    eta 0; eta 1 is "ddpm"); "dpm" is DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), which is "ddim" and a term of
+    second order. `steps` (default: see `default_steps`) below T visits that many timesteps, evenly spaced in t, for
+    "dpm" in log-SNR. The last step adds no noise, and is of first order: it leads to the predicted x_0.
     """
     T = schedules.T
-    steps = T if steps is None else steps
+    steps = default_steps(sampler, T) if steps is None else steps
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be from 1 to T = {T}, not {steps}")
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
     alpha_bar = (1 - schedules.beta.cpu().double()).cumprod(0)  # float64: 1 - alpha_bar cancels badly in float32
-    visited = (
-        torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long() if steps > 1 else torch.tensor([T - 1])
-    )
+    visited = _evenly_spaced(alpha_bar, steps, sampler)
     now = alpha_bar[visited]
     before = torch.cat([alpha_bar[visited[1:]], torch.ones(1, dtype=torch.float64)])  # alpha_bar of the next stop
     variance = (1 - before) / (1 - now) * (1 - now / before) * (sampler == "ddpm")
     x_scale = (before / now).sqrt()
     epsilon_scale = (1 - before - variance).clamp(min=0).sqrt() - x_scale * (1 - now).sqrt()
-    columns = zip(visited.tolist(), x_scale.tolist(), epsilon_scale.tolist(), variance.sqrt().tolist(), strict=True)
-    return [ReverseStep(*row) for row in columns]
+    change_scale = torch.zeros_like(now)
+    if sampler == "dpm":
+        h = half_log_snr(now).diff()  # (steps - 1,)
+        x_0_scale = before.sqrt() - (now * (1 - before) / (1 - now)).sqrt()  # of "ddim", written with x_t and x_0
+        change_scale[1:-1] = x_0_scale[1:-1] * h[1:] / h[:-1] / 2  # the first step has no previous x_0
+    columns = (visited, x_scale, epsilon_scale, variance.sqrt(), change_scale, now.sqrt(), (1 - now).sqrt())
+    return [ReverseStep(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def noise_source(
@@ -173,14 +204,20 @@ def sample(
     `reverse_steps`. callback(steps_left, x) is called with x_T and then after every step, x_0 last: for pictures of
     the process, and to stop (by raising).
     """
-    x = noise(0)
+    x, previous = noise(0), None
+    multistep = any(step.change_scale for step in plan)
     for done, step in enumerate(plan):
         if callback is not None:
             callback(len(plan) - done, x)
         with torch.inference_mode():  # a twentieth quicker than no_grad alone, where operations are this small
-            x = step.x_scale * x + step.epsilon_scale * predict_epsilon(x, step.t)
+            epsilon = predict_epsilon(x, step.t)
+            x_0 = (x - step.noise * epsilon) / step.signal if multistep else None
+            x = step.x_scale * x + step.epsilon_scale * epsilon
+            if step.change_scale:
+                x = x + step.change_scale * (x_0 - previous)
             if step.noise_scale:
                 x = x + step.noise_scale * noise(done + 1)
+            previous = x_0
     if callback is not None:
         callback(0, x)
     return x.clone()  # an ordinary tensor, which may be changed in place

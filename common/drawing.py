@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import emoji, threads
-from common.args import DEFAULT_GUIDANCE, Args, Parser, add_sampling_arguments, check_sampling, number, wanted_labels
+from common.args import DEFAULT_GUIDANCE, Args, Parser, add_sampling_arguments, check_sampling, number
 from common.ckpt import atomic_write
 from common.device import get_device, memory_in_one_line
 from common.error_codes import BAD_OUTPUT, USAGE, Exit
 from common.images import check_output, make_image_grid, one_line, save_gif, save_output, to_bytes
 from common.progress import counted, progress
+from common.rng import generator
 
 if TYPE_CHECKING:
     import torch
@@ -71,14 +72,13 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
     device = get_device(args.device)
     draw, state = load(device)
     check_sampling(args, state["args"])
-    labels = wanted_labels(args.digit, args.num_images)
+    labels = wanted_labels(args.digit, args.num_images, args.seed, state["args"])
     choose_threads(args, draw, args.num_images, labels, device)
-    moments = _moments(args, args.steps or state["args"]["T"]) if args.show_process else []
+    moments = _moments(args, args.steps) if args.show_process else []
     frames: dict[int, Any] = dict.fromkeys(moments)
     started = time.perf_counter()
     images = draw_with_progress(
         draw,
-        state,
         labels=labels,
         count=args.num_images,
         guidance=args.guidance,
@@ -99,6 +99,24 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
         _save_singly(images, labels, Path(args.save_dir))
 
 
+def wanted_labels(digits: list[int] | None, count: int, seed: int, trained: dict[str, Any]) -> list[int] | None:
+    """The label of each of `count` images: equal runs of `digits`; None, for the null label, where that is empty.
+
+    Where nobody asked (`digits` is None), each is drawn by the seed from the training data's class shares, which the
+    run's flags `trained` hold. As p(x) is the sum over labels of p(label) p(x | label), the images then follow the
+    data, and networks draw them better than with the null label. A run older than `class_counts` is taken to have
+    seen all classes equally often.
+    """
+    if digits is not None:
+        return [digits[i * len(digits) // count] for i in range(count)] if digits else None
+    import torch
+
+    only = trained["only_digit"]
+    counts = trained.get("class_counts") or [only in (None, digit) for digit in range(10)]
+    shares = torch.tensor(counts, dtype=torch.float64)
+    return shares.multinomial(count, replacement=True, generator=generator(seed, "labels")).tolist()
+
+
 def choose_threads(args: Any, draw: Draw, count: int, labels: list[int] | None, device: torch.device) -> None:
     """Compute with --threads, or with as many threads as draw a few of these images fastest."""
     few = min(count, FEW)
@@ -108,11 +126,10 @@ def choose_threads(args: Any, draw: Draw, count: int, labels: list[int] | None, 
     )
 
 
-def draw_with_progress(draw: Draw, state: dict[str, Any], *, steps: int | None, **how: Any) -> torch.Tensor:
-    """draw(...)'s images on the CPU, showing how far it is. state: the checkpoint's; how: see `diffusion.draw`."""
-    total = steps or state["args"]["T"]
-    with progress("drawing", total, "step", lambda text: print(f"{emoji.info} {text}", flush=True)) as tick:
-        return draw(steps=steps, callback=lambda left, _x: left == total or tick(), **how).cpu()
+def draw_with_progress(draw: Draw, *, steps: int, **how: Any) -> torch.Tensor:
+    """draw(...)'s images on the CPU, showing how far it is. how: see `diffusion.draw`."""
+    with progress("drawing", steps, "step", lambda text: print(f"{emoji.info} {text}", flush=True)) as tick:
+        return draw(steps=steps, callback=lambda left, _x: left == steps or tick(), **how).cpu()
 
 
 def _check_folder(folder: Path) -> None:
@@ -149,7 +166,7 @@ def _save_process(frames: list[torch.Tensor], output: Path) -> None:
 
 
 def _save_npz(images: torch.Tensor, labels: list[int] | None, args: Any, state: dict[str, Any], path: Path) -> None:
-    """images (N, 28, 28) uint8, labels (N,) int64 (-1: none was asked for), seed, settings (a JSON text)."""
+    """images (N, 28, 28) uint8, labels (N,) int64 (-1: drawn without), seed, settings (a JSON text)."""
     import numpy
 
     names = ("ckpt", "ae_ckpt", "digit", "guidance", "sampler", "steps", "seed")
@@ -178,16 +195,19 @@ def _save_singly(images: torch.Tensor, labels: list[int] | None, folder: Path) -
 
 
 def preview_and_scored(args: Args, draw: Draw) -> tuple[Callable, dict[str, Callable]]:
-    """(preview(), what `epoch_scorer` is to score), for a diffusion trainer: draws with and without labels."""
+    """(preview(), what `epoch_scorer` is to score), for a diffusion trainer: drawn as infer.py does by default.
+
+    Scored are also equal runs of digits, as infer.py draws them with --digit.
+    """
     import torch
 
     digits = list(range(10)) if args.only_digit is None else [args.only_digit]
 
+    def scored(asked: list[int] | None, guidance: float) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = wanted_labels(asked, EVAL_IMAGES, args.seed, args.flags())
+        return draw(labels=labels, guidance=guidance).cpu(), torch.tensor(labels)
+
     def preview() -> torch.Tensor:
-        return draw(labels=wanted_labels(digits, args.samples_per_epoch), guidance=DEFAULT_GUIDANCE)
+        return draw(labels=wanted_labels(None, args.samples_per_epoch, args.seed, args.flags()))
 
-    def with_labels() -> tuple[torch.Tensor, torch.Tensor]:
-        labels = wanted_labels(digits, EVAL_IMAGES)
-        return draw(labels=labels, guidance=DEFAULT_GUIDANCE).cpu(), torch.tensor(labels)
-
-    return preview, {"": lambda: (draw(count=EVAL_IMAGES).cpu(), None), "_labelled": with_labels}
+    return preview, {"": lambda: scored(None, 1.0), "_labelled": lambda: scored(digits, DEFAULT_GUIDANCE)}

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt, emoji, threads
-from common.args import Parser, add_data_arguments, add_sampling_arguments, check_sampling, number, wanted_labels
+from common.args import Parser, add_data_arguments, add_sampling_arguments, check_sampling, number
 from common.device import get_device, memory_in_one_line
-from common.drawing import choose_threads, draw_with_progress
-from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, Exit, run_main
+from common.drawing import choose_threads, draw_with_progress, wanted_labels
+from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE, Exit, run_main
 from common.images import check_output
 from common.record import write_text
 
@@ -36,6 +36,7 @@ MEANING = {
     "agreement": "share of the images that the classifier takes for the wanted digit",
     "imbalance": "total variation between the classes seen and wanted (0 is balanced)",
     "confident": "share of the images that the classifier is more than 90 % sure of",
+    "tstr": "accuracy on real test digits of a classifier that learned from the images (real: from as many real ones)",
 }
 
 
@@ -94,17 +95,44 @@ def score(
     return {name: found[name] for name in ORDER if name in found}
 
 
+def train_on_synthetic(
+    images: torch.Tensor, labels: torch.Tensor, real: Any, learnable: Any, say: Callable[[str], None]
+) -> dict[str, float]:
+    """The figure "tstr" of `score`: train on synthetic, test on real (Esteban et al. 2017, section 4.1.2).
+
+    images (N, 1, 28, 28), labels (N,): the drawings. real: the test digits; learnable: real training digits, N of which
+    set the floor. Both classifiers are the project's own, trained alike.
+    """
+    import torch
+    from torch.utils.data import TensorDataset
+
+    from common.classifier import judge, train_classifier
+    from common.metrics import bootstrap
+    from common.rng import generator
+
+    some = torch.randperm(len(learnable), generator=generator(0, "evaluation training digits"))[: len(images)]
+    found: dict[str, float] = {}
+    for column, error, learned in (
+        ("value", "error", TensorDataset(images, labels)),
+        ("floor", "floor_error", learnable.subset(some)),
+    ):
+        net = train_classifier(learned, progress=say)
+        predicted = judge(net, real[torch.arange(len(real))][0])[1].argmax(1)
+        hits = (predicted == real.labels).numpy()
+        found |= {column: float(hits.mean()), error: bootstrap(lambda rows: rows.mean(), hits)}
+    return found
+
+
 def epoch_scorer(
-    session: Session, shown: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor | None]]]
+    session: Session, shown: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]]
 ) -> Callable[[], dict[str, Any]]:
     """For a trainer's --eval-every: a function that scores an epoch, {figure + suffix: value, "classifier": which}.
 
     It gives {} in the epochs between, and without --eval-every. shown: by suffix, what to score: a function that
-    returns (images, wanted labels or None), as `score` takes them.
+    returns (images, wanted labels), as `score` takes them.
 
     The digits and the classifier are fetched here, before training begins: Exit(NO_DATA) if they cannot be had.
     """
-    import torch
 
     args = session.args
     if not args.eval_every:
@@ -130,8 +158,6 @@ def epoch_scorer(
             if not images.isfinite().all():
                 session.log.warning(f"epoch {session.epoch} gives images that are not finite: not scored")
                 continue
-            if wanted is None and only:
-                wanted = torch.full((len(images),), args.only_digit)
             rows = score(images, wanted, real, classifier, errors=False)
             figures |= {f"{name}{suffix}": row["value"] for name, row in rows.items()}
         return figures and figures | {"classifier": fingerprint(classifier)}
@@ -143,25 +169,28 @@ def _judges(
     args: Any, digits: list[int], say: Callable[[str], None], poll: Callable[[], object] = lambda: None
 ) -> tuple[Any, Any, float]:
     """(held-out real digits, only `digits` if any are given; the classifier; its accuracy)."""
-    import torch
 
     from common.classifier import load_classifier
     from common.data import HF_MNIST
 
     real = HF_MNIST("test", args.cache_dir, source=args.data)
     classifier, accuracy = load_classifier(args.cache_dir, real.source, say, poll)
-    if digits:
-        real = real.subset(torch.isin(real.labels, torch.tensor(digits)).nonzero().flatten())
-    return real, classifier, accuracy
+    return _only(real, digits), classifier, accuracy
 
 
-def _draw(args: Any, draw: Callable, state: dict[str, Any]) -> tuple[torch.Tensor, list[int] | None, float]:
-    """(images, wanted labels, seconds) from a diffusion checkpoint's `draw`."""
-    labels = wanted_labels(args.digit, args.n)
+def _only(real: Any, digits: list[int]) -> Any:
+    """The data set `real`, or its part of these digits if any are named."""
+    import torch
+
+    return real.subset(torch.isin(real.labels, torch.tensor(digits)).nonzero().flatten()) if digits else real
+
+
+def _draw(args: Any, draw: Callable, labels: list[int] | None) -> tuple[torch.Tensor, float]:
+    """(images, seconds) from a diffusion checkpoint's `draw`."""
     options = {"guidance": args.guidance, "sampler": args.sampler, "steps": args.steps}
     started = time.perf_counter()
-    images = draw_with_progress(draw, state, labels=labels, count=args.n, seed=args.seed, **options)
-    return images, labels, time.perf_counter() - started
+    images = draw_with_progress(draw, labels=labels, count=args.n, seed=args.seed, **options)
+    return images, time.perf_counter() - started
 
 
 def _reconstruct(
@@ -198,6 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("Score a checkpoint.", "python -m common.evaluate --ckpt RUN_FOLDER --digit 0 1 2 3 4 5 6 7 8 9")
     parser.add_argument("--ckpt", required=True, help="checkpoint file, its run's folder (newest) or FOLDER/best")
     parser.add_argument("--n", type=number(int, 200), default=5000, help="images, at least 200 (default: 5000)")
+    tstr = "also train a classifier on the images and their labels, and test it on real digits (two minutes)"
+    parser.add_argument("--tstr", action="store_true", help=tstr)
     parser.add_argument("--json", type=Path, help="where the scores go (default: beside the checkpoint)")
     add_sampling_arguments(parser)
     add_data_arguments(parser)
@@ -207,6 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from common.classifier import fingerprint
+    from common.data import HF_MNIST
     from common.modules import module_of
 
     device = get_device(args.device)
@@ -219,26 +251,38 @@ def main(argv: list[str] | None = None) -> None:
         check_sampling(args, trained["args"])
     elif args.digit or args.steps or args.guidance is not None or args.sampler != "ddpm":
         raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
+    if args.tstr and args.digit == []:
+        raise Exit(USAGE, "--tstr learns from the images' labels; leave out --digit none")
     if model.startswith("ae-"):
         threads.settle(args.threads, lambda: threads.recorded(trained["args"]))
     else:
         draw, _ = module_of(model).load_for_drawing((path, trained), device)
-        choose_threads(args, draw, args.n, wanted_labels(args.digit, args.n), device)
+        labels = wanted_labels(args.digit, args.n, args.seed, trained["args"])
+        choose_threads(args, draw, args.n, labels, device)
     only = trained["args"].get("only_digit")
-    real, classifier, accuracy = _judges(
-        args, args.digit or ([] if only is None else [only]), lambda text: print(f"{emoji.info} {text}")
-    )
+    digits = args.digit or ([] if only is None else [only])
+    say = lambda text: print(f"{emoji.info} {text}")  # noqa: E731
+    real, classifier, accuracy = _judges(args, digits, say)
     with memory_in_one_line(f"draw fewer than --n {args.n} images"):
         if model.startswith("ae-"):
             images, labels, seconds = _reconstruct((path, trained), real, args.n, device)
         else:
-            images, labels, seconds = _draw(args, draw, trained)
+            images, seconds = _draw(args, draw, labels)
     if not images.isfinite().all():
         raise Exit(BAD_CHECKPOINT, f"{path} gives images that are not finite; choose an earlier checkpoint")
     wanted = labels or (None if only is None else [only] * len(images))
     figures = score(images, None if wanted is None else torch.tensor(wanted), real, classifier)
+    if args.tstr:
+        learnable = _only(HF_MNIST("train", args.cache_dir, source=real.source), digits)
+        figures["tstr"] = train_on_synthetic(images, torch.tensor(labels), real, learnable, say)
 
-    kind = "reconstructions" if model.startswith("ae-") else "unconditional" if labels is None else "with labels"
+    # by suffix, one file holds the figures of three ways of drawing, and none hides another's
+    if model.startswith("ae-"):
+        kind, suffix = "reconstructions", ""
+    elif args.digit is None:
+        kind, suffix = "labels by class shares", ""
+    else:
+        kind, suffix = ("labels as asked for", "_labelled") if args.digit else ("without labels", "_unlabelled")
     print(f"{len(images):,} images, {kind}, from {trained['exp_name']}, epoch {trained['epoch']}")
     print(f"judged by a classifier that reads {accuracy:.2%} of the test digits ({real.source}) correctly")
     if (spare := len(_halves(real)[1])) < len(images):
@@ -250,8 +294,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'images/s':>10} {len(images) / seconds:>9.1f}")
     print(f"{emoji.info} not Inception figures: they compare only with figures of this classifier")
     settings = {name: getattr(args, name) for name in ("n", "seed", "digit", "guidance", "sampler", "steps")}
-    settings["only_digit"] = only  # decides which real digits it is compared with
-    suffix = "_labelled" if kind == "with labels" else ""  # so that one file holds both, and neither hides the other
+    settings |= {"kind": kind, "only_digit": only}  # which decides what real digits it is compared with
     known = read_scores(target, trained) | {"timestamp": trained["timestamp"]}
     known |= {f"{name}{suffix}": row["value"] for name, row in figures.items()}
     details = {"figures": figures, "settings": settings, "images_per_second": len(images) / seconds}

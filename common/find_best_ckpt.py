@@ -19,7 +19,7 @@ from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
 from common.evaluate import read_scores, scores_file
 from common.inspect_ckpt import SUFFIXES
 
-_RISING = ("acc", "precision", "recall", "agreement", "confident", "per_second")
+_RISING = ("acc", "precision", "recall", "agreement", "confident", "tstr", "per_second")
 COMPARABLE = (
     "epoch",
     "global_step",
@@ -29,6 +29,7 @@ COMPARABLE = (
     "agreement",
     "imbalance",
     "confident",
+    "tstr",
 )  # between models of any kind
 _LOG_LINE = re.compile(r"\bepoch\W+(\d+)")
 _LOG_FIELD = re.compile(r"(\w+)[ =:]+(-?\d[\d.,]*(?:e[+-]?\d+)?)")
@@ -108,7 +109,7 @@ def _plain(value: Any) -> dict[str, Any]:
 def _measured(scores: dict[str, Any], metric: str) -> str:
     """What figures of `common.evaluate` must share to compare: everything but the seed."""
     try:
-        details = scores["details_labelled" if metric.endswith("_labelled") else "details"]
+        details = scores["details" + "".join(metric.partition("_")[1:])]  # fid_labelled is in details_labelled
         settings = {name: value for name, value in details["settings"].items() if name != "seed"}
         return json.dumps([settings, details["classifier"]])
     except (KeyError, TypeError, AttributeError):
@@ -117,9 +118,8 @@ def _measured(scores: dict[str, Any], metric: str) -> str:
 
 def _measured_in_training(scores: dict[str, Any], flags: dict[str, Any]) -> str:
     """What figures of `train.py --eval-every` must share to compare; older ones do not name their classifier."""
-    return json.dumps(
-        ["--eval-every", flags.get("only_digit"), flags.get("data"), scores.get("classifier")], default=str
-    )
+    drawn = [flags.get(name) for name in ("only_digit", "data", "class_counts")]
+    return json.dumps(["--eval-every", *drawn, scores.get("classifier")], default=str)
 
 
 def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> tuple[list[Found], str]:

@@ -206,7 +206,7 @@ class Session:
 
         where = (self.args.cache_dir, self.args.only_digit, self.args.data)
         digits = self.world.first(lambda: HF_MNIST("train", *where, warn=self.log.warning))
-        self.args.derive(data=digits.source)
+        self.args.derive(data=digits.source, class_counts=digits.class_counts)
         return digits
 
     @property

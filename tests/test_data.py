@@ -62,6 +62,7 @@ def test_an_item_and_a_batch(train):
 
 def test_only_digit(cache, train):
     threes = HF_MNIST("train", cache, only_digit=3, source="embedded")
+    assert threes.class_counts == [0, 0, 0, 450, 0, 0, 0, 0, 0, 0]
     assert len(threes) == 450
     assert threes.labels.eq(3).all()
     assert torch.equal(threes.images, train.images[train.labels == 3])

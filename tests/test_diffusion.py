@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from helpers import assert_same
 
 from common import diffusion
+from common.args import DPM_STEPS, SAMPLERS
 from common.rng import generator
 
 BETAS = {"beta_start": 1e-4, "beta_end": 2e-2}
@@ -96,18 +97,92 @@ def test_ddim_agrees_with_diffusers():
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-@pytest.mark.parametrize("T", [2, 20, 999])
+def best_of_normal(schedules, mean, deviation):
+    """The best predictor of epsilon for data N(mean, deviation^2)."""
+
+    def best(x, t):
+        abar = schedules.alpha_bar[t].double().item()
+        return (x - abar**0.5 * mean) * (1 - abar) ** 0.5 / (abar * deviation**2 + 1 - abar)
+
+    return best
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 50, 1000])
+def test_dpm_agrees_with_diffusers_and_with_float64(steps):
+    """Lu et al. 2022b, algorithm 2, spelt out: D is the data prediction, extrapolated from the last two."""
+    betas = {"beta_start": 1e-4, "beta_end": 1e-2}  # at 2e-2, float32 knows x_0 to 3e-5 at the noisiest timestep
+    schedules = diffusion.precompute_schedules(1000, **betas)
+    plan = diffusion.reverse_steps(schedules, steps, "dpm")
+    predict, noise = best_of_normal(schedules, 0.5, 0.3), diffusion.noise_source(3, (4, 16))
+    assert all(step.noise_scale == 0 for step in plan)
+    theirs = DPMSolverMultistepScheduler(1000, **betas)
+    alpha_bar = float64_schedule(1000, **betas)[1]
+    theirs.alphas_cumprod = torch.from_numpy(alpha_bar)  # theirs is a float32 product
+    theirs.set_timesteps(timesteps=[step.t for step in plan])
+    wanted = noise(0)
+    for t in theirs.timesteps:
+        wanted = theirs.step(predict(wanted, int(t)), t, wanted).prev_sample
+    ours = diffusion.sample(predict, noise, plan)
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+    x, before = noise(0).double().numpy(), None
+    alpha = np.sqrt([alpha_bar[step.t] for step in plan])
+    sigma = np.sqrt(1 - alpha**2)
+    snr = np.log(alpha / sigma)
+    for i, step in enumerate(plan):
+        x_0 = (x - sigma[i] * predict(torch.from_numpy(x), step.t).numpy()) / alpha[i]
+        if i == steps - 1:
+            x = x_0
+            break
+        r = (snr[i] - snr[i - 1]) / (snr[i + 1] - snr[i]) if i else np.inf
+        D = x_0 if before is None else (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * before
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * np.expm1(snr[i] - snr[i + 1]) * D
+        before = x_0
+    ours = diffusion.sample(predict, lambda index: noise(index).double(), plan)
+    np.testing.assert_allclose(ours.numpy(), x, rtol=1e-9, atol=1e-9)
+
+
+def test_the_timesteps_of_dpm_are_even_in_log_snr():
+    alpha_bar = float64_schedule(1000)[1]
+    visited = [step.t for step in diffusion.reverse_steps(diffusion.precompute_schedules(), 12, "dpm")]
+    snr = np.log(alpha_bar / (1 - alpha_bar))[visited] / 2
+    assert np.diff(snr) == pytest.approx(np.diff(snr).mean(), rel=0.03)
+    assert snr[-1] == pytest.approx(diffusion.LAST_SNR, abs=0.03)
+
+
+def test_dpm_is_of_second_order():
+    """Twice the steps leave a quarter of the error, where those of ddim leave half; both to the same solution."""
+    schedules = diffusion.precompute_schedules(1000, **BETAS)
+    predict, noise = best_of_normal(schedules, 0.5, 0.3), diffusion.noise_source(1, (500, 1))
+
+    def drawn(plan):
+        return diffusion.sample(predict, noise, plan)
+
+    exact = drawn(diffusion.reverse_steps(schedules, 200, "dpm"))
+    errors = {n: (drawn(diffusion.reverse_steps(schedules, n, "dpm")) - exact).abs().mean().item() for n in (12, 24)}
+    first = [step._replace(change_scale=0.0) for step in diffusion.reverse_steps(schedules, 24, "dpm")]
+    assert errors[24] < 0.33 * errors[12]
+    assert errors[24] < 0.2 * (drawn(first) - exact).abs().mean()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_how_many_steps_a_sampler_takes_unless_told(sampler):
+    for T in (1, 2, 1000):
+        wanted = min(DPM_STEPS, T) if sampler == "dpm" else T
+        assert len(diffusion.reverse_steps(diffusion.precompute_schedules(T), sampler=sampler)) == wanted
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("T", [1, 2, 20, 999])
 def test_any_number_of_steps_visits_distinct_timesteps(T, sampler):
     schedules = diffusion.precompute_schedules(T, **BETAS)
-    for steps in {1, 2, T // 3 + 1, T - 1, T}:
+    for steps in {1, min(2, T), T // 3 + 1, max(T - 1, 1), T}:
         plan = diffusion.reverse_steps(schedules, steps, sampler)
         visited = [step.t for step in plan]
         assert len(visited) == steps
         assert visited == sorted(set(visited), reverse=True)
         assert visited[0] == T - 1
-        assert steps == 1 or visited[-1] == 0
-        assert plan[-1].noise_scale == 0
+        assert steps == 1 or visited[-1] == 0 or sampler == "dpm"
+        assert plan[-1].noise_scale == plan[-1].change_scale == plan[0].change_scale == 0
         # a perfect prediction of the noise leads exactly to x_0 in the last step: x_0 = (x - sqrt(1-abar) e)/sqrt(abar)
         alpha_bar = schedules.alpha_bar[visited[-1]].item()
         assert plan[-1].x_scale == pytest.approx(alpha_bar**-0.5, rel=1e-5)
@@ -119,18 +194,15 @@ def test_impossible_plans_are_refused(steps, sampler):
         diffusion.reverse_steps(diffusion.precompute_schedules(20), steps, sampler)
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", None), ("ddim", None), ("ddpm", 100), ("ddim", 100)])
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [(name, n) for name in ("ddpm", "ddim") for n in (None, 100)] + [("dpm", 20)]
+)
 def test_the_perfect_denoiser_draws_the_data(sampler, steps):
     """For data N(mean, deviation^2) the best predictor is known; what is drawn must have that mean and deviation."""
     mean, deviation, T = 0.5, 0.3, 200
     schedules = diffusion.precompute_schedules(T, 1e-4, 0.1)
-
-    def best(x, t):
-        abar = schedules.alpha_bar[t].double().item()
-        return (x - abar**0.5 * mean) * (1 - abar) ** 0.5 / (abar * deviation**2 + 1 - abar)
-
     plan = diffusion.reverse_steps(schedules, steps, sampler)
-    drawn = diffusion.sample(best, diffusion.noise_source(1, (20_000, 1)), plan)
+    drawn = diffusion.sample(best_of_normal(schedules, mean, deviation), diffusion.noise_source(1, (20_000, 1)), plan)
     assert drawn.mean().item() == pytest.approx(mean, abs=0.02)
     assert drawn.std().item() == pytest.approx(deviation, rel=0.1)
 

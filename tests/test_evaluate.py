@@ -1,7 +1,12 @@
 """The figures of sample quality: right on cases with a known answer, and written where the tools look for them."""
 
+import contextlib
+import io
 import json
+import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +14,7 @@ import torch
 from helpers import AE, LATENT, PIXEL, call, newest_state, only_run, run
 from scipy.linalg import sqrtm
 
-from common import ckpt, classifier, data, metrics
+from common import ckpt, classifier, data, evaluate, metrics
 from common.classifier import VERSION, fingerprint, judge, load_classifier, train_classifier
 from common.data import HF_MNIST
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit
@@ -104,9 +109,15 @@ def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
     labelled = run(".", "-m common.evaluate", "--ckpt", folder, *flags, "--digit", 3, "--sampler", "ddim", "--steps", 5)
     assert labelled.code == 0, labelled.text
     written = json.loads((folder / "checkpoint_epoch_000002.scores.json").read_text())
-    assert {"fid", "precision", "recall", "fid_labelled", "agreement_labelled"} <= written.keys()
+    assert {"fid", "precision", "recall", "agreement", "fid_labelled", "agreement_labelled"} <= written.keys()
     assert written["details_labelled"]["settings"]["steps"] == 5
     assert written["details_labelled"]["classifier"] == fingerprint(judged[0])
+    few = ("--sampler", "dpm", "--steps", 5)
+    nameless = run(".", "-m common.evaluate", "--ckpt", folder, *flags, "--digit", "none", *few)
+    assert nameless.code == 0, nameless.text
+    more = json.loads((folder / "checkpoint_epoch_000002.scores.json").read_text())
+    assert more["details_unlabelled"]["settings"]["kind"] == "without labels"
+    assert {name: value for name, value in more.items() if not name.endswith("_unlabelled")} == written
     best = run(".", "-m common.find_best_ckpt", folder, "--metric", "fid", "--print-path-only")
     assert str(folder / "checkpoint_epoch_000002.pt") in best.text
 
@@ -124,11 +135,41 @@ def test_scoring_an_autoencoder(ae_run, copy_of, cache, judged):
     assert run(".", "-m common.evaluate", "--ckpt", folder, "--n", 3).code == USAGE
 
 
+def test_a_classifier_learns_from_the_drawings_and_from_as_many_real_digits(
+    latent_run, copy_of, cache, judged, monkeypatch
+):
+    """And is tested on real test digits: --tstr."""
+    learned = []
+
+    def train(digits, **_):
+        images, labels = digits[torch.arange(len(digits))]
+        learned.append((images, labels))
+        says = int(len(learned) == 1)  # of the first classifier: all 3, of the second: all 0
+        return SimpleNamespace(features=lambda x: x, head=lambda x: torch.eye(10)[[3 * says] * len(x)])
+
+    monkeypatch.setattr(classifier, "train_classifier", train)
+    flags = ("--ckpt", copy_of(latent_run), "--n", 200, "--data", "embedded", "--cache-dir", cache)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        evaluate.main([str(flag) for flag in (*flags, "--sampler", "dpm", "--tstr")])
+    written = json.loads(Path(re.search(r"ok: (\S+scores.json)", said.getvalue())[1]).read_text())
+    (drawn, labels), (real, real_labels) = learned
+    assert drawn.shape == real.shape == (200, 1, 28, 28)
+    assert set(labels.tolist()) == set(real_labels.tolist()) == {3}
+    train_set = HF_MNIST("train", cache, 3, "embedded")
+    known = {image.numpy().tobytes() for image in train_set[torch.arange(450)][0]}
+    assert len({image.numpy().tobytes() for image in real} & known) == 200
+    assert not {image.numpy().tobytes() for image in drawn} & known
+    assert written["details"]["figures"]["tstr"] == {"value": 1.0, "error": 0.0, "floor": 0.0, "floor_error": 0.0}
+    assert written["tstr"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("flags", "code"),
     [
+        (("--digit", "none", "--tstr"), USAGE),
         (("--steps", 10**6), USAGE),
-        (("--guidance", 2), USAGE),
+        (("--digit", "none", "--guidance", 2), USAGE),
         (("--json", "scores.txt"), BAD_OUTPUT),
         (("--json", "/dev/null/scores.json"), BAD_OUTPUT),
     ],
@@ -147,7 +188,7 @@ def test_scores_during_training(folder, tiny, tiny_latent, judged, tmp_path):
     result = call(folder, "train.py", *own, "--epochs", 2, "--eval-every", 2, "--outdir", tmp_path)
     assert result.code == 0, result.text
     rows = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
-    wanted = {"fid"} if folder == AE else {"fid", "fid_labelled", "agreement_labelled"}
+    wanted = {"fid"} if folder == AE else {"fid", "agreement", "fid_labelled", "agreement_labelled"}
     assert not wanted & rows[0].keys()
     assert wanted <= rows[1].keys()
     scores = newest_state(only_run(tmp_path))["scores"]

@@ -103,7 +103,10 @@ def test_drawing_is_a_function_of_the_seed_and_each_label_counts(latent_run):
     assert images.max() <= 1
     assert torch.equal(images, draw(labels=[3] * 5, seed=1))
     others = [draw(labels=[3] * 5, seed=2), draw(labels=[4] * 5, seed=1), draw(count=5, seed=1)]
-    others += [draw(labels=[3] * 5, seed=1, **o) for o in ({"guidance": 3.0}, {"sampler": "ddim"}, {"steps": 7})]
+    others += [
+        draw(labels=[3] * 5, seed=1, **o)
+        for o in ({"guidance": 3.0}, {"sampler": "ddim"}, {"sampler": "dpm"}, {"steps": 7})
+    ]
     assert not any(torch.equal(images, other) for other in others)
     torch.testing.assert_close(draw(labels=[3] * 5, seed=1, guidance=0.0), draw(count=5, seed=1))
 
@@ -143,11 +146,11 @@ def test_latent_infer_flags_change_the_picture(latent_run, conv_run, ae_run, tmp
         return output.read_bytes()
 
     variants = [(), ("--seed", 1), ("--digit", 3, "--guidance", 100), ("--sampler", "ddim")]
-    variants += [("--sampler", "ddim", "--steps", 5), ("--ae-ckpt", conv_run)]
+    variants += [("--sampler", "ddim", "--steps", 5), ("--sampler", "dpm", "--steps", 5), ("--ae-ckpt", conv_run)]
     pictures = [draw(*flags) for flags in variants]
     assert len(set(pictures)) == len(variants)
     assert draw("--ae-ckpt", ae_run) == pictures[0]  # the very autoencoder that lies in the checkpoint
-    assert draw("--digit", 3, "--guidance", 1) == draw("--digit", 3)
+    assert draw("--digit", 3, "--guidance", 1) == pictures[0]  # a model of threes draws threes
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -166,7 +169,8 @@ def test_latent_infer_refuses_what_cannot_be(latent_run, tmp_path):
     assert wide.code == 0, wide.text
     for flags, code in (
         (("--steps", 21), USAGE),
-        (("--guidance", 2), USAGE),
+        (("--digit", "none", "--guidance", 2), USAGE),
+        (("--digit", 3, "none"), USAGE),
         (("--digit", 4), MODEL_MISMATCH),  # trained on threes only
         (("--ae-ckpt", next((tmp_path / "checkpoints").iterdir())), MODEL_MISMATCH),
         (("--output", tmp_path / "picture.gif"), BAD_OUTPUT),

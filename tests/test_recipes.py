@@ -12,7 +12,7 @@ from helpers import AE, LATENT, PIXEL, call, metrics, newest_state, only_run, re
 from torch.nn.functional import mse_loss
 
 from common import classifier, diffusion, drawing, evaluate
-from common.args import wanted_labels
+from common.args import Args
 from common.autoencoder import build_autoencoder
 from common.ckpt import atomic_write, load_averaged, read_checkpoint
 from common.data import HF_MNIST, split_train_val
@@ -218,8 +218,8 @@ def test_drawn_latents_are_decoded_at_their_own_scale(latent_run, monkeypatch):
 
 
 def test_equal_runs_of_labels_go_with_the_images_into_every_file(tmp_path):
-    assert wanted_labels([3, 5, 8], 7) == [3, 3, 3, 5, 5, 8, 8]
-    assert wanted_labels(None, 7) is None
+    assert drawing.wanted_labels([3, 5, 8], 7, 42, {}) == [3, 3, 3, 5, 5, 8, 8]
+    assert drawing.wanted_labels([], 7, 42, {}) is None
     images = torch.linspace(0, 1, 3).view(3, 1, 1, 1).expand(-1, -1, 28, 28)
     state = {"exp_name": "x", "epoch": 1, "args": {"T": 5}}
     drawing._save_npz(images, [3, 8, 5], SimpleNamespace(seed=7), state, tmp_path / "a.npz")
@@ -246,11 +246,29 @@ def test_the_reconstruction_error_is_the_mean_over_all_test_digits(ae_run, cache
     assert float(re.search(r": ([\d.]+)$", said, re.MULTILINE)[1]) == pytest.approx(wanted, abs=1e-5)
 
 
-def test_a_preview_asks_for_the_digits_of_the_run():
+def test_labels_follow_the_class_shares_by_the_seed():
+    counts = [5, 0, 1, 1, 1, 1, 1, 0, 10, 0]
+    new, old, one = ({"only_digit": digit} for digit in (None, None, 3))
+    new["class_counts"] = counts
+    for trained, shares in ((new, [count / 20 for count in counts]), (old, [0.1] * 10), (one, [0, 0, 0, 1] + [0] * 6)):
+        labels = drawing.wanted_labels(None, 20_000, 1, trained)
+        assert np.bincount(labels, minlength=10) / 20_000 == pytest.approx(shares, abs=0.01)
+        assert labels == drawing.wanted_labels(None, 20_000, 1, trained)
+        assert (labels == drawing.wanted_labels(None, 20_000, 2, trained)) == (trained is one)
+
+
+def test_previews_and_scores_are_what_infer_draws_by_default():
     asked = []
-    args = SimpleNamespace(only_digit=3, samples_per_epoch=4)
-    drawing.preview_and_scored(args, lambda **what: asked.append(what))[0]()
-    assert asked == [{"labels": [3, 3, 3, 3], "guidance": 1.1}]
+    args = Args()
+    args.derive(only_digit=None, samples_per_epoch=20, seed=7, class_counts=[1, 0, 0, 3, 0, 0, 0, 0, 0, 0])
+    preview, scored = drawing.preview_and_scored(args, lambda **what: asked.append(what) or torch.zeros(1))
+    preview()
+    assert asked.pop() == {"labels": drawing.wanted_labels(None, 20, 7, args.flags())}
+    _, wanted = scored[""]()
+    assert asked.pop() == {"labels": wanted.tolist(), "guidance": 1.0}
+    assert wanted.bincount(minlength=4).div(len(wanted)).tolist() == pytest.approx([0.25, 0, 0, 0.75], abs=0.05)
+    _, wanted = scored["_labelled"]()
+    assert asked.pop() == {"labels": [row // 100 for row in range(1000)], "guidance": 1.1}
 
 
 # --- scores ---

@@ -12,10 +12,10 @@ from measure import Figures, run, train
 from peers import LABEL_DROPOUT, PlainAutoencoder, PlainDenoiser
 from torch.nn.functional import mse_loss
 
-from common.args import wanted_labels
 from common.classifier import judge, load_classifier, train_classifier
 from common.data import HF_MNIST, split_train_val
 from common.diffusion import draw, epsilon_loss, loss_draws, precompute_schedules, uniform_timesteps
+from common.drawing import wanted_labels
 from common.evaluate import score
 from common.rng import generator
 
@@ -48,7 +48,7 @@ def evaluated(path: Path, out: Path, count: int, cache: list[str], *flags: objec
     scores.unlink(missing_ok=True)
     run(".", "-m", "common.evaluate", "--ckpt", path, "--json", scores, "--n", count, *flags, *cache)
     content = json.loads(scores.read_text())
-    return content.get("details_labelled", content.get("details"))["figures"]
+    return next(entry["figures"] for name, entry in content.items() if name.startswith("details"))
 
 
 def ours(figures: Figures, out: Path, cache: list[str], title: str, ae: tuple, latent: tuple, count: int) -> None:
@@ -65,7 +65,8 @@ def ours(figures: Figures, out: Path, cache: list[str], title: str, ae: tuple, l
         ("reconstructions", ae_run, ()),
         ("with labels", latent_run, (*DIGITS, *steps)),
         *([("with labels, guidance 1", latent_run, (*DIGITS, "--guidance", 1))] if count == MANY else []),
-        ("without labels", latent_run, steps),
+        ("labels by class shares", latent_run, steps),
+        ("without labels", latent_run, ("--digit", "none", *steps)),
     ):
         add_quality(figures, f"{title}: {name}", evaluated(path, out, count, cache, *flags))
 
@@ -104,7 +105,7 @@ def plain(figures: Figures, cache_dir: Path, epochs: tuple[int, int], count: int
     with torch.no_grad():
         shown = test[torch.arange(len(test))][0]
         figures.add(f"{title}: test reconstruction error", mse_loss(autoencoder(shown), shown).item())
-        for name, wanted in (("with labels", wanted_labels(range(10), count)), ("without labels", None)):
+        for name, wanted in (("with labels", wanted_labels(range(10), count, 42, {})), ("without labels", None)):
             steps = FEW_STEPS if count == FEW else None
             z = draw(denoiser, (16,), schedules, labels=wanted, count=count, steps=steps)
             asked = None if wanted is None else torch.tensor(wanted)
