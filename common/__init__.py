@@ -1,1 +1,6 @@
-"""What every experiment stands on: data, devices, checkpoints, the training session and the DDPM mathematics."""
+"""What the experiments share. For notebooks and other programs: `from common import load, picture`."""
+
+from common.images import picture
+from common.loading import load
+
+__all__ = ["load", "picture"]

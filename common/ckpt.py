@@ -396,14 +396,37 @@ def load_checkpoint(
     return state
 
 
+def _newest_run(folder: str | Path, types: tuple[str, ...], warn: Warn) -> tuple[Path, State] | None:
+    """The newest readable checkpoint of the newest run of one of the `types` in a folder of runs.
+
+    None for anything but a folder of runs. Raises Exit(MODEL_MISMATCH) if all of them hold other models.
+    """
+    from common.run import recorded_runs
+
+    folder = Path(folder)
+    if not os.path.isdir(folder) or insist(folder, lambda: run_checkpoints(folder)):
+        return None
+    runs = recorded_runs(folder, warn)
+    for run, glance in runs:
+        if glance["args"].get("model") in types and (found := newest_readable(run, warn)):
+            return found
+    if runs:
+        raise Exit(MODEL_MISMATCH, f"{folder} holds no run of type {' or '.join(types)}")
+    return None
+
+
 def read_model(
     source: str | Path | tuple[Path, State], types: tuple[str, ...], warn: Warn = lambda _: None
 ) -> tuple[Path, State]:
-    """(file, state) of what a path means (see `open_checkpoint`), or of what was read, if it holds one of the `types`.
+    """(file, state) of what a path means, or of what was read, if it holds one of the `types`.
 
+    A path: see `open_checkpoint`; a folder of runs means its newest run of these types.
     Raises Exit(MODEL_MISMATCH) if it holds another kind of model, UnreadableCheckpoint if it cannot be read.
     """
-    path, state = source if isinstance(source, tuple) else open_checkpoint(source, warn)
+    if isinstance(source, tuple):
+        path, state = source
+    else:
+        path, state = _newest_run(source, types, warn) or open_checkpoint(source, warn)
     if (model := infer_model_from_checkpoint(state)) not in types:
         raise Exit(MODEL_MISMATCH, f"{path} holds a model of type {model}; {' or '.join(types)} is needed here")
     return path, state

@@ -5,8 +5,8 @@ Timesteps are counted from 0 (least noise) to T - 1, so `alpha_bar[t]` is the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import nn
@@ -32,6 +32,19 @@ class Schedules(NamedTuple):
     @property
     def T(self) -> int:
         return len(self.beta)
+
+
+class Drawing(TypedDict, total=False):
+    """What a model's `generate_images` hands on to `draw`, which says what each means."""
+
+    labels: Iterable[int] | torch.Tensor | None
+    count: int
+    guidance: float
+    seed: int
+    sampler: str
+    steps: int | None
+    callback: Callable[[int, torch.Tensor], None] | None
+    frames: dict[int, torch.Tensor] | None
 
 
 def precompute_schedules(
@@ -254,12 +267,24 @@ def _in_parts(predict: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     return predict_parts
 
 
+def as_labels(labels: Iterable[int] | torch.Tensor, largest: int) -> list[int]:
+    """Whole numbers from 0 to `largest`, in a list, an array or a tensor (N,), as a list; else ValueError."""
+    try:
+        values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+        wrong = [value for value in values if value not in range(largest + 1)] if len(values) else [values]
+    except TypeError:  # one number instead of several
+        wrong = [labels]
+    if wrong:
+        raise ValueError(f"labels must be a list of whole numbers from 0 to {largest}; {wrong[0]!r} is none")
+    return [int(value) for value in values]
+
+
 def draw(
     net: nn.Module,
     shape: tuple[int, ...],
     schedules: Schedules,
     *,
-    labels: list[int] | None = None,
+    labels: Iterable[int] | torch.Tensor | None = None,
     count: int = 16,
     guidance: float = 1.0,
     seed: int = 42,
@@ -276,8 +301,7 @@ def draw(
     frames: a dict whose keys count the steps that are left; each gets to_images(x) of its moment as value.
     """
     device = schedules.beta.device
-    if labels is None:
-        labels = [net.null_label] * count
+    labels = [net.null_label] * count if labels is None else as_labels(labels, net.null_label)
     predict = guided(_in_parts(net.predictor()), torch.tensor(labels, device=device), net.null_label, guidance)
     noise = noise_source(seed, (len(labels), *shape), device)
 

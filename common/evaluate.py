@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     from common.modules import module_of
 
     device = get_device(args.device)
-    path, trained = ckpt.open_checkpoint(args.ckpt)
+    path, trained = ckpt.read_model(args.ckpt, ckpt.MODEL_TYPES)
     path = path.resolve()
     model = ckpt.infer_model_from_checkpoint(trained)
     target = args.json or scores_file(path)

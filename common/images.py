@@ -14,6 +14,7 @@ from common.error_codes import BAD_OUTPUT, Exit
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
 PADDING = 2
 
@@ -22,19 +23,31 @@ def _columns(count: int) -> int:
     return math.ceil(math.sqrt(count))
 
 
-def make_image_grid(images: torch.Tensor, nrow: int | None = None) -> torch.Tensor:
-    """(N, C, H, W) in [0, 1] -> one (3, H', W') grid with `nrow` images a row (default: ceil(sqrt(N)))."""
+def make_image_grid(images: torch.Tensor, nrow: int | None = None, scale: int = 1) -> torch.Tensor:
+    """(N, C, H, W) in [0, 1] -> one (3, H', W') grid with `nrow` images a row (default: ceil(sqrt(N))).
+
+    scale: width and height of a pixel in the grid.
+    """
     from torchvision.utils import make_grid
 
-    return make_grid(images, nrow=nrow or _columns(len(images)), padding=PADDING)
+    large = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)  # (N, C, scale * H, scale * W)
+    return make_grid(large, nrow=nrow or _columns(len(images)), padding=PADDING * scale)
 
 
-def save_image_grid(images: torch.Tensor, path: str | Path, nrow: int | None = None) -> None:
-    """Write (N, C, H, W) images in [0, 1] as one PNG, pixel for pixel. Raises OSError if it cannot be written."""
+def save_image_grid(images: torch.Tensor, path: str | Path, nrow: int | None = None, scale: int = 1) -> None:
+    """Write (N, C, H, W) images in [0, 1] as one PNG, a `make_image_grid`. Raises OSError if it cannot."""
     from torchvision.utils import save_image
 
-    nrow = nrow or _columns(len(images))
-    atomic_write(path, lambda file: save_image(images, file, nrow=nrow, padding=PADDING, format="PNG"))
+    grid = make_image_grid(images, nrow, scale)
+    atomic_write(path, lambda file: save_image(grid, file, padding=0, format="PNG"))
+
+
+def picture(images: torch.Tensor, nrow: int | None = None, scale: int = 2) -> Image:
+    """(N, 1, H, W) or (1, H, W) images in [0, 1] as one picture, which a notebook shows: see `make_image_grid`."""
+    from PIL import Image
+
+    grid = make_image_grid(images if images.ndim == 4 else images[None], nrow, scale)
+    return Image.fromarray(to_bytes(grid[0]).cpu().numpy())
 
 
 def over(originals: torch.Tensor, reconstructions: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -84,10 +97,10 @@ def check_output(path: str | Path, suffix: str) -> Path:
     return path
 
 
-def save_output(images: torch.Tensor, path: str | Path, nrow: int | None = None) -> None:
+def save_output(images: torch.Tensor, path: str | Path, nrow: int | None = None, scale: int = 1) -> None:
     """`save_image_grid` for a file that the user named. Raises Exit(BAD_OUTPUT) if it cannot be written."""
     with one_line(check_output(path, ".png")):
-        save_image_grid(images, path, nrow)
+        save_image_grid(images, path, nrow, scale)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
 from common.autoencoder import build_autoencoder, read_autoencoder
-from common.diffusion import Schedules, draw, precompute_schedules, q_sample
+from common.diffusion import Drawing, Schedules, draw, precompute_schedules, q_sample
 from common.error_codes import MODEL_MISMATCH, Exit
 from common.layers import folded, scaled_linear
 from common.time_embedding import TIME_DIM, TimeMLP
@@ -127,7 +127,7 @@ def generate_images(
     net: LatentDenoiser,
     autoencoder: nn.Module,
     schedules: Schedules,
-    **how: Any,
+    **how: Unpack[Drawing],
 ) -> torch.Tensor:
     """Draw latents and decode them: (N, 1, 28, 28) images in [0, 1]. `how`: see `common.diffusion.draw`."""
 

@@ -12,7 +12,7 @@ fetch() { (cd .. && env -u PYTHONSAFEPATH python -m common.data --cache-dir "$ca
 code=0
 fetch || code=$?
 case $code in
-0) flags=(--data hub --lr 4e-4 --generate-images) ae_epochs=10 epochs=12 ;;
+0) flags=(--data hub --generate-images) ae_epochs=20 epochs=36 ;; # README.md's recommended recipe
 9) # NO_DATA
     echo "going on with the 5,000 embedded digits"
     fetch --data embedded
@@ -36,7 +36,7 @@ trap : INT # else bash would die of it before it could end with the trainer's co
 trap '[ $? -ne 11 ] || echo "stopped and saved: start run.sh again, and it goes on" >&2' EXIT # STOPPED_EARLY
 
 autoencoder="$(cd ../mnist_ae && train --model mlp --epochs "$ae_epochs")"
-run="$(train --ae-ckpt "$autoencoder" --epochs "$epochs")"
+run="$(train --ae-ckpt "$autoencoder" --batch-size 256 --lr 4e-4 --epochs "$epochs")"
 python infer.py --ckpt "$run" --digit 0 1 2 3 4 5 6 7 8 9 --num-images 100 --output generated.png
 
 root="${run%/checkpoints/*}"

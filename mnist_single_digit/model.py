@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
-from common.diffusion import Schedules, draw, precompute_schedules, q_sample
+from common.diffusion import Drawing, Schedules, draw, precompute_schedules, q_sample
 from common.layers import Scaled, folded, scaled_linear
 from common.time_embedding import TIME_DIM, TimeMLP
 
@@ -156,7 +156,7 @@ def load_for_drawing(
 def generate_images(
     net: Denoiser,
     schedules: Schedules,
-    **how: Any,
+    **how: Unpack[Drawing],
 ) -> torch.Tensor:
     """Draw (N, 1, 28, 28) images in [0, 1]. `how`: see `common.diffusion.draw`."""
     return draw(net, (1, 28, 28), schedules, to_images=lambda x: x.add(1).div(2).clamp(0, 1), **how)  # (N, 1, 28, 28)

@@ -229,7 +229,9 @@ def test_every_run_leaves_its_curves(runs, ae_run):
         assert orange > 20
 
 
-def test_the_curves_are_called_what_they_are(tmp_path, monkeypatch):
+@pytest.fixture
+def drawn_axes(tmp_path, monkeypatch):
+    """drawn_axes(train_losses, val_losses, rates, title) -> the two axes of the curves.png that was drawn."""
     figures = []
 
     class Figure(matplotlib.figure.Figure):
@@ -238,15 +240,47 @@ def test_the_curves_are_called_what_they_are(tmp_path, monkeypatch):
             figures.append(self)
 
     monkeypatch.setattr(matplotlib.figure, "Figure", Figure)
-    rows = ({"epoch": n, "train_loss": 1 / n, "val_loss": 2 / n, "lr": 3 / n} for n in (1, 2))
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "a run")
-    losses, rate = figures[0].axes
+
+    def drawn(train, val, rates, title="a run"):
+        rows = zip(train, val, rates, strict=True)
+        keys = ("epoch", "train_loss", "val_loss", "lr")
+        lines = [json.dumps(dict(zip(keys, (n, *row), strict=True))) for n, row in enumerate(rows, 1)]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", title)
+        return figures[-1].axes
+
+    return drawn
+
+
+def test_the_curves_are_called_what_they_are(drawn_axes):
+    losses, rate = drawn_axes([1.0, 0.5], [2.0, 1.0], [3.0, 1.5])
     assert {line.get_label(): list(line.get_ydata()) for line in losses.lines} == {
         "training": [1.0, 0.5],
         "validation": [2.0, 1.0],
     }
     assert list(rate.lines[0].get_ydata()) == [3.0, 1.5]
+    losses, _ = drawn_axes([1.0, 0.5], [2.0, 1.0], [3.0, 1.5], "ae-mlp-dall")
+    assert [line.get_label() for line in losses.lines] == ["training", "validation: squared error alone"]
+
+
+@pytest.mark.parametrize(
+    ("high", "low"), [(0.05, 0.0072), (0.34, 0.31), (1.1, 0.3), (0.9, 0.02), (2.0, 0.005), (30, 0.004), (1, 1), (9, 1)]
+)
+@pytest.mark.parametrize("rates", [(2e-4, 1e-4, 0), (4e-4, 2e-4, 1e-7), (1e-3, 1e-4, 1e-5), (2e-4, 2e-4, 2e-4)])
+def test_ticks_have_their_own_names_and_cover_the_axis(high, low, rates, drawn_axes):
+    middle = (high * low) ** 0.5
+    for axes in drawn_axes([high, middle, low], [high, middle, low], rates):
+        bottom, top = axes.get_ylim()
+        ticks = {
+            value: axes.yaxis.get_major_formatter()(value) for value in axes.get_yticks() if bottom <= value <= top
+        }
+        for value, name in ticks.items():
+            assert float(name) == pytest.approx(value, rel=1e-5, abs=1e-12), name
+            assert len(name) <= 7, name
+        assert len(set(ticks.values())) == len(ticks) >= 2
+        if axes.get_yscale() == "log":
+            half = (bottom * top) ** 0.5
+            assert min(ticks) < half < max(ticks)
 
 
 @pytest.mark.parametrize("seconds", [0.01, 5.0])

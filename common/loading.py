@@ -1,0 +1,137 @@
+"""Trained networks for notebooks and other programs: `load` a checkpoint, then draw, encode or decode.
+
+Whatever is wrong (a path, a label, a flag) is a ValueError of one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import ckpt
+from common.args import DEFAULT_GUIDANCE
+from common.device import get_device
+from common.error_codes import Exit
+
+CLASSES = 10
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from torch import nn
+
+
+class Loaded:
+    """What a checkpoint says of itself: run's name, epoch, path, kind of model, and all flags of its training."""
+
+    def __init__(self, path: Path, state: ckpt.State) -> None:
+        self.path = path
+        self.name: str = state["exp_name"]
+        self.epoch: int = state["epoch"]
+        self.flags: dict[str, Any] = state["args"]
+        self.model = ckpt.infer_model_from_checkpoint(state)  # "ae-mlp", "ae-conv", "lddpm" or "ddpm"
+
+    def __repr__(self) -> str:
+        return f"<{self.model}: {self.name}, epoch {self.epoch}>"
+
+
+class Diffusion(Loaded):
+    """A trained diffusion model, of pixels or of latents."""
+
+    def __init__(self, path: Path, state: ckpt.State, draw: Callable[..., torch.Tensor]) -> None:
+        super().__init__(path, state)
+        self._draw = draw
+
+    def draw(
+        self,
+        labels: int | Sequence[int] | numpy.ndarray | torch.Tensor | None = None,
+        *,
+        count: int = 16,
+        guidance: float | None = None,
+        seed: int = 42,
+        sampler: str = "ddpm",
+        steps: int | None = None,
+        callback: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """Draw digits: (N, 1, 28, 28) float32 in [0, 1], on the CPU.
+
+        labels: the digit of each image, as a list, an array or a tensor (N,) of 0 to 9; one number means `count` images
+        of it, None `count` images of digits drawn from the training data's class shares. guidance: as --guidance
+        (default: as infer.py's). sampler, steps: see `common.diffusion.reverse_steps`; callback: see
+        `common.diffusion.sample`. The same seed draws the same images. Raises ValueError for what cannot be drawn.
+        """
+        from common.diffusion import as_labels
+        from common.drawing import wanted_labels
+
+        if count < 1:
+            raise ValueError(f"count must be at least 1, not {count}")
+        if guidance is None:
+            guidance = 1.0 if labels is None else DEFAULT_GUIDANCE
+        if labels is None:
+            labels = wanted_labels(None, count, seed, self.flags)
+        else:
+            one = isinstance(labels, Integral)
+            labels = as_labels([labels] * count if one else labels, CLASSES - 1)
+        if not 0 <= guidance < float("inf"):
+            raise ValueError(f"guidance must be at least 0, not {guidance}")
+        only = self.flags["only_digit"]
+        if only is not None and any(label != only for label in labels):
+            raise ValueError(f"this model was trained on {only}s only: labels can only be {only}")
+        how = {"guidance": guidance, "seed": seed, "sampler": sampler, "steps": steps, "callback": callback}
+        return self._draw(labels=labels, count=count, **how).cpu()
+
+
+class Autoencoder(Loaded):
+    """A trained autoencoder; `net` is the module, frozen."""
+
+    def __init__(self, path: Path, state: ckpt.State, net: nn.Module, device: torch.device) -> None:
+        super().__init__(path, state)
+        self.net, self.device = net, device
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 1, 28, 28) images in [0, 1] -> (N, D) latents, on the CPU. Raises ValueError for another shape."""
+        return self._apply(self.net.encode, images, (1, 28, 28))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """(N, D) latents -> (N, 1, 28, 28) images in [0, 1], on the CPU. Raises ValueError for another shape."""
+        return self._apply(self.net.decode, latents, (self.flags["latent_dim"],))
+
+    def _apply(self, what: Callable[..., torch.Tensor], rows: Any, shape: tuple[int, ...]) -> torch.Tensor:
+        import torch
+
+        rows = torch.as_tensor(rows, dtype=torch.float32, device=self.device)
+        if rows.shape[1:] != shape:
+            wanted = ", ".join(map(str, ("N", *shape)))
+            raise ValueError(f"the shape must be ({wanted}), not {tuple(rows.shape)}")
+        return what(rows).cpu()
+
+
+@contextmanager
+def _one_line():
+    """An Exit, which ends a script, becomes a ValueError, which a program can handle."""
+    try:
+        yield
+    except Exit as end:
+        raise ValueError(str(end)) from None
+
+
+def load(path: str | Path, device: str | None = None) -> Diffusion | Autoencoder:
+    """The trained network of a checkpoint file, a run's folder (its newest), FOLDER/best, or a folder of runs (newest).
+
+    device: "cpu", "cuda", "cuda:1" or "mps" (default: the best there is). Raises ValueError if there is no such file or
+    device, or the file cannot be read.
+    """
+    from common.modules import module_of
+
+    with _one_line():
+        where = get_device(device)
+        read = ckpt.read_model(Path(path).expanduser(), ckpt.MODEL_TYPES)
+        model = ckpt.infer_model_from_checkpoint(read[1])
+        if model.startswith("ae-"):
+            from common.autoencoder import build_autoencoder, read_autoencoder
+
+            return Autoencoder(*read, build_autoencoder(read_autoencoder(read), where), where)
+        return Diffusion(*read, module_of(model).load_for_drawing(read, where)[0])

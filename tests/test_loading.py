@@ -1,0 +1,174 @@
+"""`from common import load, picture`: for notebooks and other programs; and which run a folder of runs means."""
+
+import inspect
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import LATENT, call, make_run, state_of
+from PIL import Image
+
+from common import ckpt, diffusion, load, picture
+from common.args import DEFAULT_GUIDANCE
+from common.autoencoder import build_autoencoder, read_autoencoder
+from common.error_codes import MODEL_MISMATCH, Exit
+from common.images import save_image_grid
+from common.modules import module_of
+
+THREES = [3, 3, 3]
+
+
+def test_a_diffusion_draws_what_infer_draws(latent_run, tmp_path):
+    run = load(latent_run, "cpu")
+    assert (run.model, run.name, run.epoch, run.flags["T"]) == ("lddpm", latent_run.name, 2, 20)
+    assert repr(run) == f"<lddpm: {latent_run.name}, epoch 2>"
+    draw, _ = module_of("lddpm").load_for_drawing(latent_run)
+    for given, expected in (
+        ({}, {"count": 16}),
+        ({"count": 3, "seed": 7}, {"count": 3, "seed": 7}),
+        ({"labels": THREES}, {"labels": THREES, "guidance": DEFAULT_GUIDANCE}),
+        ({"labels": THREES, "guidance": 2}, {"labels": THREES, "guidance": 2}),
+        ({"labels": 3, "count": 3, "steps": 5}, {"labels": THREES, "guidance": DEFAULT_GUIDANCE, "steps": 5}),
+        ({"count": 3, "sampler": "ddim", "steps": 4}, {"count": 3, "sampler": "ddim", "steps": 4}),
+    ):
+        images = run.draw(**given)
+        assert images.dtype == torch.float32
+        assert images.shape[1:] == (1, 28, 28)
+        assert torch.equal(images, draw(**expected)), given
+    flags = ("--ckpt", latent_run, "--digit", 3, "--num-images", 9, "--seed", 5, "--output", tmp_path / "a.png")
+    assert call(LATENT, "infer.py", *flags, "--device", "cpu").code == 0
+    mine = picture(run.draw(3, count=9, seed=5), scale=1)
+    assert (np.asarray(mine) == np.asarray(Image.open(tmp_path / "a.png").convert("L"))).all()
+
+
+@pytest.mark.parametrize(
+    "alike", [tuple, np.array, torch.tensor, lambda labels: torch.tensor(labels, dtype=torch.uint8)]
+)
+def test_lists_arrays_and_tensors_are_alike(alike, latent_run):
+    run = load(latent_run, "cpu")
+    assert torch.equal(run.draw(alike(THREES), steps=2), run.draw(THREES, steps=2))
+    draw, _ = module_of("lddpm").load_for_drawing(latent_run)
+    assert torch.equal(draw(labels=alike(THREES), steps=2), draw(labels=THREES, steps=2))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"labels": [3, 10]}, "from 0 to 9; 10 is none"),
+        ({"labels": -1}, "from 0 to 9; -1 is none"),
+        ({"labels": [2.5]}, "2.5 is none"),
+        ({"labels": "33"}, "'3' is none"),
+        ({"labels": 3.0}, "3.0 is none"),
+        ({"labels": []}, r"\[\] is none"),
+        ({"labels": torch.tensor(3)}, r"tensor\(3\) is none"),
+        ({"labels": torch.tensor([[3]])}, r"\[3\] is none"),
+        ({"labels": [3, 5]}, "trained on 3s only"),
+        ({"count": 0}, "count must be at least 1, not 0"),
+        ({"labels": 3, "count": 0}, "count must be at least 1, not 0"),
+        ({"labels": 3, "guidance": -1}, "guidance must be at least 0, not -1"),
+        ({"labels": 3, "guidance": float("nan")}, "guidance must be at least 0, not nan"),
+        ({"steps": 21}, "steps must be from 1 to T = 20, not 21"),
+        ({"sampler": "euler"}, "'euler'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_drawn_is_a_value_error(wrong, said, latent_run):
+    with pytest.raises(ValueError, match=said):
+        load(latent_run, "cpu").draw(**wrong)
+
+
+def test_an_autoencoder_encodes_and_decodes(ae_run):
+    run = load(ae_run / "best", "cpu")
+    net = build_autoencoder(read_autoencoder(ae_run / "best"))
+    images = torch.rand(3, 1, 28, 28)
+    latents = run.encode(images)
+    assert torch.equal(latents, net.encode(images))
+    assert torch.equal(run.encode(images.tolist()), latents)
+    assert torch.equal(run.decode(latents), net.decode(latents))
+    for wrong in (lambda: run.encode(images[0]), lambda: run.encode(latents), lambda: run.decode(images)):
+        with pytest.raises(ValueError, match=r"the shape must be \(N, "):
+            wrong()
+
+
+def test_what_cannot_be_loaded_is_a_value_error(latent_run, tmp_path, copy_of):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    for path in (tmp_path / "empty", tmp_path / "text.pt", tmp_path / "nothing.pt", str(tmp_path / "nothing")):
+        with pytest.raises(ValueError, match=str(path)) as raised:
+            load(path)
+        assert len(str(raised.value).splitlines()) == 1
+        assert raised.value.__suppress_context__  # one line, not two tracebacks
+    with pytest.raises(ValueError, match="no such kind of device"):
+        load(latent_run, "gpu")
+
+
+def test_a_picture_is_the_grid_and_scales(tmp_path):
+    images = torch.rand(5, 1, 28, 28)
+    save_image_grid(images, tmp_path / "a.png", nrow=2)
+    small = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
+    assert (np.asarray(picture(images, nrow=2, scale=1)) == small).all()
+    assert (np.asarray(picture(images, nrow=2)) == small.repeat(2, 0).repeat(2, 1)).all()
+    assert picture(images[0], scale=1).size == (28, 28)  # a single one has no frame
+    assert picture(images).size == picture(images, nrow=3).size
+
+
+def test_the_options_of_both_models_are_those_of_draw():
+    parameters = inspect.signature(diffusion.draw).parameters.values()
+    options = {it.name: it.annotation for it in parameters if it.kind is it.KEYWORD_ONLY and it.name != "to_images"}
+    assert diffusion.Drawing.__annotations__.keys() == options.keys()
+    assert {name: it.__forward_arg__ for name, it in diffusion.Drawing.__annotations__.items()} == options
+
+
+# --- a folder of runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(ae_run, latent_run, tmp_path):
+    """A folder as a cluster's jobs leave it: an autoencoder, and a latent diffusion that is newer."""
+    for run in (ae_run, latent_run):
+        shutil.copytree(run, tmp_path / "checkpoints" / run.name, symlinks=True)
+    (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
+    return tmp_path / "checkpoints"
+
+
+def test_a_folder_of_runs_means_its_newest_run_of_the_kind(runs, ae_run, latent_run):
+    assert load(runs, "cpu").name == latent_run.name
+    assert ckpt.read_model(runs, ("lddpm", "ddpm"))[0].parent.name == latent_run.name
+    assert read_autoencoder(runs)["exp_name"] == ae_run.name
+    path, state = ckpt.read_model(runs, ("ae-mlp",))
+    assert (path.name, state["epoch"]) == ("checkpoint_epoch_000002.pt", 2)
+    with pytest.raises(Exit, match="holds no run of type ddpm") as raised:
+        ckpt.read_model(runs, ("ddpm",))
+    assert raised.value.code == MODEL_MISMATCH
+
+
+def test_newest_is_by_what_the_runs_recorded(tmp_path):
+    for name, day in (("old", 1), ("new", 2)):
+        make_run(tmp_path / name, time=f"2026-01-{day:02}T00:00:00+00:00")
+    (tmp_path / "old" / "checkpoint_epoch_000003.pt").touch()
+    assert ckpt.read_model(tmp_path, ("ae-mlp",))[0].parent.name == "new"
+
+
+def test_a_run_is_no_folder_of_runs(tmp_path):
+    run = make_run(tmp_path / "run", [1])
+    make_run(run / "nested", [1], time="2027-01-01T00:00:00+00:00")
+    assert ckpt.read_model(run, ("ae-mlp",))[0].parent == run
+
+
+def test_a_damaged_run_is_passed_over_for_the_one_before(tmp_path):
+    for name, day in (("old", 1), ("new", 2)):
+        make_run(tmp_path / name, [1], time=f"2026-01-{day:02}T00:00:00+00:00")
+    file = tmp_path / "new" / "checkpoint_epoch_000001.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF  # a glance does not see it, the checksum does
+    file.write_bytes(content)
+    said = []
+    assert ckpt.read_model(tmp_path, ("ae-mlp",), said.append)[0].parent.name == "old"
+    assert any("checksum" in text for text in said)
+
+
+def test_other_projects_files_are_not_ours(tmp_path):
+    ckpt.save_checkpoint(tmp_path / "run" / "checkpoint_epoch_000001.pt", state_of(1) | {"args": {"model": "gan"}})
+    with pytest.raises(Exit, match="holds no run"):
+        ckpt.read_model(tmp_path, ckpt.MODEL_TYPES)

@@ -1,0 +1,160 @@
+"""The README.md files and CLAUDE.md: no dead links, README.md is short, and every command works as it is typed.
+
+bash types the commands in a fresh copy of the repository, block by block, as a reader would: those of an experiment's
+page in its folder, all others in the repository's. Only its `python` is another: it makes training and drawing short.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import AE, LATENT, PIXEL, REPO, environment
+
+PAGES = (
+    "README.md",
+    *(f"{folder}/README.md" for folder in (AE, LATENT, PIXEL, "common", "tests/benchmarks")),
+    "CLAUDE.md",
+)
+LONGEST = 9000  # characters of README.md
+EXCEPTIONS = {
+    # how a command that is not typed begins: why
+    "bash tests/run.sh": "is what runs this test",
+    "python -m venv": "an environment is active, and packages come from the network",
+    "job=$(cd mnist_ae && sbatch": "needs a cluster: tests/slurm has one",
+    "(cd mnist_latent_diffusion && sbatch": "needs a cluster: tests/slurm has one",
+    "(cd mnist_single_digit && sbatch": "needs a cluster: tests/slurm has one",
+    "jupyter notebook": "waits for a browser; test_tsne.py executes the notebook",
+    "tensorboard": "serves until it is stopped",
+    "python tests/benchmarks/": "needs full MNIST and an idle machine, for minutes to hours",
+    "python tests/mutants.py": "takes minutes",
+}
+SHORTER = {
+    # a word of the command: what is added to it
+    "train.py": ["--epochs", "1", "--data", "embedded", "--device", "cpu"],
+    "infer.py": ["--num-images", "10", "--device", "cpu"],
+    "run_tsne.py": ["--n-samples", "60", "--perplexity", "5", "--data", "embedded"],
+    "common.data": ["--data", "embedded"],
+    "common.evaluate": ["--n", "200", "--data", "embedded"],
+}
+SMALLER = {LATENT: ["--T", "50"], PIXEL: ["--T", "50", "--base-ch", "8"]}  # by folder, the same for train.py
+
+PYTHON = """#!{python} -SE
+import os, sys
+sys.path.insert(0, {tests!r})
+words, shorter = sys.argv[1:], {shorter!r}
+for name in [name for name in shorter if name in words]:
+    words += shorter[name]
+    if name == "train.py":
+        words += {smaller!r}.get(os.path.basename(os.getcwd()), [])
+if words[0] == "-m" and words[1].startswith("common") or words[0].endswith(".py"):
+    from forked import ask
+    sys.exit(ask({socket!r}, words))
+os.execv({python!r}, [{python!r}, *words])
+"""
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced code blocks of that language in a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (REPO / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def typed(block: str) -> str:
+    """A block without the commands that are not typed."""
+    return "".join(line for line in block.splitlines(keepends=True) if not line.startswith(tuple(EXCEPTIONS)))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory, cache) -> Path:
+    """A fresh copy of the repository, and beside it a `python` that is quick."""
+    folder = tmp_path_factory.mktemp("readme")
+    left = ("outputs", "hf_cache", ".git", "__pycache__", ".*_cache", ".venv", "venv", "tsne", "*.npz", "digits")
+    copy = Path(shutil.copytree(REPO, folder / "ddpm", ignore=shutil.ignore_patterns(*left)))
+    for experiment in (AE, LATENT, PIXEL):
+        shutil.copytree(cache, copy / experiment / "hf_cache")  # with a classifier, if test_evaluate.py has trained it
+    (folder / "bin").mkdir()
+    paths = {"socket": str(folder / "socket"), "tests": str(REPO / "tests")}
+    fill = {"python": sys.executable, "shorter": SHORTER, "smaller": SMALLER, **paths}
+    (folder / "bin" / "python").write_text(PYTHON.format(**fill))
+    (folder / "bin" / "python").chmod(0o755)
+    (folder / "home").mkdir()
+    server = subprocess.Popen(
+        [sys.executable, REPO / "tests" / "forked.py", paths["socket"]], env=environment(), cwd=folder
+    )
+    while not Path(paths["socket"]).exists():
+        assert server.poll() is None
+        time.sleep(0.05)
+    yield copy
+    server.kill()
+    server.wait()
+
+
+def type_in(copy: Path, folder: str, text: str) -> subprocess.CompletedProcess:
+    """Type lines into a bash, in a folder of the copy; it stops at the first that fails."""
+    path = f"{copy.parent / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    places = {"HOME": str(copy.parent / "home"), "VIRTUAL_ENV": sys.prefix, "PATH": path, "PIP_NO_INDEX": "1"}
+    scratch = {"SCRATCH": str(copy.parent / "scratch")} if "$SCRATCH" in text else {}
+    env = environment(**places, **scratch)
+    command = ["bash", "-euxo", "pipefail", "-c", text]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run(command, cwd=copy / folder, env=env, timeout=300, **streams)
+
+
+def git(copy: Path, *words: str) -> str:
+    who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    return subprocess.run(["git", *who, *words], cwd=copy, check=True, capture_output=True, text=True).stdout
+
+
+def test_every_command_works_as_it_is_typed(copy):
+    git(copy, "init", "--quiet")
+    git(copy, "add", "--all")
+    git(copy, "commit", "--quiet", "--message", "a fresh copy")
+    for page in PAGES:
+        folder = str(Path(page).parent) if page.startswith("mnist_") else "."
+        for block in map(typed, blocks(page, "bash")):
+            started = time.monotonic()
+            result = type_in(copy, folder, block)
+            assert result.returncode == 0, f"{page}:\n{block}\n{result.stdout[-3000:]}"
+            print(f"{time.monotonic() - started:5.1f} s  {page}: {block.splitlines()[:1]}")
+    assert git(copy, "status", "--porcelain") == ""  # nothing tracked was written over, nothing untracked is left about
+
+
+def test_the_python_examples_work(copy):
+    for page in PAGES:
+        for block in blocks(page, "python"):
+            (copy.parent / "example.py").write_text(block)
+            result = type_in(copy, ".", f"PYTHONPATH=$PWD python {copy.parent / 'example.py'}")
+            assert result.returncode == 0, f"{page}:\n{block}\n{result.stdout[-3000:]}"
+
+
+def test_every_exception_is_needed():
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    assert not [start for start in EXCEPTIONS if not any(line.startswith(start) for line in lines)]
+
+
+def test_readme_is_short():
+    assert len((REPO / "README.md").read_text()) <= LONGEST
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (REPO / page).read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        path, _, heading = target.partition("#")
+        linked = (REPO / page).parent / path if path else REPO / page
+        assert linked.exists(), target
+        headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [
+            re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings
+        ], target
+
+
+def test_every_page_is_tested():
+    found = [path.relative_to(REPO) for path in REPO.rglob("*.md")]
+    assert {str(path) for path in found if not {"outputs", "hf_cache", ".pytest_cache"} & set(path.parts)} == set(PAGES)
