@@ -14,10 +14,11 @@ from torch.nn.functional import mse_loss
 
 from common.args import SAMPLERS, default_steps
 from common.device import move
+from common.ranks import World
 from common.rng import generator
 
 LAST_SNR = 2.2  # log(signal / noise) from which "dpm" goes to x_0 at once: timestep 30 of the default schedule
-PART = 256  # rows that go through a net at once when drawing; more are slower on a CPU
+PART = 256  # rows that go through a net at once when drawing, whoever draws them; more are slower on a CPU
 
 
 class Schedules(NamedTuple):
@@ -45,6 +46,7 @@ class Drawing(TypedDict, total=False):
     steps: int | None
     callback: Callable[[int, torch.Tensor], None] | None
     frames: dict[int, torch.Tensor] | None
+    world: World | None
 
 
 def precompute_schedules(
@@ -197,11 +199,14 @@ def reverse_steps(schedules: Schedules, steps: int | None = None, sampler: str =
 
 
 def noise_source(
-    seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
+    seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu", rows: torch.Tensor | slice = slice(None)
 ) -> Callable[[int], torch.Tensor]:
-    """z(i): the standard normal noise of reverse step i (0 is x_T itself), a function of (seed, i) on every device."""
+    """z(i): the standard normal noise of reverse step i (0 is x_T itself), a function of (seed, i) on every device.
+
+    rows: those of the shape's first dimension that are wanted.
+    """
     where = torch.device(device)
-    return lambda index: move(torch.randn(shape, generator=generator(seed, "sample", index)), where)
+    return lambda index: move(torch.randn(shape, generator=generator(seed, "sample", index))[rows], where)
 
 
 @torch.no_grad()
@@ -293,22 +298,48 @@ def draw(
     callback: Callable[[int, torch.Tensor], None] | None = None,
     to_images: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
     frames: dict[int, torch.Tensor] | None = None,
+    world: World | None = None,
 ) -> torch.Tensor:
     """Draw x_0 from a net that offers `null_label` and `predictor()`; returns to_images(x_0 (N, *shape)).
 
     labels: the class of each row, or None to draw `count` rows unconditionally. guidance: see `guided`; sampler and
     steps: see `reverse_steps`; callback: see `sample`. The same seed draws the same rows on every device.
     frames: a dict whose keys count the steps that are left; each gets to_images(x) of its moment as value.
+    world: processes that share the work, in groups of PART rows, and all return all of it: bit for bit what one draws.
     """
+    world = world or World()
     device = schedules.beta.device
     labels = [net.null_label] * count if labels is None else as_labels(labels, net.null_label)
-    predict = guided(_in_parts(net.predictor()), torch.tensor(labels, device=device), net.null_label, guidance)
-    noise = noise_source(seed, (len(labels), *shape), device)
+    mine = torch.arange(len(labels)).split(PART)[world.rank :: world.size]  # this process's groups of rows
+    predictor, labels = _in_parts(net.predictor()), torch.tensor(labels, device=device)
+    predictors = [guided(predictor, labels[rows.to(device)], net.null_label, guidance) for rows in mine]
+    moments: dict[int, list[torch.Tensor]] = {left: [] for left in frames or ()}
+
+    def predict(x: torch.Tensor, t: int) -> torch.Tensor:
+        return _joined([ask(some, t) for ask, some in zip(predictors, x.split(PART), strict=True)])
 
     def watch(left: int, x: torch.Tensor) -> None:
         if callback is not None:
             callback(left, x)
-        if frames is not None and left in frames:
-            frames[left] = to_images(x)
+        if left in moments:
+            moments[left] = [to_images(some) for some in x.split(PART)]
 
-    return to_images(sample(predict, noise, reverse_steps(schedules, steps, sampler), watch))
+    images = []
+    if mine:
+        noise = noise_source(seed, (len(labels), *shape), device, slice(None) if world.size == 1 else torch.cat(mine))
+        x_0 = sample(predict, noise, reverse_steps(schedules, steps, sampler), watch)
+        images = [to_images(some) for some in x_0.split(PART)]
+    for left, parts in moments.items():
+        frames[left] = _everyones(parts, world)
+    return _everyones(images, world)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _everyones(parts: list[torch.Tensor], world: World) -> torch.Tensor:
+    """All processes' groups of rows, which they took in turn."""
+    lists = world.all([part if world.size == 1 else part.cpu() for part in parts])
+    count = sum(map(len, lists))
+    return _joined([lists[index % world.size][index // world.size] for index in range(count)])

@@ -15,6 +15,7 @@ from common.device import get_device, memory_in_one_line
 from common.error_codes import BAD_OUTPUT, USAGE, Exit
 from common.images import check_output, make_image_grid, one_line, save_gif, save_output, to_bytes
 from common.progress import counted, progress
+from common.ranks import World, identity, joined
 from common.rng import generator
 
 if TYPE_CHECKING:
@@ -51,13 +52,14 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
 def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str, Any]]]) -> None:
     """Draw what the flags ask for and save it in the forms they ask for.
 
-    load(device) is the experiment's `load_for_drawing`. Raises Exit, for a bad output before anything is drawn.
+    load(device) is the experiment's `load_for_drawing`. Raises Exit, for a bad output before anything is drawn. Several
+    processes share the drawing, and the first writes.
     """
-    with memory_in_one_line(f"draw fewer than --num-images {args.num_images} at a time"):
-        _draw_to_file(args, load)
+    with memory_in_one_line(f"draw fewer than --num-images {args.num_images} at a time"), joined() as world:
+        _draw_to_file(args, load, world)
 
 
-def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str, Any]]]) -> None:
+def _check_outputs(args: Any) -> None:
     output = check_output(args.output, ".png")
     if args.show_process:
         for path in _process_files(output):
@@ -68,10 +70,21 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
         check_output(args.save_npz, ".npz")
     if args.save_dir:
         _check_folder(Path(args.save_dir))
+
+
+def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str, Any]]], world: World) -> None:
     threads.prepare()
-    device = get_device(args.device)
-    draw, state = load(device)
-    check_sampling(args, state["args"])
+    device = get_device(args.device, identity())
+    known: list[tuple[Draw, dict[str, Any]]] = []
+
+    def check() -> dict[str, Any]:  # by the first process, so that what is wrong is said once
+        _check_outputs(args)
+        known.append(load(device))
+        check_sampling(args, known[0][1]["args"])
+        return vars(args)
+
+    vars(args).update(world.first(check))
+    draw, state = known[0] if known else load(device)
     labels = wanted_labels(args.digit, args.num_images, args.seed, state["args"])
     choose_threads(args, draw, args.num_images, labels, device)
     moments = _moments(args, args.steps) if args.show_process else []
@@ -86,9 +99,12 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
         sampler=args.sampler,
         steps=args.steps,
         frames=frames,
+        world=world,
     )
+    if world.rank:
+        return
     seconds = time.perf_counter() - started
-    origin = f"{state['exp_name']}, epoch {state['epoch']}"
+    origin, output = f"{state['exp_name']}, epoch {state['epoch']}", Path(args.output)
     save_output(images, output)
     print(f"{emoji.ok} {counted(args.num_images, 'image')} from {origin}, in {seconds:.2f} s: {output}")
     if args.show_process:

@@ -2,7 +2,7 @@
 
 Draws images from a diffusion checkpoint (or reconstructs test digits with an autoencoder) and compares them with
 held-out digits in the feature space of a digit classifier. The distances are not Inception figures: they compare only
-with figures of the same classifier.
+with figures of the same classifier. Several processes (torchrun, srun) share the drawing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import ckpt, emoji, threads
 from common.args import Parser, add_data_arguments, add_sampling_arguments, check_sampling, number
@@ -20,6 +20,8 @@ from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress, wanted_labels
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE, Exit, run_main
 from common.images import check_output
+from common.modules import module_of
+from common.ranks import World, identity, joined
 from common.record import write_text
 
 if TYPE_CHECKING:
@@ -185,9 +187,9 @@ def _only(real: Any, digits: list[int]) -> Any:
     return real.subset(torch.isin(real.labels, torch.tensor(digits)).nonzero().flatten()) if digits else real
 
 
-def _draw(args: Any, draw: Callable, labels: list[int] | None) -> tuple[torch.Tensor, float]:
+def _draw(args: Any, draw: Callable, labels: list[int] | None, world: World) -> tuple[torch.Tensor, float]:
     """(images, seconds) from a diffusion checkpoint's `draw`."""
-    options = {"guidance": args.guidance, "sampler": args.sampler, "steps": args.steps}
+    options = {"guidance": args.guidance, "sampler": args.sampler, "steps": args.steps, "world": world}
     started = time.perf_counter()
     images = draw_with_progress(draw, labels=labels, count=args.n, seed=args.seed, **options)
     return images, time.perf_counter() - started
@@ -233,48 +235,85 @@ def main(argv: list[str] | None = None) -> None:
     add_sampling_arguments(parser)
     add_data_arguments(parser)
     args = parser.parse_args(argv)
-
     threads.prepare()
-    import torch
+    with joined() as world, memory_in_one_line(f"draw fewer than --n {args.n} images"):
+        known: list[Subject] = []
 
-    from common.classifier import fingerprint
-    from common.data import HF_MNIST
-    from common.modules import module_of
+        def prepare() -> tuple[dict[str, Any], str, list[int] | None]:
+            known.append(_prepare(args))
+            return vars(args), known[0].model, known[0].labels
 
-    device = get_device(args.device)
-    path, trained = ckpt.read_model(args.ckpt, ckpt.MODEL_TYPES)
+        flags, model, labels = world.first(prepare)
+        if known:
+            _evaluate(args, known[0], world)
+        elif not model.startswith("ae-"):  # reconstructing is not shared
+            vars(args).update(flags)
+            draw, _ = module_of(model).load_for_drawing(args.ckpt, get_device(args.device, identity()))
+            _draw(args, draw, labels, world)
+
+
+class Subject(NamedTuple):
+    """What is to be scored, and by whom; labels: of the images that are to be drawn."""
+
+    path: Path
+    state: dict[str, Any]
+    model: str
+    labels: list[int] | None
+    real: Any
+    classifier: Any
+    accuracy: float
+
+    @property
+    def digits(self) -> list[int]:
+        """Those that it was trained on, [] for all."""
+        only = self.state["args"].get("only_digit")
+        return [] if only is None else [only]
+
+
+def _say(text: str) -> None:
+    print(f"{emoji.info} {text}")
+
+
+def _prepare(args: Any) -> Subject:
+    """Check all that can be checked before anything is drawn. Raises Exit."""
+    path, state = ckpt.read_model(args.ckpt, ckpt.MODEL_TYPES)
     path = path.resolve()
-    model = ckpt.infer_model_from_checkpoint(trained)
-    target = args.json or scores_file(path)
-    check_output(target, ".json")
+    model, labels = ckpt.infer_model_from_checkpoint(state), None
+    check_output(args.json or scores_file(path), ".json")
     if not model.startswith("ae-"):
-        check_sampling(args, trained["args"])
+        check_sampling(args, state["args"])
+        labels = wanted_labels(args.digit, args.n, args.seed, state["args"])
     elif args.digit or args.steps or args.guidance is not None or args.sampler != "ddpm":
         raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
     if args.tstr and args.digit == []:
         raise Exit(USAGE, "--tstr learns from the images' labels; leave out --digit none")
+    subject = Subject(path, state, model, labels, None, None, 0.0)
+    real, classifier, accuracy = _judges(args, args.digit or subject.digits, _say)
+    return subject._replace(real=real, classifier=classifier, accuracy=accuracy)
+
+
+def _evaluate(args: Any, subject: Subject, world: World) -> None:
+    import torch
+
+    from common.classifier import fingerprint
+    from common.data import HF_MNIST
+
+    path, trained, model, labels, real, classifier, accuracy = subject
+    device, digits = get_device(args.device, identity()), subject.digits
     if model.startswith("ae-"):
         threads.settle(args.threads, lambda: threads.recorded(trained["args"]))
+        images, labels, seconds = _reconstruct((path, trained), real, args.n, device)
     else:
         draw, _ = module_of(model).load_for_drawing((path, trained), device)
-        labels = wanted_labels(args.digit, args.n, args.seed, trained["args"])
         choose_threads(args, draw, args.n, labels, device)
-    only = trained["args"].get("only_digit")
-    digits = args.digit or ([] if only is None else [only])
-    say = lambda text: print(f"{emoji.info} {text}")  # noqa: E731
-    real, classifier, accuracy = _judges(args, digits, say)
-    with memory_in_one_line(f"draw fewer than --n {args.n} images"):
-        if model.startswith("ae-"):
-            images, labels, seconds = _reconstruct((path, trained), real, args.n, device)
-        else:
-            images, seconds = _draw(args, draw, labels)
+        images, seconds = _draw(args, draw, labels, world)
     if not images.isfinite().all():
         raise Exit(BAD_CHECKPOINT, f"{path} gives images that are not finite; choose an earlier checkpoint")
-    wanted = labels or (None if only is None else [only] * len(images))
+    wanted = labels or (digits * len(images) if digits else None)
     figures = score(images, None if wanted is None else torch.tensor(wanted), real, classifier)
     if args.tstr:
-        learnable = _only(HF_MNIST("train", args.cache_dir, source=real.source), digits)
-        figures["tstr"] = train_on_synthetic(images, torch.tensor(labels), real, learnable, say)
+        learnable = _only(HF_MNIST("train", args.cache_dir, source=real.source), args.digit or digits)
+        figures["tstr"] = train_on_synthetic(images, torch.tensor(labels), real, learnable, _say)
 
     # by suffix, one file holds the figures of three ways of drawing, and none hides another's
     if model.startswith("ae-"):
@@ -294,7 +333,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'images/s':>10} {len(images) / seconds:>9.1f}")
     print(f"{emoji.info} not Inception figures: they compare only with figures of this classifier")
     settings = {name: getattr(args, name) for name in ("n", "seed", "digit", "guidance", "sampler", "steps")}
-    settings |= {"kind": kind, "only_digit": only}  # which decides what real digits it is compared with
+    settings |= {
+        "kind": kind,
+        "only_digit": trained["args"].get("only_digit"),
+    }  # which decides what real digits it is compared with
+    target = args.json or scores_file(path)
     known = read_scores(target, trained) | {"timestamp": trained["timestamp"]}
     known |= {f"{name}{suffix}": row["value"] for name, row in figures.items()}
     details = {"figures": figures, "settings": settings, "images_per_second": len(images) / seconds}

@@ -25,12 +25,12 @@ def test_a_diffusion_draws_what_infer_draws(latent_run, tmp_path):
     assert repr(run) == f"<lddpm: {latent_run.name}, epoch 2>"
     draw, _ = module_of("lddpm").load_for_drawing(latent_run)
     for given, expected in (
-        ({}, {"count": 16}),
-        ({"count": 3, "seed": 7}, {"count": 3, "seed": 7}),
+        ({}, {"labels": [3] * 16}),  # it has seen no others
+        ({"count": 3, "seed": 7}, {"labels": THREES, "seed": 7}),
         ({"labels": THREES}, {"labels": THREES, "guidance": DEFAULT_GUIDANCE}),
         ({"labels": THREES, "guidance": 2}, {"labels": THREES, "guidance": 2}),
         ({"labels": 3, "count": 3, "steps": 5}, {"labels": THREES, "guidance": DEFAULT_GUIDANCE, "steps": 5}),
-        ({"count": 3, "sampler": "ddim", "steps": 4}, {"count": 3, "sampler": "ddim", "steps": 4}),
+        ({"count": 3, "sampler": "ddim", "steps": 4}, {"labels": THREES, "sampler": "ddim", "steps": 4}),
     ):
         images = run.draw(**given)
         assert images.dtype == torch.float32

@@ -1,6 +1,7 @@
 """Several processes train one run: the same bits whatever their number, and nobody is left behind when one fails."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -26,6 +27,7 @@ from helpers import (
 from torch import nn
 
 from common import ckpt, ranks
+from common.classifier import load_classifier
 from common.error_codes import NON_FINITE_LOSS, RANK_FAILED, SAVE_FAILED, STOPPED_EARLY, USAGE
 from common.learner import Learner
 
@@ -384,3 +386,41 @@ def test_a_run_keeps_its_shards(ae_run, copy_of, cache):
     assert "2 processes cannot share 1 shard equally: start a number that divides 1" in results[0].text
     assert call(AE, "train.py", *again).code == 0
     assert metrics(run)[-1]["epoch"] == 3
+
+
+# --- drawing together ---
+
+
+def test_processes_draw_together_what_one_draws(latent_run, tmp_path):
+    """300 rows are two groups; the filmstrip and the arrays are the same too."""
+    flags = ("--ckpt", latent_run, "--num-images", 300, "--guidance", 1.5, "--show-process", "--device", "cpu")
+    for size in (1, 2):
+        files = ("--output", tmp_path / str(size) / "a.png", "--save-npz", tmp_path / str(size) / "a.npz")
+        results = Launched(LATENT, size, *flags, *files, script="infer.py").finish()
+        assert [result.code for result in results] == [0] * size, results
+        assert [bool(result.text) for result in results] == [True, False][:size]
+    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert names == ["a.npz", "a.png", "a_process.gif", "a_process.png"]
+    for name in names:
+        one, two = ((tmp_path / size / name).read_bytes() for size in "12")
+        assert one == two, name
+
+
+def test_a_wrong_drawing_is_one_line(latent_run, tmp_path):
+    flags = ("--ckpt", latent_run, "--steps", 21, "--device", "cpu", "--output", tmp_path / "a.png")
+    results = Launched(LATENT, 2, *flags, script="infer.py").finish()
+    assert [result.code for result in results] == [USAGE] * 2, results
+    assert [len(result.errors) for result in results] == [1, 0]
+
+
+def test_processes_score_together_as_one_does(latent_run, cache, tmp_path):
+    load_classifier(cache, "embedded")
+    flags = ("--ckpt", latent_run, "--n", 300, "--data", "embedded", "--cache-dir", cache, "--device", "cpu")
+    scores = []
+    for size in (1, 2):
+        results = Launched(".", size, *flags, "--json", tmp_path / f"{size}.json", script="-m common.evaluate").finish()
+        assert [result.code for result in results] == [0] * size, results
+        assert [bool(result.text) for result in results] == [True, False][:size]
+        scores.append(json.loads((tmp_path / f"{size}.json").read_text()))
+        scores[-1]["details"].pop("images_per_second")
+    assert scores[0] == scores[1]
