@@ -169,6 +169,30 @@ def test_the_job_saves_and_requeues(scontrol, job, tmp_path):
     assert len(list(newest.glob("checkpoint_*.pt"))) <= 4  # the newest three and the best
 
 
+SRUN = """#!/bin/bash
+while [ "$1" != python ]; do shift; done
+shift
+exec torchrun --standalone --nproc-per-node 2 --signals-to-handle SIGTERM,SIGUSR1 "$@"
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
+def test_a_job_of_two_tasks_requeues_whatever_its_launchers_exit_code_is(job, tmp_path):
+    """torchrun stands in for srun: it exits with 1 where the trainers exit with 11."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text(SRUN)
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    begun = job(SLURM_NTASKS="2")
+    until_saved(begun, tmp_path / "scratch")
+    begun.send_signal(signal.SIGUSR1)
+    text, _ = begun.communicate(timeout=60)
+    assert "stopped by SIGUSR1" in text, text
+    assert "REQUEUED requeue 7" in text
+    assert begun.returncode == 0
+    config = only_run(tmp_path / "scratch" / "ddpm-output") / "config.json"
+    assert json.loads(config.read_text())["starts"][0]["processes"] == 2
+
+
 SOON = """#!/bin/bash
 if [ "$1" = "$LIMIT_AT" ]; then
     kill -USR1 $PPID

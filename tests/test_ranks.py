@@ -37,14 +37,17 @@ GONE = 60  # seconds
 
 @pytest.fixture(scope="module")
 def flags(tiny, ae_run):
-    """flags(folder) -> flags of a small run in four shards whose last batch leaves one of them empty (405 threes)."""
-    common = (*tiny, "--batch-size", 67, "--epochs", 3, "--lr-scheduler", "cosine", "--shards", 4)
+    """flags(folder) -> flags of a small run in four shards.
+
+    Of 405 threes the last batch of 67 leaves one shard empty; of 45 threes to validate on 22 make three batches.
+    """
+    common = (*tiny, "--epochs", 3, "--lr-scheduler", "cosine", "--shards", 4)
     own = {
-        AE: ("--model", "conv", "--latent-dim", 4),
-        LATENT: ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16),
-        PIXEL: ("--base-ch", 8, "--T", 20, "--samples-per-epoch", 4, "--generate-images"),
+        AE: ("--model", "conv", "--latent-dim", 4, "--batch-size", 67),
+        LATENT: ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16, "--batch-size", 67),
+        PIXEL: ("--base-ch", 8, "--T", 20, "--batch-size", 22, "--samples-per-epoch", 4, "--generate-images"),
     }
-    return lambda folder, *more: (*own[folder], *common, *more)
+    return lambda folder, *more: (*common, *own[folder], *more)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +183,28 @@ def test_any_number_of_processes_ends_with_the_same_bits(folder, size, flags, re
     assert sorted(path.name for path in (tmp_path / "samples").glob("*/epoch_*.png")) == (
         ["epoch_000001.png", "epoch_000002.png", "epoch_000003.png"] if folder == PIXEL else []
     )
+
+
+WITH_DROPOUT = """
+import sys
+sys.path.insert(0, ".")
+import torch, train
+from common.error_codes import run_main
+from common.modules import module_of
+net = module_of("lddpm").LatentDenoiser
+forward = net.forward
+net.forward = lambda self, x, *rest: forward(self, torch.dropout(x, 0.5, self.training), *rest)
+sys.exit(run_main(lambda: train.main(sys.argv[1:])))
+"""
+
+
+def test_layers_that_draw_draw_the_same_for_any_number_of_processes(flags, references, tmp_path):
+    for size in (1, 2):
+        given = flags(LATENT, "--outdir", tmp_path / str(size))
+        results = Launched(LATENT, size, WITH_DROPOUT, *given, script="-c").finish()
+        assert [result.code for result in results] == [0] * size, results
+    assert_same_training(only_run(tmp_path / "1"), only_run(tmp_path / "2"))
+    assert metrics(only_run(tmp_path / "1")) != metrics(references(LATENT))
 
 
 def test_soak_with_another_number_of_processes_at_each_start(flags, references, tmp_path, pytestconfig):
