@@ -9,6 +9,7 @@ Exits with 0 if every fault was noticed. A survivor wants a test, a fault that n
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def end_of(tests: str, fault: dict | None) -> tuple[str, str]:
         if fault is not None:
             path = copy / fault["file"]
             path.write_text(path.read_text().replace(fault["old"], fault["new"]))
-        chosen = [f"tests/{word}" if ".py" in word else word for word in tests.split()]
+        chosen = [f"tests/{word}" if ".py" in word else word for word in shlex.split(tests)]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", *chosen]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": folder, "PYTHONDONTWRITEBYTECODE": "1"}
         try:
