@@ -25,7 +25,7 @@ from common import emoji
 from common.error_codes import MODEL_MISMATCH, USAGE, Exit
 from common.ranks import identity
 
-SAMPLERS = ("ddpm", "ddim", "dpm")
+SAMPLERS = ("ddpm", "ddim", "dpm", "dpm-sde")
 DPM_STEPS = 10  # more draw no better (tests/benchmarks/samplers.md)
 DEFAULT_GUIDANCE = 1.1  # a little variety for one more digit in a hundred that is what was asked for
 _KINDS = {
@@ -424,14 +424,18 @@ def add_sampling_arguments(parser: Parser) -> None:
         help="classifier-free guidance scale; 1 is none, more exaggerates "
         f"(default: {DEFAULT_GUIDANCE} with --digit, else 1)",
     )
-    samplers = "ancestral ddpm, deterministic ddim, or dpm: DPM-Solver++, for few steps (default: ddpm)"
+    samplers = (
+        "ancestral ddpm, deterministic ddim; for few steps dpm-sde and dpm, DPM-Solver++ with fresh noise in each step "
+        "and without (default: ddpm)"
+    )
     add("--sampler", choices=SAMPLERS, default="ddpm", help=samplers)
-    add("--steps", type=number(int, 1), help=f"reverse steps, at most T (default: T; with --sampler dpm {DPM_STEPS})")
+    steps = f"reverse steps, at most T (default: T; of dpm and dpm-sde {DPM_STEPS})"
+    add("--steps", type=number(int, 1), help=steps)
 
 
 def default_steps(sampler: str, T: int) -> int:
     """How many of T reverse steps a sampler takes unless it is told."""
-    return min(DPM_STEPS, T) if sampler == "dpm" else T
+    return min(DPM_STEPS, T) if sampler.startswith("dpm") else T
 
 
 def check_sampling(args: argparse.Namespace, trained: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from common.device import move
 from common.ranks import World
 from common.rng import generator
 
-LAST_SNR = 2.2  # log(signal / noise) from which "dpm" goes to x_0 at once: timestep 30 of the default schedule
+LAST_SNR = 2.2  # log(signal / noise) from which "dpm…" goes to x_0 at once: timestep 30 of the default schedule
 PART = 256  # rows that go through a net at once when drawing, whoever draws them; more are slower on a CPU
 
 
@@ -155,9 +155,9 @@ def half_log_snr(alpha_bar: torch.Tensor) -> torch.Tensor:
 
 
 def _evenly_spaced(alpha_bar: torch.Tensor, steps: int, sampler: str) -> torch.Tensor:
-    """(steps,) int64: distinct timesteps, falling from T - 1, even in t; for "dpm" in log-SNR, up to LAST_SNR."""
+    """(steps,) int64: distinct timesteps, falling from T - 1, even in t; for "dpm…" in log-SNR, up to LAST_SNR."""
     T = len(alpha_bar)
-    if sampler != "dpm":
+    if not sampler.startswith("dpm"):
         visited = torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long()
         return visited if steps > 1 else torch.tensor([T - 1])
     snr = half_log_snr(alpha_bar)  # (T,)
@@ -172,9 +172,10 @@ def reverse_steps(schedules: Schedules, steps: int | None = None, sampler: str =
 
     "ddpm" is ancestral sampling with the posterior variance beta_tilde (Ho et al. 2020, equations 6, 7 and 11; their
     first choice of sigma is beta, the other extreme); "ddim" is deterministic (Song et al. 2021, equation 12, with
-    eta 0; eta 1 is "ddpm"); "dpm" is DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), which is "ddim" and a term of
-    second order. `steps` (default: see `default_steps`) below T visits that many timesteps, evenly spaced in t, for
-    "dpm" in log-SNR. The last step adds no noise, and is of first order: it leads to the predicted x_0.
+    eta 0; eta 1 is "ddpm"); "dpm" is DPM-Solver++(2M) and "dpm-sde" SDE-DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2
+    and section 5): "ddim" and "ddpm" with a term of second order. `steps` (default: see `default_steps`) below T visits
+    that many timesteps, evenly spaced in t, for these two in log-SNR. The last step adds no noise, and is of first
+    order: it leads to the predicted x_0.
     """
     T = schedules.T
     steps = default_steps(sampler, T) if steps is None else steps
@@ -186,13 +187,13 @@ def reverse_steps(schedules: Schedules, steps: int | None = None, sampler: str =
     visited = _evenly_spaced(alpha_bar, steps, sampler)
     now = alpha_bar[visited]
     before = torch.cat([alpha_bar[visited[1:]], torch.ones(1, dtype=torch.float64)])  # alpha_bar of the next stop
-    variance = (1 - before) / (1 - now) * (1 - now / before) * (sampler == "ddpm")
+    variance = (1 - before) / (1 - now) * (1 - now / before) * (sampler in ("ddpm", "dpm-sde"))
     x_scale = (before / now).sqrt()
     epsilon_scale = (1 - before - variance).clamp(min=0).sqrt() - x_scale * (1 - now).sqrt()
     change_scale = torch.zeros_like(now)
-    if sampler == "dpm":
+    if sampler.startswith("dpm"):
         h = half_log_snr(now).diff()  # (steps - 1,)
-        x_0_scale = before.sqrt() - (now * (1 - before) / (1 - now)).sqrt()  # of "ddim", written with x_t and x_0
+        x_0_scale = -epsilon_scale * (now / (1 - now)).sqrt()  # of the step of first order, written with x_t and x_0
         change_scale[1:-1] = x_0_scale[1:-1] * h[1:] / h[:-1] / 2  # the first step has no previous x_0
     columns = (visited, x_scale, epsilon_scale, variance.sqrt(), change_scale, now.sqrt(), (1 - now).sqrt())
     return [ReverseStep(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]

@@ -209,7 +209,11 @@ def test_the_way_over_cuda_changes_nothing_else(recipe, train, tmp_path):
 @pytest.mark.parametrize("model", ["latent", "pixel"])
 def test_drawing(model, kind, trained, tmp_path):
     folder, checkpoint = RECIPES[model][0], trained(model, kind).folder
-    for sampler in (("--sampler", "ddpm"), ("--sampler", "ddim", "--steps", 7, "--guidance", 2), ("--sampler", "dpm")):
+    for sampler in (
+        ("--sampler", "ddpm"),
+        ("--sampler", "ddim", "--steps", 7, "--guidance", 2),
+        ("--sampler", "dpm-sde"),
+    ):
         flags = ("--ckpt", checkpoint, "--digit", 3, "--num-images", 5, "--show-process", *sampler)
         pictures = {}
         for device in ("cpu", kind):

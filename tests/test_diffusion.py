@@ -107,21 +107,23 @@ def best_of_normal(schedules, mean, deviation):
     return best
 
 
+@pytest.mark.parametrize("sampler", ["dpm", "dpm-sde"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 50, 1000])
-def test_dpm_agrees_with_diffusers_and_with_float64(steps):
-    """Lu et al. 2022b, algorithm 2, spelt out: D is the data prediction, extrapolated from the last two."""
+def test_dpm_agrees_with_diffusers_and_with_float64(steps, sampler):
+    """Lu et al. 2022b, spelt out: D is the data prediction, extrapolated from the last two."""
     betas = {"beta_start": 1e-4, "beta_end": 1e-2}  # at 2e-2, float32 knows x_0 to 3e-5 at the noisiest timestep
     schedules = diffusion.precompute_schedules(1000, **betas)
-    plan = diffusion.reverse_steps(schedules, steps, "dpm")
+    plan = diffusion.reverse_steps(schedules, steps, sampler)
     predict, noise = best_of_normal(schedules, 0.5, 0.3), diffusion.noise_source(3, (4, 16))
-    assert all(step.noise_scale == 0 for step in plan)
-    theirs = DPMSolverMultistepScheduler(1000, **betas)
+    assert [step.noise_scale > 0 for step in plan] == [sampler == "dpm-sde"] * (steps - 1) + [False]
+    algorithm = {"dpm": "dpmsolver++", "dpm-sde": "sde-dpmsolver++"}[sampler]
+    theirs = DPMSolverMultistepScheduler(1000, **betas, algorithm_type=algorithm)
     alpha_bar = float64_schedule(1000, **betas)[1]
     theirs.alphas_cumprod = torch.from_numpy(alpha_bar)  # theirs is a float32 product
     theirs.set_timesteps(timesteps=[step.t for step in plan])
     wanted = noise(0)
-    for t in theirs.timesteps:
-        wanted = theirs.step(predict(wanted, int(t)), t, wanted).prev_sample
+    for i, t in enumerate(theirs.timesteps, 1):
+        wanted = theirs.step(predict(wanted, int(t)), t, wanted, variance_noise=noise(i)).prev_sample
     ours = diffusion.sample(predict, noise, plan)
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
     x, before = noise(0).double().numpy(), None
@@ -135,10 +137,15 @@ def test_dpm_agrees_with_diffusers_and_with_float64(steps):
             break
         r = (snr[i] - snr[i - 1]) / (snr[i + 1] - snr[i]) if i else np.inf
         D = x_0 if before is None else (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * before
-        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * np.expm1(snr[i] - snr[i + 1]) * D
+        h = snr[i + 1] - snr[i]
+        if sampler == "dpm":
+            x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * np.expm1(-h) * D
+        else:
+            z = np.sqrt(-np.expm1(-2 * h)) * noise(i + 1).double().numpy()
+            x = sigma[i + 1] / sigma[i] * np.exp(-h) * x - alpha[i + 1] * np.expm1(-2 * h) * D + sigma[i + 1] * z
         before = x_0
     ours = diffusion.sample(predict, lambda index: noise(index).double(), plan)
-    np.testing.assert_allclose(ours.numpy(), x, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(ours.numpy(), x, rtol=1e-7, atol=1e-7)  # the schedule is kept in float32
 
 
 def test_the_timesteps_of_dpm_are_even_in_log_snr():
@@ -167,7 +174,7 @@ def test_dpm_is_of_second_order():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_how_many_steps_a_sampler_takes_unless_told(sampler):
     for T in (1, 2, 1000):
-        wanted = min(DPM_STEPS, T) if sampler == "dpm" else T
+        wanted = min(DPM_STEPS, T) if sampler in ("dpm", "dpm-sde") else T
         assert len(diffusion.reverse_steps(diffusion.precompute_schedules(T), sampler=sampler)) == wanted
 
 
@@ -181,7 +188,7 @@ def test_any_number_of_steps_visits_distinct_timesteps(T, sampler):
         assert len(visited) == steps
         assert visited == sorted(set(visited), reverse=True)
         assert visited[0] == T - 1
-        assert steps == 1 or visited[-1] == 0 or sampler == "dpm"
+        assert steps == 1 or visited[-1] == 0 or sampler in ("dpm", "dpm-sde")
         assert plan[-1].noise_scale == plan[-1].change_scale == plan[0].change_scale == 0
         # a perfect prediction of the noise leads exactly to x_0 in the last step: x_0 = (x - sqrt(1-abar) e)/sqrt(abar)
         alpha_bar = schedules.alpha_bar[visited[-1]].item()
@@ -195,7 +202,7 @@ def test_impossible_plans_are_refused(steps, sampler):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "steps"), [(name, n) for name in ("ddpm", "ddim") for n in (None, 100)] + [("dpm", 20)]
+    ("sampler", "steps"), [(name, n) for name in ("ddpm", "ddim") for n in (None, 100)] + [("dpm", 20), ("dpm-sde", 20)]
 )
 def test_the_perfect_denoiser_draws_the_data(sampler, steps):
     """For data N(mean, deviation^2) the best predictor is known; what is drawn must have that mean and deviation."""
