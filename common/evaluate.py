@@ -15,18 +15,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt, emoji, threads
-from common.args import Parser, add_data_arguments, add_sampling_arguments, check_sampling, number, wanted_labels
+from common.args import (
+    CHECKPOINT,
+    COUNT,
+    Parser,
+    add_data_arguments,
+    add_sampling_arguments,
+    check_sampling,
+    number,
+    wanted_labels,
+)
 from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, Exit, run_main
 from common.images import check_output
 from common.record import write_text
+from common.run import require_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
     from common.session import Session
 
+FEWEST = 200  # images that are worth a score
+COUNTED = ("fid", "imbalance")  # figures that grow as the images grow fewer
 CHUNK = 500  # digits reconstructed at a time
 ORDER = ("fid", "precision", "recall", "agreement", "imbalance", "confident")
 MEANING = {
@@ -189,12 +201,15 @@ def read_scores(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Score a checkpoint.", "python -m common.evaluate --ckpt RUN_FOLDER --digit 0 1 2 3 4 5 6 7 8 9")
-    parser.add_argument("--ckpt", required=True, help="checkpoint file, its run's folder (newest) or FOLDER/best")
-    parser.add_argument("--n", type=number(int, 200), default=5000, help="images, at least 200 (default: 5000)")
+    parser.add_argument(*CHECKPOINT, help="checkpoint file, its run's folder (newest) or FOLDER/best")
+    parser.add_argument(
+        *COUNT, dest="n", type=number(int, FEWEST), default=5000, help="images, at least 200 (default: 5000)"
+    )
     parser.add_argument("--json", type=Path, help="where the scores go (default: beside the checkpoint)")
     add_sampling_arguments(parser)
     add_data_arguments(parser)
     args = parser.parse_args(argv)
+    require_checkpoint(args.ckpt, ckpt.MODEL_TYPES)
 
     threads.prepare()
     import torch
@@ -234,12 +249,15 @@ def main(argv: list[str] | None = None) -> None:
     kind = "reconstructions" if model.startswith("ae-") else "unconditional" if labels is None else "with labels"
     print(f"{len(images):,} images, {kind}, from {trained['exp_name']}, epoch {trained['epoch']}")
     print(f"judged by a classifier that reads {accuracy:.2%} of the test digits ({real.source}) correctly")
-    if (spare := len(_halves(real)[1])) < len(images):
-        print(f"{emoji.warning} there are only {spare:,} real digits for the column 'real'")
+    spare = len(_halves(real)[1])
     print(f"{'':>10} {'value':>9} {'+-':>8} {'real':>9} {'+-':>8}")
     for name, row in figures.items():
         cells = f"{row['value']:>9.4f} {row['error']:>8.4f} {row['floor']:>9.4f} {row['floor_error']:>8.4f}"
-        print(f"{name:>10} {cells}   {MEANING[name]}")
+        few = f"; real: of only {spare:,}, which scores higher" if name in COUNTED and spare < len(images) else ""
+        print(f"{name:>10} {cells}   {MEANING[name]}{few}")
+    if spare < len(images):
+        advice = f"draw --n {spare} to compare with them" if spare >= FEWEST else "too few to compare with"
+        print(f"{emoji.warning} the column 'real' is of {spare:,} digits, 'value' of {len(images):,} images: {advice}")
     print(f"{'images/s':>10} {len(images) / seconds:>9.1f}")
     print(f"{emoji.info} not Inception figures: they compare only with figures of this classifier")
     settings = {name: getattr(args, name) for name in ("n", "seed", "digit", "guidance", "sampler", "steps")}

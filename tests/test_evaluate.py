@@ -107,6 +107,9 @@ def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
     assert {"fid", "precision", "recall", "fid_labelled", "agreement_labelled"} <= written.keys()
     assert written["details_labelled"]["settings"]["steps"] == 5
     assert written["details_labelled"]["classifier"] == fingerprint(judged[0])
+    few = [line for line in plain.text.splitlines() if "of only 25" in line]
+    assert [line.split()[0] for line in few] == ["fid", "imbalance"]
+    assert "'real' is of 25 digits, 'value' of 200 images: too few to compare with" in plain.text
     best = run(".", "-m common.find_best_ckpt", folder, "--metric", "fid", "--print-path-only")
     assert str(folder / "checkpoint_epoch_000002.pt") in best.text
 
