@@ -16,7 +16,7 @@ case $code in
 9) # NO_DATA
     echo "going on with the 5,000 embedded digits"
     fetch --data embedded
-    flags=(--data embedded) ae_epochs=60 epochs=200 # 4,050 digits instead of 54,000: epochs are short
+    flags=(--data embedded) ae_epochs=60 epochs=200 # 4,050 digits instead of 54,000: short epochs
     ;;
 *) exit "$code" ;;
 esac

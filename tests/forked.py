@@ -40,6 +40,9 @@ def _answer(connection: socket.socket, streams: list[int], arguments: list[str],
         os._exit(0)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
+    own = {"closefd": False, "encoding": "utf-8"}  # anew: the objects that are there remember the server's streams
+    sys.stdin, sys.stdout = os.fdopen(0, **own), os.fdopen(1, "w", **own)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", **own)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
