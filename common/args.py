@@ -35,6 +35,10 @@ _KINDS = {
     "books": "how long, and what is kept (kept on resume unless given; the same run whatever these say)",
     "input": "what to begin with (its content counts, not its path; a resumed run carries its own)",
 }
+# One notion has the same spellings in every tool; which comes first differs, as documented
+CHECKPOINT = ("--ckpt", "--checkpoint")
+COUNT = ("--num-images", "--n", "--n-samples")
+OUTPUT = ("--output", "--out")
 AUTO = "auto"  # a value that is not known before data or an autoencoder is read: until then it matches anything
 
 
@@ -436,6 +440,12 @@ def add_sampling_arguments(parser: Parser) -> None:
 def default_steps(sampler: str, T: int) -> int:
     """How many of T reverse steps a sampler takes unless it is told."""
     return min(DPM_STEPS, T) if sampler.startswith("dpm") else T
+
+
+def add_scale_argument(parser: Parser) -> None:
+    """--scale, of a picture that consists of small ones."""
+    size = "width and height of an image's pixel in the picture (default: 1)"
+    parser.flag("place", "--scale", type=number(int, 1, 50), default=1, help=size)
 
 
 def check_sampling(args: argparse.Namespace, trained: dict[str, Any]) -> None:

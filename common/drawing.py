@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import emoji, threads
-from common.args import DEFAULT_GUIDANCE, Args, Parser, add_sampling_arguments, check_sampling, number
+from common.args import (
+    CHECKPOINT,
+    COUNT,
+    DEFAULT_GUIDANCE,
+    OUTPUT,
+    Args,
+    Parser,
+    add_sampling_arguments,
+    add_scale_argument,
+    check_sampling,
+    number,
+)
 from common.ckpt import atomic_write
 from common.device import get_device, memory_in_one_line
 from common.error_codes import BAD_OUTPUT, USAGE, Exit
@@ -31,12 +42,13 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
     """The flags of an infer.py, under the names that either experiment gives them."""
     parser = Parser(description, example)
     add = parser.add_argument
-    add("--ckpt", "--checkpoint", required=True, help="checkpoint file, its run's folder (newest) or FOLDER/best")
-    add("--num-images", "--n", type=number(int, 1), default=count, help=f"how many (default: {count})")
-    add("--output", "--out", default=output, help=f"the grid's file (default: {output})")
+    add(*CHECKPOINT, help="checkpoint file, its run's folder (newest) or FOLDER/best")
+    add(*COUNT, type=number(int, 1), default=count, help=f"how many (default: {count})")
+    add(*OUTPUT, default=output, help=f"the grid's file (default: {output})")
     add(
         "--show-process", action="store_true", help=f"also write a filmstrip of the first {ROWS}, and a GIF of the grid"
     )
+    add_scale_argument(parser)
     frames = f"pictures in the filmstrip, from noise to digit (default: {FRAMES}, or all if there are fewer)"
     add("--process-steps", type=number(int, 2), metavar="N", help=frames)
     add("--save-npz", metavar="FILE", help="also save the images, labels, seed and settings as numpy arrays")
@@ -105,10 +117,10 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
         return
     seconds = time.perf_counter() - started
     origin, output = f"{state['exp_name']}, epoch {state['epoch']}", Path(args.output)
-    save_output(images, output)
+    save_output(images, output, scale=args.scale)
     print(f"{emoji.ok} {counted(args.num_images, 'image')} from {origin}, in {seconds:.2f} s: {output}")
     if args.show_process:
-        _save_process([frames[moment].cpu() for moment in moments], output)
+        _save_process([frames[moment].cpu() for moment in moments], output, args.scale)
     if args.save_npz:
         _save_npz(images, labels, args, state, Path(args.save_npz))
     if args.save_dir:
@@ -169,13 +181,13 @@ def _process_files(output: Path) -> tuple[Path, Path]:
     return output.with_name(f"{output.stem}_process.png"), output.with_name(f"{output.stem}_process.gif")
 
 
-def _save_process(frames: list[torch.Tensor], output: Path) -> None:
+def _save_process(frames: list[torch.Tensor], output: Path, scale: int) -> None:
     """A filmstrip (a row an image, noise on the left) and an animation of the grid, beside the grid."""
     import torch
 
     strip, animation = _process_files(output)
     rows = torch.stack([frame[:ROWS] for frame in frames], dim=1)  # (rows, frames, 1, 28, 28)
-    save_output(rows.flatten(0, 1), strip, nrow=len(frames))
+    save_output(rows.flatten(0, 1), strip, nrow=len(frames), scale=scale)
     with one_line(animation):
         save_gif([make_image_grid(frame) for frame in frames], animation)
     print(f"{emoji.ok} the process: {strip}, {animation}")

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import ckpt, emoji, threads
-from common.args import Parser, add_data_arguments, add_sampling_arguments, check_sampling, number
+from common.args import (
+    CHECKPOINT,
+    COUNT,
+    Parser,
+    add_data_arguments,
+    add_sampling_arguments,
+    check_sampling,
+    number,
+)
 from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress, wanted_labels
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE, Exit, run_main
@@ -23,12 +31,15 @@ from common.images import check_output
 from common.modules import module_of
 from common.ranks import World, identity, joined
 from common.record import write_text
+from common.run import require_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
     from common.session import Session
 
+FEWEST = 200  # images that are worth a score
+COUNTED = ("fid", "imbalance")  # figures that grow as the images grow fewer
 CHUNK = 500  # digits reconstructed at a time
 ORDER = ("fid", "precision", "recall", "agreement", "imbalance", "confident")
 MEANING = {
@@ -227,8 +238,10 @@ def read_scores(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Score a checkpoint.", "python -m common.evaluate --ckpt RUN_FOLDER --digit 0 1 2 3 4 5 6 7 8 9")
-    parser.add_argument("--ckpt", required=True, help="checkpoint file, its run's folder (newest) or FOLDER/best")
-    parser.add_argument("--n", type=number(int, 200), default=5000, help="images, at least 200 (default: 5000)")
+    parser.add_argument(*CHECKPOINT, help="checkpoint file, its run's folder (newest) or FOLDER/best")
+    parser.add_argument(
+        *COUNT, dest="n", type=number(int, FEWEST), default=5000, help="images, at least 200 (default: 5000)"
+    )
     tstr = "also train a classifier on the images and their labels, and test it on real digits (two minutes)"
     parser.add_argument("--tstr", action="store_true", help=tstr)
     parser.add_argument("--json", type=Path, help="where the scores go (default: beside the checkpoint)")
@@ -276,6 +289,7 @@ def _say(text: str) -> None:
 
 def _prepare(args: Any) -> Subject:
     """Check all that can be checked before anything is drawn. Raises Exit."""
+    require_checkpoint(args.ckpt, ckpt.MODEL_TYPES)
     path, state = ckpt.read_model(args.ckpt, ckpt.MODEL_TYPES)
     path = path.resolve()
     model, labels = ckpt.infer_model_from_checkpoint(state), None
@@ -324,12 +338,15 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
         kind, suffix = ("labels as asked for", "_labelled") if args.digit else ("without labels", "_unlabelled")
     print(f"{len(images):,} images, {kind}, from {trained['exp_name']}, epoch {trained['epoch']}")
     print(f"judged by a classifier that reads {accuracy:.2%} of the test digits ({real.source}) correctly")
-    if (spare := len(_halves(real)[1])) < len(images):
-        print(f"{emoji.warning} there are only {spare:,} real digits for the column 'real'")
+    spare = len(_halves(real)[1])
     print(f"{'':>10} {'value':>9} {'+-':>8} {'real':>9} {'+-':>8}")
     for name, row in figures.items():
         cells = f"{row['value']:>9.4f} {row['error']:>8.4f} {row['floor']:>9.4f} {row['floor_error']:>8.4f}"
-        print(f"{name:>10} {cells}   {MEANING[name]}")
+        few = f"; real: of only {spare:,}, which scores higher" if name in COUNTED and spare < len(images) else ""
+        print(f"{name:>10} {cells}   {MEANING[name]}{few}")
+    if spare < len(images):
+        advice = f"draw --n {spare} to compare with them" if spare >= FEWEST else "too few to compare with"
+        print(f"{emoji.warning} the column 'real' is of {spare:,} digits, 'value' of {len(images):,} images: {advice}")
     print(f"{'images/s':>10} {len(images) / seconds:>9.1f}")
     print(f"{emoji.info} not Inception figures: they compare only with figures of this classifier")
     settings = {name: getattr(args, name) for name in ("n", "seed", "digit", "guidance", "sampler", "steps")}

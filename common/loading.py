@@ -5,8 +5,10 @@ Whatever is wrong (a path, a label, a flag) is a ValueError of one line.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +130,8 @@ def load(path: str | Path, device: str | None = None) -> Diffusion | Autoencoder
 
     with _one_line():
         where = get_device(device)
-        read = ckpt.read_model(Path(path).expanduser(), ckpt.MODEL_TYPES)
+        say = partial(warnings.warn, stacklevel=5)  # of damaged files that are passed over
+        read = ckpt.read_model(Path(path).expanduser(), ckpt.MODEL_TYPES, say)
         model = ckpt.infer_model_from_checkpoint(read[1])
         if model.startswith("ae-"):
             from common.autoencoder import build_autoencoder, read_autoencoder

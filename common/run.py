@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from common import ckpt
-from common.args import Args, Difference, flag_of
+from common.args import Args, Difference, bash_word, flag_of
 from common.device import make_output_directories
-from common.error_codes import BAD_OUTPUT, RUN_LOCKED, STOPPED_EARLY, Exit
+from common.error_codes import BAD_OUTPUT, RUN_LOCKED, STOPPED_EARLY, USAGE, Exit
 from common.record import flags_in
 from common.slurm import stop_requested
 
@@ -104,7 +104,10 @@ def open_run(
         if found:
             return _resume(args, *found, warn)
         none = f"nothing to resume in {checkpoints} for these flags: starting a new run"
-        warn(f"{none}. {_said(args, *passed_over)}" if passed_over else none)
+        if passed_over:
+            warn(f"{none}. {_said(args, *passed_over)}")
+        else:  # as every first start of a job that says --auto-resume
+            logging.getLogger("train").info(none)
     settle(args)
     make_output_directories(outdir)
     prefix = name(args)
@@ -126,6 +129,19 @@ def recorded_runs(directory: str | Path, warn: ckpt.Warn) -> list[tuple[Path, ck
             for text in damaged:
                 warn(text)
     return sorted(runs, key=lambda run: (str(run[1].get("timestamp")), run[0].name), reverse=True)
+
+
+def require_checkpoint(path: str | None, types: tuple[str, ...]) -> None:
+    """Raises Exit(USAGE) where no --ckpt was given, naming the run that the newest one of these `types` is."""
+    if path is not None:
+        return
+    folder = Path(os.environ.get("SCRATCH") or "outputs") / ckpt.RUNS
+    for run, state in recorded_runs(folder, lambda _: None):
+        if state["args"].get("model") in types:
+            raise Exit(USAGE, f"no --ckpt given; the newest run here would be --ckpt {bash_word(run)}")
+    raise Exit(
+        USAGE, f"no --ckpt given, and no run of type {' or '.join(types)} in {folder}: train one, or name one elsewhere"
+    )
 
 
 def find_run(

@@ -6,23 +6,35 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import emoji, threads
-from common.args import Parser, add_data_arguments, add_device_argument, add_threads_argument, number
-from common.autoencoder import build_autoencoder, read_autoencoder
+from common.args import (
+    CHECKPOINT,
+    COUNT,
+    OUTPUT,
+    Parser,
+    add_data_arguments,
+    add_device_argument,
+    add_scale_argument,
+    add_threads_argument,
+    number,
+)
+from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
 from common.data import HF_MNIST, make_mnist_loader
 from common.device import get_device, memory_in_one_line
 from common.error_codes import run_main
 from common.images import over, save_output
 from common.rng import generator
+from common.run import require_checkpoint
 
 
 def parse_args(argv=None):
     parser = Parser("Reconstruct test digits, or walk between them.", "python infer.py --ckpt RUN_FOLDER --interpolate")
-    parser.flag("place", "--ckpt", "--checkpoint", required=True, help="checkpoint file, run folder or FOLDER/best")
-    parser.flag("place", "--output", "--out", help="PNG file (default: reconstructions.png or interpolation.png)")
-    parser.flag("place", "--num-images", "--n", type=number(int, 1), default=16, help="digits or walks (default: 16)")
+    parser.flag("place", *CHECKPOINT, help="checkpoint file, run folder or FOLDER/best")
+    parser.flag("place", *OUTPUT, help="PNG file (default: reconstructions.png or interpolation.png)")
+    parser.flag("place", *COUNT, type=number(int, 1), default=16, help="digits or walks (default: 16)")
     parser.flag("place", "--interpolate", action="store_true", help="one row per walk from a digit to another")
     parser.flag("place", "--walk-steps", type=number(int, 2), default=10, help="images in a walk (default: 10)")
     parser.flag("place", "--seed", type=number(int, 0, 2**32 - 1), default=42, help="which test digits (default: 42)")
+    add_scale_argument(parser)
     add_device_argument(parser)
     add_threads_argument(parser)
     add_data_arguments(parser)
@@ -44,6 +56,7 @@ def walks_between(autoencoder, images, steps: int):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    require_checkpoint(args.ckpt, AUTOENCODERS)
 
     threads.prepare()
     import torch
@@ -69,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
             ) / len(digits)
             print(f"{emoji.info} mean squared error over {len(digits):,} test digits ({digits.source}): {error:.5f}")
     output = args.output or ("interpolation.png" if args.interpolate else "reconstructions.png")
-    save_output(images, output, nrow)
+    save_output(images, output, nrow, args.scale)
     print(f"{emoji.ok} {data['exp_name']}, epoch {data['epoch']}: {output}")
 
 

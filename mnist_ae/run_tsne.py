@@ -15,8 +15,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import emoji, threads
-from common.args import Parser, add_data_arguments, add_device_argument, add_threads_argument, number
-from common.autoencoder import build_autoencoder, read_autoencoder
+from common.args import (
+    CHECKPOINT,
+    COUNT,
+    OUTPUT,
+    Parser,
+    add_data_arguments,
+    add_device_argument,
+    add_threads_argument,
+    number,
+)
+from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
 from common.ckpt import atomic_write
 from common.data import HF_MNIST
 from common.device import get_device
@@ -24,6 +33,7 @@ from common.error_codes import NO_DATA, USAGE, Exit, run_main
 from common.images import check_output, one_line, over, save_output
 from common.record import write_text
 from common.rng import generator
+from common.run import require_checkpoint
 
 PLAIN_LINE_EVERY = 10.0  # seconds between progress lines
 MAP, BY_DIGIT, RECONSTRUCTIONS, METRICS = (
@@ -149,9 +159,16 @@ def outputs(output: str) -> dict[str, Path]:
 def parse_args(argv: list[str] | None = None) -> Any:
     parser = Parser("t-SNE of a latent space.", "python run_tsne.py --checkpoint RUN_FOLDER --output tsne")
     add = parser.add_argument
-    add("--checkpoint", "--ckpt", required=True, help="autoencoder: a file, its run's folder (newest) or FOLDER/best")
-    add("--output", default="tsne", help="a folder for the pictures, or a .png for the map, the rest beside (tsne)")
-    add("--n-samples", type=number(int, 50), default=5000, metavar="N", help="test digits, at least 50 (default: 5000)")
+    add(*CHECKPOINT, help="autoencoder: a file, its run's folder (newest) or FOLDER/best")
+    add(*OUTPUT, default="tsne", help="a folder for the pictures, or a .png for the map, the rest beside (tsne)")
+    add(
+        *COUNT,
+        dest="n_samples",
+        type=number(int, 50),
+        default=5000,
+        metavar="N",
+        help="test digits, at least 50 (default: 5000)",
+    )
     add("--perplexity", type=number(float, above=0), default=30.0, help="t-SNE's neighbourhood size (default: 30)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="which of the test digits (default: 42)")
     add_device_argument(parser)
@@ -162,9 +179,10 @@ def parse_args(argv: list[str] | None = None) -> Any:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    require_checkpoint(args.ckpt, AUTOENCODERS)
     threads.prepare()
     device = get_device(args.device)
-    data = read_autoencoder(args.checkpoint)
+    data = read_autoencoder(args.ckpt)
     threads.settle(args.threads, lambda: threads.recorded(data["args"]))
     files = outputs(args.output)
     autoencoder = build_autoencoder(data, device)

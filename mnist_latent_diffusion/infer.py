@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.drawing import draw_to_file, drawing_parser
 from common.error_codes import run_main
 from common.modules import module_of
+from common.run import require_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -15,6 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = drawing_parser("Draw digits by latent diffusion.", example, count=64, output="generated.png")
     parser.add_argument("--ae-ckpt", help="decode with this autoencoder instead of the one inside the checkpoint")
     args = parser.parse_args(argv)
+    require_checkpoint(args.ckpt, ("lddpm",))
 
     def load(device):
         return module_of("lddpm").load_for_drawing(args.ckpt, device, args.ae_ckpt)

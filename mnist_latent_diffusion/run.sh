@@ -12,15 +12,15 @@ fetch() { (cd .. && env -u PYTHONSAFEPATH python -m common.data --cache-dir "$ca
 code=0
 fetch || code=$?
 case $code in
-0) flags=(--data hub --generate-images) ae_epochs=20 epochs=36 ;; # README.md's recommended recipe
+0) flags=(--data hub) ae_epochs=20 epochs=36 ;; # with the flags below README.md's recommended recipe
 9) # NO_DATA
     echo "going on with the 5,000 embedded digits"
     fetch --data embedded
-    flags=(--data embedded) ae_epochs=60 epochs=200 # 4,050 digits instead of 54,000: epochs are short
+    flags=(--data embedded) ae_epochs=60 epochs=200 # 4,050 digits instead of 54,000: short epochs
     ;;
 *) exit "$code" ;;
 esac
-flags+=(--cache-dir "$cache" --auto-resume --ckpt-save-every 10 --keep-ckpts 3)
+flags+=(--cache-dir "$cache" --generate-images --auto-resume --ckpt-save-every 10 --keep-ckpts 3)
 
 # Trains, and prints the folder that the trainer names in its last line, "checkpoints: FOLDER". Its lines are shown, on
 # stderr, by a loop that Ctrl-C does not reach: the trainer then saves, and says how it ended.

@@ -8,12 +8,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.drawing import draw_to_file, drawing_parser
 from common.error_codes import run_main
 from common.modules import module_of
+from common.run import require_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
     example = "python infer.py --checkpoint RUN_FOLDER --n 64 --out samples.png"
     parser = drawing_parser("Draw digits by pixel-space diffusion.", example, count=16, output="samples_infer.png")
     args = parser.parse_args(argv)
+    require_checkpoint(args.ckpt, ("ddpm",))
 
     def load(device):
         return module_of("ddpm").load_for_drawing(args.ckpt, device)

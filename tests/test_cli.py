@@ -6,7 +6,7 @@ import shutil
 import sys
 
 import pytest
-from helpers import AE, LATENT, PIXEL, REPO, call, environment, finish, inside, only_run, recipe, run, start
+from helpers import AE, LATENT, PIXEL, REPO, call, environment, finish, inside, make_run, only_run, recipe, run, start
 
 from common import error_codes, slurm
 from common.args import Parser, add_training_arguments
@@ -133,6 +133,48 @@ def test_run_main_shows_an_exit_once_and_hides_no_bug(capsys):
 
     with pytest.raises(ZeroDivisionError):
         run_main(bug)
+
+
+# --- one spelling, and no spelling ---
+
+TAKES_A_CHECKPOINT = [  # (folder, script, which of the runs below is its newest, what else it takes)
+    (AE, "infer.py", "ae-mlp", ("count", "output")),
+    (AE, "run_tsne.py", "ae-mlp", ("count", "output")),
+    (LATENT, "infer.py", "lddpm", ("count", "output")),
+    (PIXEL, "infer.py", "ddpm", ("count", "output")),
+    ("common", "evaluate.py", "ddpm", ("count",)),
+]
+SPELLINGS = {"count": ("--num-images", "--n", "--n-samples"), "output": ("--output", "--out")}
+
+
+@pytest.mark.parametrize(("folder", "script", "takes"), [(a, b, d) for a, b, _, d in TAKES_A_CHECKPOINT])
+@pytest.mark.parametrize("checkpoint", ["--ckpt", "--checkpoint"])
+def test_every_tool_takes_every_spelling(folder, script, takes, checkpoint, tmp_path):
+    """A checkpoint that is not there is the only complaint, and a number that is too small is one about the number."""
+    for notion in takes:
+        for flag in SPELLINGS[notion]:
+            value = 300 if notion == "count" else tmp_path / "a.png"
+            result = call(folder, script, checkpoint, tmp_path / "nothing.pt", flag, value)
+            assert (result.code, len(result.errors)) == (BAD_CHECKPOINT, 1), result.text
+            if notion == "count":
+                result = call(folder, script, checkpoint, tmp_path / "nothing.pt", flag, 0)
+                assert (result.code, len(result.errors)) == (USAGE, 1), result.text
+
+
+@pytest.mark.parametrize(("folder", "script", "newest"), [(a, b, c) for a, b, c, _ in TAKES_A_CHECKPOINT])
+def test_without_a_checkpoint_the_newest_run_is_named(folder, script, newest, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "my out"))
+    runs = tmp_path / "my out" / "checkpoints"
+    empty = call(folder, script)
+    assert (empty.code, len(empty.errors)) == (USAGE, 1), empty.text
+    assert f"in {runs}: train one" in empty.errors[0]
+    for day, kind in enumerate(("ae-mlp", "lddpm", "ddpm", "vae"), 1):
+        for month, age in ((1, "old"), (2, "new")):
+            time = f"2026-{month:02}-{day:02}T00:00:00+00:00"
+            make_run(runs / f"{age}-{kind}", [1], time=time, args={"model": kind})
+    result = call(folder, script)
+    assert (result.code, len(result.errors)) == (USAGE, 1), result.text
+    assert result.errors[0].endswith(f"--ckpt '{runs / f'new-{newest}'}'")
 
 
 # --- help ---

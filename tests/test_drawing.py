@@ -219,6 +219,20 @@ def test_one_of_a_kind_is_no_plural(runs, tiny, tmp_path):
         assert not PLURAL.search(result.text), result.text
 
 
+@pytest.mark.parametrize("scale", [1, 3])
+def test_scale_makes_the_pixels_of_pictures_larger(scale, runs, ae_run, cache, tmp_path):
+    few = ("--num-images", 4)
+    drawn = ("--ckpt", runs[LATENT], *few, "--show-process", "--process-steps", 3)
+    rebuilt = ("--ckpt", ae_run, *few, "--data", "embedded", "--cache-dir", cache)
+    for folder, flags, names in ((LATENT, drawn, ("a", "a_process")), (AE, rebuilt, ("a",))):
+        for size, where in ((1, tmp_path / "small"), (scale, tmp_path / "large")):
+            result = call(folder, "infer.py", *flags, "--scale", size, "--output", where / "a.png")
+            assert result.code == 0, result.text
+        for name in names:
+            small, large = (pixels(tmp_path / where / f"{name}.png") for where in ("small", "large"))
+            assert (large == small.repeat(scale, 0).repeat(scale, 1)).all(), (folder, name)
+
+
 def test_every_run_leaves_its_curves(runs, ae_run):
     for folder in (*runs.values(), ae_run):
         with Image.open(folder.parent.parent / "samples" / folder.name / "curves.png") as picture:

@@ -118,6 +118,9 @@ def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
     more = json.loads((folder / "checkpoint_epoch_000002.scores.json").read_text())
     assert more["details_unlabelled"]["settings"]["kind"] == "without labels"
     assert {name: value for name, value in more.items() if not name.endswith("_unlabelled")} == written
+    few = [line for line in plain.text.splitlines() if "of only 25" in line]
+    assert [line.split()[0] for line in few] == ["fid", "imbalance"]
+    assert "'real' is of 25 digits, 'value' of 200 images: too few to compare with" in plain.text
     best = run(".", "-m common.find_best_ckpt", folder, "--metric", "fid", "--print-path-only")
     assert str(folder / "checkpoint_epoch_000002.pt") in best.text
 

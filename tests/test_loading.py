@@ -168,6 +168,13 @@ def test_a_damaged_run_is_passed_over_for_the_one_before(tmp_path):
     assert any("checksum" in text for text in said)
 
 
+def test_load_warns_of_a_damaged_file(latent_run, copy_of):
+    run = copy_of(latent_run)
+    (run / "checkpoint_epoch_000002.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match="passing over .*empty"):
+        assert load(run, "cpu").epoch == 1
+
+
 def test_other_projects_files_are_not_ours(tmp_path):
     ckpt.save_checkpoint(tmp_path / "run" / "checkpoint_epoch_000001.pt", state_of(1) | {"args": {"model": "gan"}})
     with pytest.raises(Exit, match="holds no run"):

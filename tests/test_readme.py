@@ -1,7 +1,7 @@
 """The README.md files and CLAUDE.md: no dead links, README.md is short, and every command works as it is typed.
 
 bash types the commands in a fresh copy of the repository, block by block, as a reader would: those of an experiment's
-page in its folder, all others in the repository's. Only its `python` is another: it makes training and drawing short.
+page in its folder, all others in the repository's. Only its `python` and `torchrun` make training and drawing short.
 """
 
 import os
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from helpers import AE, LATENT, PIXEL, REPO, environment
+
+from common.error_codes import NO_DATA
 
 PAGES = (
     "README.md",
@@ -45,16 +47,13 @@ SMALLER = {LATENT: ["--T", "50"], PIXEL: ["--T", "50", "--base-ch", "8"]}  # by 
 
 PYTHON = """#!{python} -SE
 import os, sys
-sys.path.insert(0, {tests!r})
+launcher = ["-m", "torch.distributed.run"] if os.path.basename(sys.argv[0]) == "torchrun" else []
 words, shorter = sys.argv[1:], {shorter!r}
 for name in [name for name in shorter if name in words]:
     words += shorter[name]
     if name == "train.py":
         words += {smaller!r}.get(os.path.basename(os.getcwd()), [])
-if words[0] == "-m" and words[1].startswith("common") or words[0].endswith(".py"):
-    from forked import ask
-    sys.exit(ask({socket!r}, words))
-os.execv({python!r}, [{python!r}, *words])
+os.execv({python!r}, [{python!r}, *launcher, *words])
 """
 
 
@@ -77,20 +76,11 @@ def copy(tmp_path_factory, cache) -> Path:
     for experiment in (AE, LATENT, PIXEL):
         shutil.copytree(cache, copy / experiment / "hf_cache")  # with a classifier, if test_evaluate.py has trained it
     (folder / "bin").mkdir()
-    paths = {"socket": str(folder / "socket"), "tests": str(REPO / "tests")}
-    fill = {"python": sys.executable, "shorter": SHORTER, "smaller": SMALLER, **paths}
-    (folder / "bin" / "python").write_text(PYTHON.format(**fill))
-    (folder / "bin" / "python").chmod(0o755)
+    for name in ("python", "torchrun"):
+        (folder / "bin" / name).write_text(PYTHON.format(python=sys.executable, shorter=SHORTER, smaller=SMALLER))
+        (folder / "bin" / name).chmod(0o755)
     (folder / "home").mkdir()
-    server = subprocess.Popen(
-        [sys.executable, REPO / "tests" / "forked.py", paths["socket"]], env=environment(), cwd=folder
-    )
-    while not Path(paths["socket"]).exists():
-        assert server.poll() is None
-        time.sleep(0.05)
-    yield copy
-    server.kill()
-    server.wait()
+    return copy
 
 
 def type_in(copy: Path, folder: str, text: str) -> subprocess.CompletedProcess:
@@ -136,6 +126,12 @@ def test_every_exception_is_needed():
     assert not [start for start in EXCEPTIONS if not any(line.startswith(start) for line in lines)]
 
 
+def test_every_module_is_on_the_map():
+    text = (REPO / "common" / "README.md").read_text()
+    files = [path.name for path in (REPO / "common").iterdir() if path.suffix in (".py", ".sh")]
+    assert not [name for name in files if name != "__init__.py" and f"`{name}`" not in text]
+
+
 def test_readme_is_short():
     assert len((REPO / "README.md").read_text()) <= LONGEST
 
@@ -158,3 +154,43 @@ def test_links_lead_somewhere(page):
 def test_every_page_is_tested():
     found = [path.relative_to(REPO) for path in REPO.rglob("*.md")]
     assert {str(path) for path in found if not {"outputs", "hf_cache", ".pytest_cache"} & set(path.parts)} == set(PAGES)
+
+
+# --- one recipe -------------------------------------------------------------------------------------------------------
+
+STUB = """#!/bin/sh
+echo "$(basename "$PWD") $*" >>{log}
+case "$*" in
+train.py*) echo "checkpoints: /outputs/checkpoints/a run" ;;
+*common.data*embedded) ;;
+*common.data*) exit {code} ;;
+-c*) echo {prefix} ;;
+esac
+"""
+
+
+def flags_of(command: str) -> dict[str, str]:
+    """The flags of a command that say how to train."""
+    return dict(re.findall(r"(--(?:model|batch-size|lr|epochs)) ([\w.-]+)", command))
+
+
+@pytest.mark.parametrize("code", [0, NO_DATA])
+def test_run_sh_trains_the_recipe_that_the_pages_recommend(code, tmp_path):
+    """Seen by a `python` that does nothing else. On the embedded digits it takes more epochs."""
+    (tmp_path / "python").write_text(STUB.format(log=tmp_path / "log", code=code, prefix=tmp_path))
+    (tmp_path / "python").chmod(0o755)
+    env = environment(VIRTUAL_ENV=sys.prefix, PATH=f"{tmp_path}:{os.environ['PATH']}", PIP_NO_INDEX="1")
+    result = subprocess.run(["bash", REPO / LATENT / "run.sh"], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    typed = [line for line in (tmp_path / "log").read_text().splitlines() if " train.py " in line]
+    assert [line.split()[0] for line in typed] == [AE, LATENT]
+    pages = "".join((REPO / page).read_text() for page in PAGES)
+    for line, mark in zip(typed, ("--model mlp", "--batch-size"), strict=True):
+        recommended = re.findall(rf"^.*(?:train.py|job.sh) .*{mark} .*--epochs.*$", pages, re.MULTILINE)
+        assert len(recommended) >= 3
+        assert len({tuple(flags_of(command).items()) for command in recommended}) == 1, recommended
+        wanted = flags_of(recommended[0])
+        if code:
+            del wanted["--epochs"]
+        assert wanted.items() <= flags_of(line).items()
+        assert "--generate-images" in line

@@ -178,6 +178,9 @@ def test_auto_resume_with_nothing_to_resume_starts_and_says_so(train, tmp_path):
     result = train("--auto-resume")
     assert result.code == 0, result.text
     assert "nothing to resume" in result.text
+    assert "warning" not in result.text  # a job's first start is as it should be
+    other = train("--auto-resume", "--seed", 5)
+    assert "warning: nothing to resume" in other.text  # here something was passed over
 
 
 def test_auto_resume_takes_no_other_experiments_run(train, tmp_path, cache):
