@@ -465,7 +465,7 @@ def weights_digest(weights: dict[str, Any]) -> str:
     """12 hex digits of the SHA-256 of a state_dict's tensors: what a network is, wherever its file lies."""
     digest = hashlib.sha256()
     for tensor in weights.values():
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -35,7 +36,7 @@ def get_device(name: str | None = None, me: Identity = ALONE) -> torch.device:
     if name is None:
         name = "cuda" if gpus else "mps" if mps else "cpu"
     if name == "cuda" and me.size > 1 and gpus:
-        if gpus not in (1, *range(me.local_size, gpus + 1)):  # 1: Slurm may show each process its own only
+        if gpus < me.local_size and not (gpus == 1 and "SLURM_PROCID" in os.environ):  # Slurm may show each its own
             raise Exit(
                 NO_DEVICE, f"{me.local_size} processes on a machine with {gpus} CUDA devices: start one for each"
             )

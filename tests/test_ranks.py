@@ -28,7 +28,8 @@ from torch import nn
 
 from common import ckpt, ranks
 from common.classifier import load_classifier
-from common.error_codes import NON_FINITE_LOSS, RANK_FAILED, SAVE_FAILED, STOPPED_EARLY, USAGE
+from common.device import get_device
+from common.error_codes import NON_FINITE_LOSS, RANK_FAILED, SAVE_FAILED, STOPPED_EARLY, USAGE, Exit
 from common.learner import Learner
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node"
@@ -139,6 +140,25 @@ def test_processes_share_the_cores_of_their_machine(monkeypatch):
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(threads, "identity", lambda: ranks.Identity(0, 4, 0, 4))
     assert threads.available.__wrapped__() == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "slurm", "wanted"), [(4, False, "cuda:2"), (8, False, "cuda:2"), (1, True, "cuda:0"), (2, False, None)]
+)
+def test_each_process_gets_a_gpu_of_its_own(gpus, slurm, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if slurm:  # which shows a process its own one only
+        monkeypatch.setenv("SLURM_PROCID", "6")
+    me = ranks.Identity(6, 8, 2, 4)
+    for name in (None, "cuda"):
+        if wanted:
+            assert str(get_device(name, me)) == wanted
+        else:
+            with pytest.raises(Exit, match="4 processes on a machine with 2 CUDA devices"):
+                get_device(name, me)
+    assert str(get_device("cuda:0", me)) == "cuda:0"
+    assert str(get_device("cpu", me)) == "cpu"
 
 
 # --- the gradient of a batch in shards ---
