@@ -150,7 +150,7 @@ class ReverseStep(NamedTuple):
 
 
 def half_log_snr(alpha_bar: torch.Tensor) -> torch.Tensor:
-    """log(signal / noise) at these alpha_bar, of the same shape: lambda of Lu et al. 2022, falling with t."""
+    """log(signal / noise) at these alpha_bar, of the same shape: lambda of Lu et al. 2022b, falling with t."""
     return torch.logit(alpha_bar) / 2
 
 
@@ -172,10 +172,10 @@ def reverse_steps(schedules: Schedules, steps: int | None = None, sampler: str =
 
     "ddpm" is ancestral sampling with the posterior variance beta_tilde (Ho et al. 2020, equations 6, 7 and 11; their
     first choice of sigma is beta, the other extreme); "ddim" is deterministic (Song et al. 2021, equation 12, with
-    eta 0; eta 1 is "ddpm"); "dpm" is DPM-Solver++(2M) and "dpm-sde" SDE-DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2
-    and section 5): "ddim" and "ddpm" with a term of second order. `steps` (default: see `default_steps`) below T visits
-    that many timesteps, evenly spaced in t, for these two in log-SNR. The last step adds no noise, and is of first
-    order: it leads to the predicted x_0.
+    eta 0; eta 1 is "ddpm"); "dpm" is DPM-Solver++(2M) and "dpm-sde" SDE-DPM-Solver++(2M) (Lu et al. 2022b,
+    algorithm 2 and its counterpart for SDEs): "ddim" and "ddpm" with a term of second order. `steps` (default: see
+    `default_steps`) below T visits that many timesteps, evenly spaced in t, for these two in log-SNR. The last step
+    adds no noise, and is of first order: it leads to the predicted x_0.
     """
     T = schedules.T
     steps = default_steps(sampler, T) if steps is None else steps

@@ -111,7 +111,7 @@ def score(
 def train_on_synthetic(
     images: torch.Tensor, labels: torch.Tensor, real: Any, learnable: Any, say: Callable[[str], None]
 ) -> dict[str, float]:
-    """The figure "tstr" of `score`: train on synthetic, test on real (Esteban et al. 2017, section 4.1.2).
+    """The figure "tstr" of `score`: train on synthetic, test on real (Esteban et al. 2017).
 
     images (N, 1, 28, 28), labels (N,): the drawings. real: the test digits; learnable: real training digits, N of which
     set the floor. Both classifiers are the project's own, trained alike.
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         *COUNT, dest="n", type=number(int, FEWEST), default=5000, help="images, at least 200 (default: 5000)"
     )
-    tstr = "also train a classifier on the images and their labels, and test it on real digits (two minutes)"
+    tstr = "also train a classifier on the images and their labels, and test it on real digits"
     parser.add_argument("--tstr", action="store_true", help=tstr)
     parser.add_argument("--json", type=Path, help="where the scores go (default: beside the checkpoint)")
     add_sampling_arguments(parser)

@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     print("|---|" + "---|" * len(columns))
     for steps in args.evaluations:
         print(f"| {steps} |", *(f"{cell(*column, steps)} |" for column in columns), flush=True)
+    print(f"\nas many real digits: {', '.join(floors)}")
 
 
 if __name__ == "__main__":
