@@ -26,7 +26,7 @@ from common.error_codes import MODEL_MISMATCH, USAGE, Exit
 from common.ranks import identity
 
 SAMPLERS = ("ddpm", "ddim", "dpm", "dpm-sde")
-DPM_STEPS = 10  # more draw no better (tests/benchmarks/samplers.md)
+DPM_STEPS = 10  # more draw no better (tests/benchmarks/README.md)
 DEFAULT_GUIDANCE = 1.1  # a little variety for one more digit in a hundred that is what was asked for
 _KINDS = {
     "place": "where things live and run (always today's, also on resume)",

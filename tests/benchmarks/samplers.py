@@ -1,4 +1,4 @@
-"""Samplers against evaluations of the network: the table of samplers.md, from a latent and a pixel run.
+"""Samplers against evaluations of the network: the tables of README.md, from a latent and a pixel run.
 
 python tests/benchmarks/samplers.py --latent RUN --pixel RUN --cache-dir DIR
 """
