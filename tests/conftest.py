@@ -20,12 +20,10 @@ def pytest_addoption(parser):
     parser.addoption("--write-losses", action="store_true", help="test_losses.py writes what it finds to losses.json")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_itemcollected(item):
     """The tests of a file share what its fixtures make, so one process runs them; Slurm's share the cluster."""
-    for item in items:
-        if item.path.name not in SPREAD:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    if item.path.name not in SPREAD:
+        item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(autouse=True, scope="session")

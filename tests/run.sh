@@ -7,4 +7,4 @@ source common/setup_env.sh requirements.txt tests/requirements.txt
 
 ruff format --check .
 ruff check .
-python -m pytest tests -n auto --maxprocesses 4 --dist loadgroup "$@"
+python -m pytest tests -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder "$@"
