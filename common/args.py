@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 from common import emoji
 from common.error_codes import MODEL_MISMATCH, USAGE, Exit
 from common.ranks import identity
+from common.schedules import SCHEDULES
 
 SAMPLERS = ("ddpm", "ddim", "dpm", "dpm-sde")
 DPM_STEPS = 10  # more draw no better (tests/benchmarks/README.md)
@@ -390,6 +391,9 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
 def add_diffusion_arguments(parser: Parser) -> None:
     """The flags that trainers of diffusion models add."""
     parser.flag("shape", "--T", type=number(int, 1), default=1000, help="diffusion timesteps (default: 1000)")
+    parser.flag(
+        "shape", "--schedule", choices=tuple(SCHEDULES), default="linear", help="of the noise (default: linear)"
+    )
     beta = number(float, above=0, high=0.999)
     parser.flag("shape", "--beta-start", type=beta, default=1e-4, help="first beta of the linear schedule (1e-4)")
     parser.flag("shape", "--beta-end", type=beta, default=2e-2, help="last beta of the linear schedule (2e-2)")
@@ -470,6 +474,8 @@ def check_sampling(args: argparse.Namespace, trained: dict[str, Any]) -> None:
 
 
 def check_betas(parser: Parser, args: Args) -> None:
-    """One-line usage error unless beta_start < beta_end."""
+    """One-line usage error unless beta_start < beta_end, and the schedule has them."""
+    if typed := [name for name in ("beta_start", "beta_end") if args.schedule != "linear" and args.given(name)]:
+        parser.error(f"{flag_of(typed[0])} shapes the linear schedule, not --schedule {args.schedule}: drop it")
     if args.beta_start >= args.beta_end:
         parser.error(f"--beta-start {args.beta_start} must be below --beta-end {args.beta_end}")

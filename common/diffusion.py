@@ -5,8 +5,8 @@ Timesteps are counted from 0 (least noise) to T - 1, so `alpha_bar[t]` is the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from common.args import SAMPLERS, default_steps
 from common.device import move
 from common.ranks import World
 from common.rng import generator
+from common.schedules import SCHEDULES
 
 LAST_SNR = 2.2  # log(signal / noise) from which "dpm…" goes to x_0 at once: timestep 30 of the default schedule
 PART = 256  # rows that go through a net at once when drawing, whoever draws them; more are slower on a CPU
@@ -50,14 +51,24 @@ class Drawing(TypedDict, total=False):
 
 
 def precompute_schedules(
-    T: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2, device: torch.device | str = "cpu"
+    T: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 2e-2,
+    device: torch.device | str = "cpu",
+    schedule: str = "linear",
 ) -> Schedules:
-    """The linear schedule of Ho et al. 2020, section 4: computed in float64, stored as float32."""
-    beta = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+    """One of `common.schedules.SCHEDULES`: computed in float64, stored as float32."""
+    beta = SCHEDULES[schedule](T, beta_start, beta_end)
     alpha = 1 - beta
     alpha_bar = alpha.cumprod(0)
     exact = (beta, alpha, alpha_bar, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
     return Schedules(*(values.float().to(device) for values in exact))
+
+
+def schedules_of(flags: Mapping[str, Any], device: torch.device | str = "cpu") -> Schedules:
+    """Those of a run with these flags; one from before --schedule existed was linear."""
+    names = ("T", "beta_start", "beta_end")
+    return precompute_schedules(*(flags[name] for name in names), device, flags.get("schedule", "linear"))
 
 
 def _rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
 from common.autoencoder import build_autoencoder, read_autoencoder
-from common.diffusion import Drawing, Schedules, draw, precompute_schedules, q_sample
+from common.diffusion import Drawing, Schedules, draw, precompute_schedules, q_sample, schedules_of
 from common.error_codes import MODEL_MISMATCH, Exit
 from common.layers import folded, scaled_linear
 from common.time_embedding import TIME_DIM, TimeMLP
@@ -111,7 +111,7 @@ def load_for_drawing(
     """
     path, state = ckpt.read_model(path, ("lddpm",))
     trained = state["args"]
-    schedules = precompute_schedules(trained["T"], trained["beta_start"], trained["beta_end"], device)
+    schedules = schedules_of(trained, device)
     net = LatentDenoiser(trained["ae_latent_dim"], trained["hidden_dim"], schedules=schedules)
     ckpt.load_averaged(net, state, path)
     ae_data = read_autoencoder(ae_ckpt) if ae_ckpt else state["ae_ckpt_data"]

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         import torch
         from torch.utils.data import TensorDataset
 
-        from common.diffusion import epsilon_loss, loss_draws, timestep_distribution
+        from common.diffusion import epsilon_loss, loss_draws, schedules_of, timestep_distribution
 
         model = module_of(args.model)
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         latent_statistics = {"latent/mean": mean.mean().item(), "latent/std": std.mean().item()}
 
         # Model
-        schedules = model.precompute_schedules(args.T, args.beta_start, args.beta_end, session.device)
+        schedules = schedules_of(args.flags(), session.device)
         net = model.LatentDenoiser(args.ae_latent_dim, args.hidden_dim, schedules=schedules)
         net.latent_mean.copy_(mean)
         net.latent_std.copy_(std)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
-from common.diffusion import Drawing, Schedules, draw, precompute_schedules, q_sample
+from common.diffusion import Drawing, Schedules, draw, precompute_schedules, q_sample, schedules_of
 from common.layers import Scaled, folded, scaled_linear
 from common.time_embedding import TIME_DIM, TimeMLP
 
@@ -146,7 +146,7 @@ def load_for_drawing(
     """
     path, state = ckpt.read_model(path, ("ddpm",))
     trained = state["args"]
-    schedules = precompute_schedules(trained["T"], trained["beta_start"], trained["beta_end"], device)
+    schedules = schedules_of(trained, device)
     net = Denoiser(trained["base_ch"], schedules=schedules)
     ckpt.load_averaged(net, state, path)
     return partial(generate_images, net.to(device).eval().requires_grad_(False), schedules), state

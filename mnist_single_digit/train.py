@@ -40,7 +40,7 @@ def experiment_name(args: Args) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with open_session(args, experiment_name, models=("ddpm",)) as session:
-        from common.diffusion import epsilon_loss, loss_draws, uniform_timesteps
+        from common.diffusion import epsilon_loss, loss_draws, schedules_of, uniform_timesteps
 
         model = module_of(args.model)
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         val = session.loader(val_set, args.batch_size, shuffle=False)
 
         # Model
-        schedules = model.precompute_schedules(args.T, args.beta_start, args.beta_end, session.device)
+        schedules = schedules_of(args.flags(), session.device)
         net = model.Denoiser(args.base_ch, schedules=schedules)
         session.attach(net, steps_per_epoch=len(train), warmup=100, ema=0.999, weight_decay=0.0)
 

@@ -44,6 +44,15 @@ def test_schedule_agrees_with_diffusers():
     torch.testing.assert_close(ours.alpha_bar, theirs.alphas_cumprod, rtol=1e-4, atol=0)  # theirs: a float32 product
 
 
+@pytest.mark.parametrize("T", [1000, 50, 1])
+def test_the_cosine_schedule_against_diffusers(T):
+    ours = diffusion.precompute_schedules(T, schedule="cosine")
+    theirs = DDPMScheduler(T, beta_schedule="squaredcos_cap_v2")
+    torch.testing.assert_close(ours.beta, theirs.betas, rtol=1e-6, atol=0)
+    assert (ours.alpha_bar.diff() < 0).all()
+    assert ours.alpha_bar[-1] < 0.01
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_q_sample_agrees_with_diffusers(shape):
     x0, epsilon = noise_of(4, *shape[1:]), noise_of(4, *shape[1:], seed=1)

@@ -105,6 +105,31 @@ def test_scoring(pixel_run, cache, tmp_path):
     assert written["details_labelled"]["settings"]["only_digit"] == 3
 
 
+def test_a_run_keeps_its_schedule(flags, tmp_path):
+    """And is another run than the same with a linear one, which those from before the flag existed are."""
+    given = (*flags, "--epochs", 1, "--outdir", tmp_path, "--auto-resume")
+    for schedule, runs in ((("--schedule", "cosine"), 1), ((), 2), (("--schedule", "cosine"), 2)):
+        assert call(PIXEL, "train.py", *given, *schedule).code == 0
+        assert len(list((tmp_path / "checkpoints").iterdir())) == runs
+    states = {}
+    for folder in (tmp_path / "checkpoints").iterdir():
+        state = newest_state(folder)
+        states[state["args"].pop("schedule")] = state
+    for schedule, state in states.items():
+        if schedule == "cosine":
+            state["args"]["schedule"] = "cosine"
+        draw, _ = module_of("ddpm").load_for_drawing((tmp_path / "a.pt", state))
+        wanted = precompute_schedules(state["args"]["T"], schedule=schedule)
+        assert torch.equal(draw.args[1].beta, wanted.beta)
+        assert draw(count=2, steps=5).isfinite().all()
+
+
+def test_betas_are_of_the_linear_schedule(flags):
+    result = call(PIXEL, "train.py", *flags, "--schedule", "cosine", "--beta-end", 0.01)
+    assert result.code == USAGE
+    assert "--beta-end shapes the linear schedule, not --schedule cosine: drop it" in result.text
+
+
 def test_wrong_widths(flags):
     assert call(PIXEL, "train.py", *flags, "--base-ch", 12).code == USAGE
 
