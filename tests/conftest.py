@@ -12,18 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest
 from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, call, only_run, run
 
-SPREAD = ("test_ranks.py", "test_soak.py")  # long, and each test by itself
-
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=4, help="SIGKILLs per run in test_soak.py (default: 4)")
     parser.addoption("--write-losses", action="store_true", help="test_losses.py writes what it finds to losses.json")
-
-
-def pytest_itemcollected(item):
-    """The tests of a file share what its fixtures make, so one process runs them; Slurm's share the cluster."""
-    if item.path.name not in SPREAD:
-        item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(autouse=True, scope="session")
