@@ -14,7 +14,7 @@ from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, call, only_run, run
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=4, help="SIGKILLs per run in test_soak.py (default: 4)")
+    parser.addoption("--kills", type=int, default=3, help="SIGKILLs per run in the soak tests (default: 3)")
     parser.addoption("--write-losses", action="store_true", help="test_losses.py writes what it finds to losses.json")
 
 

@@ -216,7 +216,7 @@ def drained(terminal: int) -> None:
 
 
 def test_a_terminal_that_is_closed_stops_the_run_like_sigterm(terminal, tmp_path):
-    process, ours = terminal()
+    process, ours = terminal("env", "--default-signal=HUP")  # the suite itself may run under nohup
     until(lambda: (drained(ours), trains(tmp_path)())[1], process)
     os.close(ours)
     assert process.wait(60) == STOPPED_EARLY

@@ -16,7 +16,7 @@ SMALL = {
     PIXEL: ("--base-ch", 8, "--T", 20, "--batch-size", 32, "--samples-per-epoch", 4, "--generate-images"),
     LATENT: ("--hidden-dim", 32, "--T", 20, "--batch-size", 16, "--samples-per-epoch", 4, "--generate-images"),
 }
-SECONDS = 60  # of training, for a job whose allocations train for 20 at the most
+SECONDS = 45  # of training, for a job whose allocations train for 20 at the most
 SOON = ("--time=00:01:00", "--signal=B:USR1@45")  # Slurm may signal up to a minute early: about 5 to 20 s in
 
 
