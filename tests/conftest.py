@@ -13,6 +13,14 @@ import pytest
 from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, call, only_run, run
 
 
+# these take minutes: they begin first, so that the processes of run.sh end at about the same time
+LONG = ("test_slurm.py", "test_soak.py", "test_choice.py", "test_ranks.py", "test_readme.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="SIGKILLs per run in the soak tests (default: 3)")
     parser.addoption("--write-losses", action="store_true", help="test_losses.py writes what it finds to losses.json")
