@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest
 from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, call, only_run, run
 
-
 # these take minutes: they begin first, so that the processes of run.sh end at about the same time
 LONG = ("test_slurm.py", "test_soak.py", "test_choice.py", "test_ranks.py", "test_readme.py")
 
