@@ -2,8 +2,7 @@
 
 Images/s of each trainer's last epoch: one process with a thread for each of two cores, two processes of one thread, and
 one process of one thread with 1, 2 and 4 shards. Each figure is the median of --repeats runs, in turn. Needs full MNIST
-in the cache folder and an otherwise idle machine of two cores or more; takes
-over half an hour.
+in the cache folder and an otherwise idle machine of two cores or more; takes over half an hour.
 """
 
 from __future__ import annotations
