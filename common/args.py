@@ -27,7 +27,7 @@ from common.ranks import identity
 from common.schedules import SCHEDULES
 
 SAMPLERS = ("ddpm", "ddim", "dpm", "dpm-sde")
-DPM_STEPS = 10  # more draw no better (tests/benchmarks/README.md)
+DPM_STEPS = 10  # more draw hardly better (tests/benchmarks/README.md)
 DEFAULT_GUIDANCE = 1.1  # a little variety for one more digit in a hundred that is what was asked for
 _KINDS = {
     "place": "where things live and run (always today's, also on resume)",
@@ -224,6 +224,10 @@ def number(
     return parse
 
 
+def _count_or_auto(text: str) -> int | str:
+    return AUTO if text == AUTO else number(int, 1)(text)
+
+
 def _digit_or(*words: str) -> Callable[[str], int | None]:
     """An argparse type: a digit, or None for one of `words`."""
 
@@ -266,7 +270,7 @@ def add_threads_argument(parser: Parser, kind: str = "place") -> None:
     parser.flag(
         kind,
         "--threads",
-        type=lambda text: AUTO if text == AUTO else number(int, 1)(text),
+        type=_count_or_auto,
         default=AUTO,
         metavar="N",
         help="threads to compute with (default: $OMP_NUM_THREADS, else what is fastest now; a run keeps its number)",
@@ -313,7 +317,7 @@ def add_training_arguments(parser: Parser, *, epochs: int, workers: int = 1, lr_
     parser.flag(
         shape,
         "--shards",
-        type=lambda text: AUTO if text == AUTO else number(int, 1)(text),
+        type=_count_or_auto,
         default=AUTO,
         metavar="N",
         help="parts of a batch whose gradients are computed apart: any number of processes that divides it gives the "

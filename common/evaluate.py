@@ -146,7 +146,6 @@ def epoch_scorer(
 
     The digits and the classifier are fetched here, before training begins: Exit(NO_DATA) if they cannot be had.
     """
-
     args = session.args
     if not args.eval_every:
         return dict
@@ -182,7 +181,6 @@ def _judges(
     args: Any, digits: list[int], say: Callable[[str], None], poll: Callable[[], object] = lambda: None
 ) -> tuple[Any, Any, float]:
     """(held-out real digits, only `digits` if any are given; the classifier; its accuracy)."""
-
     from common.classifier import load_classifier
     from common.data import HF_MNIST
 
@@ -350,10 +348,8 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
     print(f"{'images/s':>10} {len(images) / seconds:>9.1f}")
     print(f"{emoji.info} not Inception figures: they compare only with figures of this classifier")
     settings = {name: getattr(args, name) for name in ("n", "seed", "digit", "guidance", "sampler", "steps")}
-    settings |= {
-        "kind": kind,
-        "only_digit": trained["args"].get("only_digit"),
-    }  # which decides what real digits it is compared with
+    # the only digit decides what real digits it is compared with
+    settings |= {"kind": kind, "only_digit": trained["args"].get("only_digit")}
     target = args.json or scores_file(path)
     known = read_scores(target, trained) | {"timestamp": trained["timestamp"]}
     known |= {f"{name}{suffix}": row["value"] for name, row in figures.items()}

@@ -60,12 +60,19 @@ def _per_node(text: str) -> list[int]:
 
 
 def _meeting_point() -> tuple[str, int]:
-    """(host, port) where the processes of a Slurm step meet: its first node, and a port from the job's number."""
+    """(host, port) where the processes of a Slurm step meet: its first node, and a port from the job's number.
+
+    Raises Exit(RANK_FAILED) if Slurm does not tell.
+    """
     env = os.environ
     nodes, host = env.get("SLURM_STEP_NODELIST", ""), "127.0.0.1"
     if int(env.get("SLURM_STEP_NUM_NODES") or 1) > 1:
-        reply = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        host = reply.stdout.split()[0]
+        command = ["scontrol", "show", "hostnames", nodes]
+        try:
+            host = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError) as error:
+            why = f"`{' '.join(command)}` does not tell the first of several nodes ({error})"
+            raise Exit(RANK_FAILED, f"{why}: set MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE") from None
     number = int(env["SLURM_JOB_ID"]) * 8 + int(env.get("SLURM_STEP_ID") or 0)  # steps of one job may run side by side
     return host, 20_000 + number % 10_000
 

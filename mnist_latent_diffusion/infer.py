@@ -16,9 +16,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = drawing_parser("Draw digits by latent diffusion.", example, count=64, output="generated.png")
     parser.add_argument("--ae-ckpt", help="decode with this autoencoder instead of the one inside the checkpoint")
     args = parser.parse_args(argv)
-    require_checkpoint(args.ckpt, ("lddpm",))
 
     def load(device):
+        require_checkpoint(args.ckpt, ("lddpm",))
         return module_of("lddpm").load_for_drawing(args.ckpt, device, args.ae_ckpt)
 
     draw_to_file(args, load)

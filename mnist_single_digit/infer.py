@@ -15,9 +15,9 @@ def main(argv: list[str] | None = None) -> None:
     example = "python infer.py --checkpoint RUN_FOLDER --n 64 --out samples.png"
     parser = drawing_parser("Draw digits by pixel-space diffusion.", example, count=16, output="samples_infer.png")
     args = parser.parse_args(argv)
-    require_checkpoint(args.ckpt, ("ddpm",))
 
     def load(device):
+        require_checkpoint(args.ckpt, ("ddpm",))
         return module_of("ddpm").load_for_drawing(args.ckpt, device)
 
     draw_to_file(args, load)

@@ -469,3 +469,14 @@ def test_processes_score_together_as_one_does(latent_run, cache, tmp_path):
         scores.append(json.loads((tmp_path / f"{size}.json").read_text()))
         scores[-1]["details"].pop("images_per_second")
     assert scores[0] == scores[1]
+
+
+def test_a_scontrol_that_does_not_tell_is_one_line(monkeypatch):
+    for name, value in {"NUM_NODES": "2", "NODELIST": "n[1-2]"}.items():
+        monkeypatch.setenv(f"SLURM_STEP_{name}", value)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(Exit) as found:
+        ranks._meeting_point()
+    assert found.value.code == RANK_FAILED
+    assert "scontrol show hostnames n[1-2]" in str(found.value)
+    assert "MASTER_ADDR" in str(found.value)
