@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 FEWEST = 200  # images that are worth a score
 COUNTED = ("fid", "imbalance")  # figures that grow as the images grow fewer
+SPLITS = 10  # of the held-out digits, over which the Fréchet distance is averaged
 CHUNK = 500  # digits reconstructed at a time
 ORDER = ("fid", "precision", "recall", "agreement", "imbalance", "confident")
 MEANING = {
@@ -53,8 +54,8 @@ MEANING = {
 }
 
 
-def _halves(real: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(indices of the reference digits, of the spare ones): a fixed random split.
+def _halves(real: Any, split: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(indices of the reference digits, of the spare ones): one of a fixed row of random splits.
 
     In MNIST's own order the first half of the test digits is the cleaner one.
     """
@@ -62,33 +63,43 @@ def _halves(real: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
     from common.rng import generator
 
-    return torch.randperm(len(real), generator=generator(0, "evaluation halves")).tensor_split(2)
+    return torch.randperm(len(real), generator=generator(split, "evaluation halves")).tensor_split(2)
 
 
 def score(
-    images: torch.Tensor, wanted: torch.Tensor | None, real: Any, classifier: Any, *, errors: bool = True
+    images: torch.Tensor,
+    wanted: torch.Tensor | None,
+    real: Any,
+    classifier: Any,
+    *,
+    errors: bool = True,
+    splits: int = SPLITS,
 ) -> dict[str, dict[str, float]]:
     """{figure: {"value", "error", "floor" (what real digits score), "floor_error"}}; errors by bootstrap.
 
     images (N, 1, 28, 28) in [0, 1]; wanted (N,) labels, None if none were asked for. real: held-out digits (HF_MNIST);
-    one half is the reference, the other sets the floor, cut to N digits if it has more.
+    one half is the reference, the other sets the floor, cut to N digits if it has more. The Fréchet distance depends
+    on which half it is: it is the mean over so many `splits`, and its "floor_error" their standard deviation.
     """
     import numpy
+    import torch
 
     from common.classifier import judge
     from common.metrics import bootstrap, covered, frechet_distance, imbalance
 
     rng = numpy.random.default_rng(0)
-    first, second = _halves(real)
-    reference_images, reference_labels = real[first]
-    reference = judge(classifier, reference_images)[0].numpy()
+    real_images, real_labels = real[torch.arange(len(real))]
+    real_features, real_probabilities = (part.numpy() for part in judge(classifier, real_images))
+    halves = [_halves(real, split) for split in range(splits)]
+    first, second = halves[0][0], halves[0][1][: len(images)]
+    reference = real_features[first]
     half = len(reference)
-    spare_images, spare_labels = real[second[: len(images)]]
+    spare = (real_features[second], real_probabilities[second], real_labels[second])
+    drawn = (*(part.numpy() for part in judge(classifier, images)), wanted)
     found: dict[str, dict[str, float]] = {}
-    for column, shown, asked in (("floor", spare_images, spare_labels), ("value", images, wanted)):
-        features, probabilities = (part.numpy() for part in judge(classifier, shown))
+    for column, (features, probabilities, asked) in {"floor": spare, "value": drawn}.items():
         predicted = probabilities.argmax(1)
-        balance = (reference_labels if wanted is None else asked).numpy()
+        balance = (real_labels[first] if wanted is None else asked).numpy()
         size = min(len(features), half)  # precision and recall want sets of equal size
         some = features[rng.permutation(len(features))[:size]]  # not the first ones: drawings come digit by digit
         samples: dict[str, tuple[Callable[..., float], Any]] = {
@@ -105,6 +116,13 @@ def score(
             entry[column] = float(statistic(rows))
             if errors:
                 entry["error" if column == "value" else "floor_error"] = bootstrap(statistic, rows)
+    if splits > 1:
+        fid, count = found["fid"], len(images)
+        values = [frechet_distance(drawn[0], real_features[some]) for some, _ in halves]
+        floors = [frechet_distance(real_features[rest[:count]], real_features[some]) for some, rest in halves]
+        fid |= {"value": float(numpy.mean(values)), "floor": float(numpy.mean(floors))}
+        if errors:
+            fid["floor_error"] = float(numpy.std(floors, ddof=1))
     return {name: found[name] for name in ORDER if name in found}
 
 
@@ -322,7 +340,9 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
     if not images.isfinite().all():
         raise Exit(BAD_CHECKPOINT, f"{path} gives images that are not finite; choose an earlier checkpoint")
     wanted = labels or (digits * len(images) if digits else None)
-    figures = score(images, None if wanted is None else torch.tensor(wanted), real, classifier)
+    # reconstructions are of one half's digits, and not to be compared with those very digits
+    splits = 1 if model.startswith("ae-") else SPLITS
+    figures = score(images, None if wanted is None else torch.tensor(wanted), real, classifier, splits=splits)
     if args.tstr:
         learnable = _only(HF_MNIST("train", args.cache_dir, source=real.source), args.digit or digits)
         figures["tstr"] = train_on_synthetic(images, torch.tensor(labels), real, learnable, _say)
@@ -349,7 +369,7 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
     print(f"{emoji.info} not Inception figures: they compare only with figures of this classifier")
     settings = {name: getattr(args, name) for name in ("n", "seed", "digit", "guidance", "sampler", "steps")}
     # the only digit decides what real digits it is compared with
-    settings |= {"kind": kind, "only_digit": trained["args"].get("only_digit")}
+    settings |= {"kind": kind, "only_digit": trained["args"].get("only_digit"), "splits": splits}
     target = args.json or scores_file(path)
     known = read_scores(target, trained) | {"timestamp": trained["timestamp"]}
     known |= {f"{name}{suffix}": row["value"] for name, row in figures.items()}

@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+import statistics
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from common.autoencoder import build_autoencoder
 from common.ckpt import atomic_write, load_averaged, read_checkpoint
 from common.data import HF_MNIST, split_train_val
 from common.learner import Learner
+from common.metrics import frechet_distance
 from common.modules import module_of
 from common.rng import generator
 from common.session import Session
@@ -297,14 +299,29 @@ def test_scores_compare_with_one_half_and_the_floor_comes_from_the_other():
     real = Digits(2000)
     first, second = evaluate._halves(real)
     assert not set(first.tolist()) & set(second.tolist())
+    assert not torch.equal(first, evaluate._halves(real, 1)[0])
     floors = {}
     for count in (200, 1000):
-        found = evaluate.score(*(part[:count] for part in real[second]), real, CORNERS, errors=False)
+        found = evaluate.score(*(part[:count] for part in real[second]), real, CORNERS, errors=False, splits=1)
         for name, row in found.items():
             assert row["value"] == row["floor"] or name in ("precision", "recall"), name  # the very same digits
         assert found["agreement"]["value"] == 1
         floors[count] = found["fid"]["floor"]
     assert floors[200] > 2 * floors[1000] > 0.0005  # of as many digits; with itself the reference would score 0
+
+
+def test_the_distance_is_the_mean_over_the_splits_and_its_floor_has_their_spread():
+    real, drawn = Digits(800), Digits(300).images
+    found = evaluate.score(drawn, None, real, CORNERS, splits=3)["fid"]
+    features = CORNERS.features(real.images).numpy()
+    values, floors = [], []
+    for split in range(3):
+        first, second = evaluate._halves(real, split)
+        values.append(frechet_distance(CORNERS.features(drawn).numpy(), features[first]))
+        floors.append(frechet_distance(features[second[:300]], features[first]))
+    assert found["value"] == pytest.approx(statistics.mean(values))
+    assert found["floor"] == pytest.approx(statistics.mean(floors))
+    assert found["floor_error"] == pytest.approx(statistics.stdev(floors))
 
 
 def test_drawings_that_are_all_alike_have_precision_but_no_recall():
