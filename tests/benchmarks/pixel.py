@@ -1,131 +1,174 @@
-"""Pixel diffusion on digit 5, minute for minute: our U-Net, a plain denoiser, and two libraries' U-Nets.
+"""Pixel diffusion, minute for minute: our U-Net and those of two libraries.
 
-Every network trains for the same wall time on the same digits at batch 128, with the same EMA, at the better of two
-learning rates (by the loss after a quarter of the time), then draws with the same sampler, judged by common.evaluate.
+    python tests/benchmarks/pixel.py --cache-dir DIR [--minutes 1 3 10] [--seeds 0 1 2] [--digit 5] [--networks NAME …]
+
+What a network learns is a function of the images that it has seen, not of the clock. So each network's training rate is
+measured first, with the machine idle and all its threads; then it trains on as many images as that makes in so many
+minutes, which may happen beside other work (--images-per-second gives the rates of an earlier measurement). Everybody
+has the same digits, noise, loss, EMA, warm-up and clipping, a cosine to 0 at the end of the minutes, and the
+learning rate and batch size that suited it best; everybody draws with the same sampler from the same noise.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from measure import Figures, peak_gigabytes, train
-from peers import LABEL_DROPOUT, PlainDenoiser, diffusers_unet, lucidrains
-from quality import DIGITS, add_quality, evaluated
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from measure import Figures, peak_gigabytes, train
+from peers import LABEL_DROPOUT, PlainDenoiser, diffusers_unet, lucidrains
+from quality import DIGITS, add_quality, evaluated
+
+from common import threads
+from common.args import Parser, add_data_arguments, number
 from common.classifier import load_classifier
 from common.data import HF_MNIST, split_train_val
 from common.diffusion import draw, epsilon_loss, loss_draws, precompute_schedules, uniform_timesteps
+from common.error_codes import run_main
 from common.evaluate import score
-from common.learner import Learner
+from common.learner import Learner, learning_rate
 from common.modules import module_of
 from common.rng import generator
 
-DIGIT, BATCH, DRAWINGS = 5, 128, 200
-STEPS = 250  # of T = 1000, for everybody: at 1,000 the peers would draw for an hour
-RATES = (2e-4, 1e-3)
+STEPS = 100  # of T = 1000 ancestral ones, for everybody: at 1,000 the peers would draw for an hour
 GRID = ("--base-ch", 48, "--lr", 1e-3, "--lr-scheduler", "cosine", "--epochs", 20)  # README.md's, of all digits
 TRAINING, SAMPLING = "training images/s", "16 samples, T = 1000, seconds"
-# where the matrix product runs at measure.REFERENCE_RATE
-REFERENCES = {
-    "plain FiLM denoiser, 64 channels": {TRAINING: 26.0, SAMPLING: 161.0},
-    "denoising-diffusion-pytorch": {TRAINING: 13.0, SAMPLING: 380.0},
-    "diffusers": {TRAINING: 24.0, SAMPLING: 200.0},
+
+
+def ours(width: int) -> nn.Module:
+    """The network of mnist_single_digit."""
+    return module_of("ddpm").Denoiser(width, schedules=precompute_schedules())
+
+
+class Contestant(NamedTuple):
+    """A network, and the learning rate and batch size that it did best with."""
+
+    make: Callable[[], nn.Module]
+    lr: float = 1e-3
+    batch: int = 128
+
+
+NETWORKS = {
+    "ours": Contestant(lambda: ours(16)),
+    "ours-32": Contestant(lambda: ours(32)),
+    "ours-48": Contestant(lambda: ours(48)),
+    "plain": Contestant(lambda: PlainDenoiser(pixels=True)),
+    "diffusers-32": Contestant(lambda: diffusers_unet((32, 64, 64))),
+    "diffusers-16": Contestant(lambda: diffusers_unet((16, 32, 32))),
+    "lucidrains-32": Contestant(lambda: lucidrains(32)),
+    "lucidrains-16": Contestant(lambda: lucidrains(16)),
 }
 
 
-def ours() -> nn.Module:
-    """The network of mnist_single_digit at its default width."""
-    return module_of("ddpm").Denoiser(schedules=precompute_schedules())
+class Training:
+    """A contestant in training for so many images; `go()` makes the next step."""
 
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "ours": ours,
-    "plain FiLM denoiser, 64 channels": lambda: PlainDenoiser(pixels=True),
-    "denoising-diffusion-pytorch": lucidrains,
-    "diffusers": diffusers_unet,
-}
-
-
-class Trained:
-    """A network in training: `advance(seconds)` goes on for that long."""
-
-    def __init__(self, name: str, rate: float, digits: HF_MNIST) -> None:
-        self.name, self.rate, self.steps, self.seconds, self.losses = name, rate, 0, 0.0, []
+    def __init__(self, one: Contestant, digits: HF_MNIST, images: float, seed: int = 0) -> None:
+        self.one, self.seed, self.step, self.total = one, seed, 0, max(int(images / one.batch), 1)
         self.images, self.labels = digits[torch.arange(len(digits))]
         self.schedules = precompute_schedules()
         self.timesteps = uniform_timesteps(self.schedules)
-        torch.manual_seed(0)
-        warm_up = lambda step: rate * min(1.0, (step + 1) / 11)  # noqa: E731  (the slowest make 70 steps in 100 s)
+        torch.manual_seed(seed)
+        warmup = min(100, self.total // 10)
+
+        def lr_at(step: int) -> float:
+            return learning_rate(step, self.total, one.lr, "cosine", warmup)
+
         options = {"grad_clip": 1.0, "ema": 0.999, "weight_decay": 0.0}
-        self.learner = Learner(NETWORKS[name](), torch.device("cpu"), lr_at=warm_up, **options)
+        self.learner = Learner(one.make(), torch.device("cpu"), lr_at=lr_at, **options)
+        self.learner.net.train()
 
-    def advance(self, seconds: float) -> None:
-        net, until = self.learner.net.train(), self.seconds + seconds
-        while self.seconds < until:
-            started = time.perf_counter()
-            rng = generator(0, "pixel benchmark", self.steps)
-            rows = torch.randint(len(self.images), (BATCH,), generator=rng)
-            x, labels = 2 * self.images[rows] - 1, self.labels[rows]
-            draws = loss_draws(x.shape, self.timesteps, rng, LABEL_DROPOUT)
+    def go(self) -> None:
+        rng = generator(self.seed, "pixel benchmark", self.step)
+        rows = torch.randint(len(self.images), (self.one.batch,), generator=rng)
+        x, labels = 2 * self.images[rows] - 1, self.labels[rows]
+        draws = loss_draws(x.shape, self.timesteps, rng, LABEL_DROPOUT)
 
-            def loss_of(_shard: int, _rows: slice, what: tuple = (net, x, labels, self.schedules, draws)):
-                return epsilon_loss(*what)
+        def loss_of(_shard: int, _rows: slice) -> torch.Tensor:
+            return epsilon_loss(self.learner.net, x, labels, self.schedules, draws)
 
-            self.losses.append(self.learner.gradient(loss_of, len(x)).item())
-            self.learner.step(self.steps)
-            self.steps += 1
-            self.seconds += time.perf_counter() - started
+        self.learner.gradient(loss_of, len(x))
+        self.learner.step(self.step)
+        self.step += 1
 
-    @property
-    def loss(self) -> float:
-        return sum(self.losses[-20:]) / len(self.losses[-20:])
-
-    def draw(self, count: int, steps: int | None = None) -> torch.Tensor:
+    def draw(self, labels: list[int], steps: int) -> torch.Tensor:
+        """(N, 1, 28, 28) in [0, 1]."""
         net = self.learner.averaged_net.eval()
-        x = draw(net, (1, 28, 28), self.schedules, labels=[DIGIT] * count, seed=3, steps=steps)
+        x = draw(net, (1, 28, 28), self.schedules, labels=labels, seed=3, steps=steps)
         return x.add(1).div(2).clamp(0, 1)
 
 
-def everything(figures: Figures, cache_dir: Path, seconds: float, longer: float | None) -> None:
-    """Rows for every network after `seconds` of training; for ours also after `longer`."""
-    digits, _ = split_train_val(HF_MNIST("train", cache_dir, DIGIT, "hub"), 42)
-    real, (judge, _) = HF_MNIST("test", cache_dir, DIGIT, "hub"), load_classifier(cache_dir, "hub")
-    full = longer is not None
-    steps, count = (STEPS, DRAWINGS) if full else (25, DRAWINGS // 4)
-    wanted = torch.full((count,), DIGIT)
+def images_per_second(one: Contestant, digits: HF_MNIST, seconds: float = 5.0) -> float:
+    """The rate of the median training step; the first two are left out."""
+    training, times = Training(one, digits, 1e9), []
+    while len(times) < 5 or sum(times) < seconds:
+        started = time.perf_counter()
+        training.go()
+        times.append(time.perf_counter() - started)
+    return one.batch / statistics.median(times[2:])
+
+
+def drawing_seconds(one: Contestant, digits: HF_MNIST) -> float:
+    """Seconds for 16 images in T = 1000 steps, from the quickest of three drawings of 50 steps."""
+    training, found = Training(one, digits, 1), []
+    for _ in range(3):
+        started = time.perf_counter()
+        training.draw([0] * 16, 50)
+        found.append((time.perf_counter() - started) * 1000 / 50)
+    return min(found)
+
+
+def size(one: Contestant) -> tuple[float, float]:
+    """(million parameters, MFLOP of one forward image)."""
+    net = one.make().eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.long), torch.full((1,), 5))
+    return sum(p.numel() for p in net.parameters()) / 1e6, counter.get_total_flops() / 1e6
+
+
+class Judge:
+    """Scores drawings of one digit, or of all (None)."""
+
+    def __init__(self, cache_dir: Path, digit: int | None, count: int) -> None:
+        self.labels = [digit] * count if digit is not None else [row * 10 // count for row in range(count)]
+        self.real = HF_MNIST("test", cache_dir, digit, "hub")
+        self.classifier, _ = load_classifier(cache_dir, "hub")
+
+    def __call__(self, training: Training, steps: int = STEPS) -> dict[str, dict[str, float]]:
+        images = training.draw(self.labels, steps)
+        return score(images, torch.tensor(self.labels), self.real, self.classifier, errors=False)
+
+
+def everything(figures: Figures, cache_dir: Path, seconds: float) -> None:
+    """Speed of every network, and its distance after `seconds` on fives."""
+    digits, _ = split_train_val(HF_MNIST("train", cache_dir, 5, "hub"), 42)
+    judge = Judge(cache_dir, 5, 200)
     table: dict[str, dict[str, float]] = {}
-    trained: dict[str, Trained] = {}
-    for name in NETWORKS:
-        print(f"  digit 5, {name}: training for {seconds:.0f} s and more", file=sys.stderr, flush=True)
-        pilots = [Trained(name, rate, digits) for rate in RATES]
-        for pilot in pilots:
-            pilot.advance(seconds / 4)
-        best = trained[name] = min(pilots, key=lambda pilot: pilot.loss)
-        best.advance(seconds * 3 / 4)
-        row = table[name] = {"learning rate": best.rate, TRAINING: best.steps * BATCH / best.seconds}
-        row["parameters, million"] = sum(p.numel() for p in best.learner.net.parameters()) / 1e6
-        one = (torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.long), torch.full((1,), DIGIT))
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            best.learner.averaged_net.eval()(*one)
-        row["MFLOP of one forward image"] = counter.get_total_flops() / 1e6
-        _score(row, f"after {seconds:.0f} s", best.draw(count, steps), wanted, real, judge)
-        if name == "ours" and longer:
-            best.advance(longer - seconds)
-            _score(row, f"after {longer:.0f} s", best.draw(count, steps), wanted, real, judge)
-    for name, seconds_per_draw in _drawing_seconds(trained).items():
-        table[name][SAMPLING] = seconds_per_draw
-    for name, row in table.items():
+    for name, one in NETWORKS.items():
+        print(f"  digit 5, {name}: {seconds:.0f} s of training", file=sys.stderr, flush=True)
+        rate = images_per_second(one, digits)
+        row = table[name] = {TRAINING: rate, SAMPLING: drawing_seconds(one, digits)}
+        row["parameters, million"], row["MFLOP of one forward image"] = size(one)
+        training = Training(one, digits, rate * seconds)
+        while training.step < training.total:
+            training.go()
+        found = judge(training, STEPS if seconds >= 60 else 25)
+        row[f"after {seconds:.0f} s: Fréchet distance"] = found["fid"]["value"]
+        row[f"after {seconds:.0f} s: … of as many real fives"] = found["fid"]["floor"]
+        row[f"after {seconds:.0f} s: recognised as fives, %"] = 100 * found["agreement"]["value"]
         for figure, value in row.items():
-            figures.add(f"digit 5, {name}: {figure}", value, reference=REFERENCES.get(name, {}).get(figure))
-    mine, peers = table["ours"], [row for name, row in table.items() if name != "ours"]
-    fastest, quickest = max(row[TRAINING] for row in peers), min(row[SAMPLING] for row in peers)
-    figures.add("digit 5: our training images/s over the fastest peer's", mine[TRAINING] / fastest)
+            figures.add(f"digit 5, {name}: {figure}", value)
+    mine, peers = table["ours"], [row for name, row in table.items() if not name.startswith("ours")]
+    quickest = min(row[SAMPLING] for row in peers)
     figures.add("digit 5: the fastest peer's sampling time over ours", quickest / mine[SAMPLING])
 
 
@@ -142,22 +185,40 @@ def all_digits(figures: Figures, out: Path, cache: list[str]) -> None:
     add_quality(figures, "all digits, README.md's grid", found)
 
 
-def _drawing_seconds(trained: dict[str, Trained]) -> dict[str, float]:
-    """Each network's quickest of three drawings of 16 images in T = 1000 steps; they take turns."""
-    quickest = dict.fromkeys(trained, float("inf"))
-    for _ in range(3):
-        for name, one in trained.items():
-            steps = 1000 if name == "ours" else 50  # every step costs the same
-            started = time.perf_counter()
-            one.draw(16, steps)
-            quickest[name] = min(quickest[name], (time.perf_counter() - started) * 1000 / steps)
-    return quickest
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("Networks on pixels, minute for minute.", "python tests/benchmarks/pixel.py --cache-dir DIR")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="which (default: all)")
+    parser.add_argument("--minutes", nargs="+", type=number(float, 0), default=[1, 3, 10], help="(default: 1 3 10)")
+    parser.add_argument("--seeds", nargs="+", type=number(int, 0), default=[0], help="(default: 0)")
+    parser.add_argument("--digit", type=number(int, 0), help="one digit (default: all)")
+    parser.add_argument("--n", type=number(int, 200), default=500, help="drawings to score (default: 500)")
+    parser.add_argument("--images-per-second", nargs="+", type=number(float, 1), help="rates, instead of measuring")
+    parser.add_argument("--lr", type=number(float, 0), help="instead of each network's own")
+    parser.add_argument("--batch", type=number(int, 1), help="instead of each network's own")
+    add_data_arguments(parser)
+    args = parser.parse_args(argv)
+    threads.prepare()
+    digits, _ = split_train_val(HF_MNIST("train", args.cache_dir, args.digit, "hub"), 42)
+    rates = args.images_per_second or [images_per_second(NETWORKS[name], digits) for name in args.networks]
+    if len(rates) != len(args.networks):
+        parser.error("--images-per-second needs a rate for each of --networks")
+    judge = Judge(args.cache_dir, args.digit, args.n)
+    print("| network | images/s | lr | batch | minutes | seed | distance (real) | agreement | precision | recall |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    for minutes in args.minutes:
+        for name, rate in zip(args.networks, rates, strict=True):
+            one = NETWORKS[name]
+            one = one._replace(lr=args.lr or one.lr, batch=args.batch or one.batch)
+            for seed in args.seeds:
+                training = Training(one, digits, rate * 60 * minutes, seed)
+                while training.step < training.total:
+                    training.go()
+                rows = judge(training)
+                found = {figure: row["value"] for figure, row in rows.items()}
+                cells = f"{rate:.0f} | {one.lr:g} | {one.batch} | {minutes:g} | {seed} | {found['fid']:.3f}"
+                shares = f"{found['agreement']:.1%} | {found['precision']:.3f} | {found['recall']:.3f}"
+                print(f"| {name} | {cells} ({rows['fid']['floor']:.3f}) | {shares} |", flush=True)
 
 
-def _score(
-    row: dict[str, float], when: str, images: torch.Tensor, wanted: torch.Tensor, real: HF_MNIST, judge: nn.Module
-) -> None:
-    found = score(images, wanted, real, judge, errors=False)
-    row[f"{when}: Fréchet distance"] = found["fid"]["value"]
-    row[f"{when}: … of as many real fives"] = found["fid"]["floor"]
-    row[f"{when}: recognised as fives, %"] = 100 * found["agreement"]["value"]
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -62,7 +62,7 @@ def main() -> None:
         parts = {
             "speed": lambda: speed.main_job(figures, out, cache, args.full),
             "tools": lambda: speed.tools(figures, out, args.full),
-            "pixel": lambda: pixel.everything(figures, Path(cache[1]), seconds, 3 * seconds if args.full else None),
+            "pixel": lambda: pixel.everything(figures, Path(cache[1]), seconds),
             "digits": lambda: pixel.all_digits(figures, out, cache) if args.full else None,
             "quality": lambda: quality.everything(figures, out, cache, args.full),
         }
