@@ -396,15 +396,23 @@ def load_checkpoint(
     return state
 
 
+def default_runs() -> Path:
+    """The folder of the runs that are trained from the current folder without --outdir."""
+    return Path(os.environ.get("SCRATCH") or "outputs") / RUNS
+
+
 def _newest_run(folder: str | Path, types: tuple[str, ...], warn: Warn) -> tuple[Path, State] | None:
     """The newest readable checkpoint of the newest run of one of the `types` in a folder of runs.
 
-    None for anything but a folder of runs. Raises Exit(MODEL_MISMATCH) if all of them hold other models.
+    None for anything but a folder of runs, or "latest" for `default_runs`. Raises Exit(MODEL_MISMATCH) if all of them
+    hold other models, UnreadableCheckpoint if "latest" finds none.
     """
     from common.run import recorded_runs
 
     folder = Path(folder)
-    if not os.path.isdir(folder) or insist(folder, lambda: run_checkpoints(folder)):
+    if latest := str(folder) == "latest" and not os.path.lexists(folder):
+        folder = default_runs()
+    if not (latest or os.path.isdir(folder)) or insist(folder, lambda: run_checkpoints(folder)):
         return None
     runs = recorded_runs(folder, warn)
     for run, glance in runs:
@@ -412,6 +420,8 @@ def _newest_run(folder: str | Path, types: tuple[str, ...], warn: Warn) -> tuple
             return found
     if runs:
         raise Exit(MODEL_MISMATCH, f"{folder} holds no run of type {' or '.join(types)}")
+    if latest:
+        raise UnreadableCheckpoint("latest", f"no run in {folder}: train one, or name one elsewhere")
     return None
 
 
@@ -420,7 +430,8 @@ def read_model(
 ) -> tuple[Path, State]:
     """(file, state) of what a path means, or of what was read, if it holds one of the `types`.
 
-    A path: see `open_checkpoint`; a folder of runs means its newest run of these types.
+    A path: see `open_checkpoint`; a folder of runs means its newest run of these types, and "latest" that of
+    `default_runs`.
     Raises Exit(MODEL_MISMATCH) if it holds another kind of model, UnreadableCheckpoint if it cannot be read.
     """
     if isinstance(source, tuple):

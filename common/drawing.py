@@ -42,7 +42,7 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
     """The flags of an infer.py, under the names that either experiment gives them."""
     parser = Parser(description, example)
     add = parser.add_argument
-    add(*CHECKPOINT, help="checkpoint file, its run's folder (newest) or FOLDER/best")
+    add(*CHECKPOINT, help="checkpoint file, its run's folder (newest), FOLDER/best, or latest")
     add(*COUNT, type=number(int, 1), default=count, help=f"how many (default: {count})")
     add(*OUTPUT, default=output, help=f"the grid's file (default: {output})")
     add(

@@ -135,7 +135,7 @@ def require_checkpoint(path: str | None, types: tuple[str, ...]) -> None:
     """Raises Exit(USAGE) where no --ckpt was given, naming the run that the newest one of these `types` is."""
     if path is not None:
         return
-    folder = Path(os.environ.get("SCRATCH") or "outputs") / ckpt.RUNS
+    folder = ckpt.default_runs()
     for run, state in recorded_runs(folder, lambda _: None):
         if state["args"].get("model") in types:
             raise Exit(USAGE, f"no --ckpt given; the newest run here would be --ckpt {bash_word(run)}")

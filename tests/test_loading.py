@@ -143,6 +143,25 @@ def test_a_folder_of_runs_means_its_newest_run_of_the_kind(runs, ae_run, latent_
     assert raised.value.code == MODEL_MISMATCH
 
 
+@pytest.mark.parametrize("scratch", [True, False])
+def test_latest_is_the_newest_run_that_is_trained_from_here(scratch, runs, ae_run, latent_run, tmp_path, monkeypatch):
+    monkeypatch.delenv("SCRATCH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^latest: no run in outputs/checkpoints: train one"):
+        load("latest", "cpu")
+    if scratch:
+        monkeypatch.setenv("SCRATCH", str(tmp_path))
+    else:
+        (tmp_path / "outputs").symlink_to(tmp_path)
+    assert load("latest", "cpu").name == latent_run.name
+    assert ckpt.read_model("latest", ("ae-mlp",))[0].parent.name == ae_run.name
+    with pytest.raises(Exit, match="holds no run of type ddpm"):
+        ckpt.read_model("latest", ("ddpm",))
+    (tmp_path / "latest").mkdir()  # a folder of that name is that folder
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        load("latest", "cpu")
+
+
 def test_newest_is_by_what_the_runs_recorded(tmp_path):
     for name, day in (("old", 1), ("new", 2)):
         make_run(tmp_path / name, time=f"2026-01-{day:02}T00:00:00+00:00")
