@@ -174,6 +174,7 @@ class Session:
         self._losses: list[tuple[torch.Tensor, int, int]] = []  # (loss, rows, step) not yet looked at
         self._unsaved, self._saved_at, self._saved_path = False, time.monotonic(), run.source
         self._pace, self._last_step = threads.Pace(), 0.0  # seconds
+        self._epoch_began = time.monotonic()
         self.extras: dict[str, Any] = {}  # what the recipe wants in its checkpoints beside the session's own keys
         log.info(f"{emoji.step} {run.name} on {where}, outputs in {run.outdir.resolve()}")
         log_args_rich(log, args)
@@ -348,9 +349,11 @@ class Session:
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to be trained, counted from 1; after the last one, what a finished run leaves behind."""
+        self._epoch_began = time.monotonic()
         yield self.epoch
         while not (end := self.at.why_ended(self.args.flags())):
             self.at = self.at.next_epoch()
+            self._epoch_began = time.monotonic()
             yield self.epoch
         self.log.info(f"the end: {end}")
         if self._unsaved:
@@ -557,10 +560,12 @@ class Session:
             **at.scores,
         }
         star = "*" if at.best["epoch"] == at.epoch else " "
+        # as long as this one took, with its validation and pictures, or with what an earlier start did of it
+        left = (self.args.epochs - at.epoch) * max(at.seconds, time.monotonic() - self._epoch_began)
         self.log.info(
             f"epoch {at.epoch:>3}/{self.args.epochs}  train_loss {at.train_loss:.6f}  "
             f"val_loss {val_loss:.6f}{star} lr {row['lr']:.2e}  "
-            f"{row['images_per_second']:,.0f} images/s  {at.seconds:.1f} s"
+            f"{row['images_per_second']:,.0f} images/s  {at.seconds:.1f} s{_left(left)}"
         )
         self.record.epoch(row | {"timestamp": _now()}, at.global_step)
         self._unsaved = True
@@ -631,6 +636,13 @@ def _to_host(losses: list[torch.Tensor]) -> list[float]:
     import torch
 
     return torch.stack(losses).tolist() if losses else []
+
+
+def _left(seconds: float) -> str:
+    """For the end of a line, ", 3 min left"; nothing where nothing is left."""
+    if not seconds:
+        return ""
+    return f", {seconds:.0f} s left" if seconds < 90 else f", {seconds / 60:.0f} min left"
 
 
 def _rows(batch: Any) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -120,6 +121,13 @@ def test_a_bound_openmp_still_sees_every_core(tiny, tmp_path):
     result = run(AE, "train.py", "--model", "mlp", "--epochs", 1, *outdir, *tiny, env=unset)
     assert result.code == 0, result.text
     assert f" of {len(os.sched_getaffinity(0))} (images/s in a trial" in result.text
+
+
+def test_an_epochs_line_says_what_is_left(train):
+    result = train("--epochs", 3)
+    lines = re.findall(r"epoch +\d/3 .* ([\d.]+) s(?:, (\d+) s left)?$", result.text, re.MULTILINE)
+    assert [bool(left) for _, left in lines] == [True, True, False]
+    assert int(lines[0][1]) + 0.5 >= 2 * float(lines[0][0])
 
 
 def test_extending_under_a_curve_says_that_it_is_redrawn(train, tmp_path):
