@@ -312,6 +312,8 @@ def _checked(path: str | Path, state: Any) -> State:
         raise UnreadableCheckpoint(path, "a PyTorch file, but not a checkpoint of this project")
     if not is_ours(state):
         raise UnreadableCheckpoint(path, f"has format {state['format']}, this version reads {FORMAT}")
+    if state["args"].get("model") == "ddpm":
+        state["args"].setdefault("fine_ch", 0)  # saved before there was such a block
     return state
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.args import Args, Parser, add_diffusion_arguments, add_training_arguments, check_betas, number
+from common.args import Args, Parser, add_diffusion_arguments, add_training_arguments, check_betas, flag_of, number
 from common.data import split_train_val
 from common.drawing import preview_and_scored
 from common.error_codes import run_main
@@ -20,13 +20,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """This trainer's flags."""
     parser = Parser("Train pixel-space diffusion on MNIST.", "python train.py --only-digit 5 --generate-images")
     width = number(int, 8)
-    parser.flag("shape", "--base-ch", type=width, default=16, help="U-Net width, a multiple of 8 (default: 16)")
+    parser.flag("shape", "--base-ch", type=width, default=24, help="U-Net width, a multiple of 8 (default: 24)")
+    fine = "width of the block at full resolution, a multiple of 8; 0: none (default: 8)"
+    parser.flag("shape", "--fine-ch", type=number(int, 0), default=8, help=fine)
     add_diffusion_arguments(parser)
     add_training_arguments(parser, epochs=30, workers=4)
     args = parser.parse(argv)
     check_betas(parser, args)
-    if args.base_ch % 8:
-        parser.error(f"--base-ch {args.base_ch} is not a multiple of 8")
+    for name in ("base_ch", "fine_ch"):
+        if getattr(args, name) % 8:
+            parser.error(f"{flag_of(name)} {getattr(args, name)} is not a multiple of 8")
     args.derive(model="ddpm")
     return args
 
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # Model
         schedules = schedules_of(args.flags(), session.device)
-        net = model.Denoiser(args.base_ch, schedules=schedules)
+        net = model.Denoiser(args.base_ch, schedules=schedules, fine_ch=args.fine_ch)
         session.attach(net, steps_per_epoch=len(train), warmup=100, ema=0.999, weight_decay=0.0)
 
         timesteps = uniform_timesteps(schedules)
