@@ -25,7 +25,7 @@ def losses_of(cache, tmp_path_factory):
         "ae-mlp": (AE, "--model", "mlp"),
         "ae-conv": (AE, "--model", "conv"),
         "lddpm": (LATENT, "--ae-ckpt-dir", outdir / "ae-mlp" / "checkpoints"),
-        "ddpm": (PIXEL,),
+        "ddpm": (PIXEL, "--base-ch", 8),
     }
 
     def losses_of(model):

@@ -12,6 +12,7 @@ import torch
 from helpers import AE, LATENT, PIXEL, REPO, call, newest_state, only_run, run, scalars
 from PIL import Image
 
+from common import ckpt
 from common.diffusion import precompute_schedules, reverse_steps
 from common.error_codes import MODEL_MISMATCH, STOPPED_EARLY, USAGE
 from common.modules import module_of
@@ -40,6 +41,24 @@ def net():
     for weight in net.parameters():  # the output starts at zero, which would hide everything
         torch.nn.init.normal_(weight, std=0.05)
     return net
+
+
+def test_a_checkpoint_from_before_fine_ch_draws_and_resumes(flags, tmp_path):
+    result = call(PIXEL, "train.py", *flags, "--epochs", 1, "--fine-ch", 0, "--outdir", tmp_path)
+    assert result.code == 0, result.text
+    folder = only_run(tmp_path)
+    path = ckpt.run_checkpoints(folder)[0][1]
+    state = torch.load(path)
+    assert not any(name.startswith(("look", "finish")) for name in state["model"])
+    assert state["args"].pop("fine_ch") == 0
+    torch.save(state, path)
+    drawn = call(PIXEL, "infer.py", "--ckpt", folder, "--n", 2, "--out", tmp_path / "a.png")
+    assert drawn.code == 0, drawn.text
+    result = call(PIXEL, "train.py", *flags, "--epochs", 2, "--resume", folder, "--outdir", tmp_path)
+    assert result.code == 0, result.text
+    assert newest_state(folder)["args"]["fine_ch"] == 0
+    refused = call(PIXEL, "train.py", "--resume", folder, "--fine-ch", 8)
+    assert (refused.code, len(refused.errors)) == (MODEL_MISMATCH, 1), refused.text
 
 
 def noise(*shape):
@@ -132,6 +151,7 @@ def test_betas_are_of_the_linear_schedule(flags):
 
 def test_wrong_widths(flags):
     assert call(PIXEL, "train.py", *flags, "--base-ch", 12).code == USAGE
+    assert call(PIXEL, "train.py", *flags, "--fine-ch", 12).code == USAGE
 
 
 @pytest.fixture
