@@ -137,7 +137,7 @@ def train_on_synthetic(
 
 
 def epoch_scorer(
-    session: Session, shown: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]]
+    session: Session, shown: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor | None]]]
 ) -> Callable[[], dict[str, Any]]:
     """For a trainer's --eval-every: a function that scores an epoch, {figure + suffix: value, "classifier": which}.
 
@@ -297,8 +297,9 @@ def _prepare(args: Any) -> Subject:
         labels = wanted_labels(args.digit, args.n, args.seed, state["args"])
     elif args.digit or args.steps or args.guidance is not None or args.sampler != "ddpm":
         raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
-    if args.tstr and args.digit == []:
-        raise Exit(USAGE, "--tstr learns from the images' labels; leave out --digit none")
+    if args.tstr and not model.startswith("ae-") and labels is None:
+        why = "leave out --digit none" if args.digit == [] else "this model's network takes none"
+        raise Exit(USAGE, f"--tstr learns from the images' labels; {why}")
     subject = Subject(path, state, model, labels, None, None, 0.0)
     real, classifier, accuracy = _judges(args, args.digit or subject.digits, _say)
     return subject._replace(real=real, classifier=classifier, accuracy=accuracy)

@@ -33,6 +33,7 @@ from common.error_codes import (
     MODEL_MISMATCH,
     NO_AE_CHECKPOINT,
     NO_DATA,
+    NO_MODEL_SPECIFIED,
     NON_FINITE_LOSS,
     OK,
     OUT_OF_MEMORY,
@@ -61,7 +62,10 @@ if TYPE_CHECKING:
 
 LOOK_EVERY = 50  # steps between looks at the loss on devices that should not wait for it; and TensorBoard's points
 # what is found out only when a run was begun: of one that saved nothing then, nothing is left
-IN_VAIN = (USAGE, MODEL_MISMATCH, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA, NON_FINITE_LOSS, OUT_OF_MEMORY, OK)
+IN_VAIN = (
+    *(USAGE, MODEL_MISMATCH, NO_MODEL_SPECIFIED, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA),
+    *(NON_FINITE_LOSS, OUT_OF_MEMORY, OK),
+)
 
 
 @contextmanager
@@ -262,7 +266,9 @@ class Session:
     def _restore(self, state: dict[str, Any]) -> None:
         try:
             self.learner.load_state_dict(state)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except RuntimeError as error:
+            raise ckpt.of_another_network(self.run.source, state, error) from None
+        except (ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise Exit(BAD_CHECKPOINT, f"{self.run.source}: does not fit this network ({reason})") from None
         self.at = TrainState.from_checkpoint(state)
