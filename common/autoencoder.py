@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt
-from common.args import AUTO, Args
+from common.args import AUTO, Args, bash_word
+from common.data import MNIST
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, NO_AE_CHECKPOINT, Exit
 from common.modules import ROOT, module_of
+from common.own_data import dataset_of
 from common.run import recorded_runs
 from common.train_state import TrainState
 
@@ -61,11 +63,14 @@ def build_autoencoder(data: dict[str, Any], device: torch.device | str = "cpu") 
     return autoencoder.to(device).eval().requires_grad_(False)
 
 
-def find_autoencoder(folders: list[Path], digit: int | str | None, warn: ckpt.Warn) -> dict[str, Any] | None:
+def find_autoencoder(
+    folders: list[Path], digit: int | str | None, warn: ckpt.Warn, dataset: str = MNIST
+) -> dict[str, Any] | None:
     """The autoencoder to take from `folders` (of runs, or a run's own) where none is named; None if there is none.
 
     Finished runs before unfinished ones; conv before mlp; the newest first. digit: it must have seen that digit; None:
-    all of them; AUTO: those of all digits come first. The result is as from `read_autoencoder`.
+    all of them; AUTO: those of all digits come first. dataset: what it must have learned from (`dataset_of`). The
+    result is as from `read_autoencoder`.
     """
     found = []
     for folder in folders:
@@ -73,7 +78,8 @@ def find_autoencoder(folders: list[Path], digit: int | str | None, warn: ckpt.Wa
         own = ckpt.newest_readable(folder, lambda _: None, ckpt.peek_checkpoint)
         for run, state in [*runs, *([(folder, own[1])] if own else [])]:
             model, seen = state["args"].get("model"), state["args"].get("only_digit")
-            if model in AUTOENCODERS and (digit == AUTO or seen in (None, digit)):
+            fits = model in AUTOENCODERS and dataset_of(state["args"]) == dataset
+            if fits and (digit == AUTO or seen in (None, digit)):
                 few = digit == AUTO and seen is not None
                 found.append(((not is_finished(state), few, AUTOENCODERS.index(model)), run))
     for _, run in sorted(found, key=lambda entry: entry[0]):  # stable: of equals the first folder's newest
@@ -113,9 +119,10 @@ def choose_autoencoder(args: Args) -> None:
     folders = [Path(args.ae_ckpt_dir or Path(args.outdir) / "checkpoints")]
     if not args.ae_ckpt_dir and not args.given("outdir"):
         folders.append(OWN_RUNS)
-    data = find_autoencoder(folders, args.only_digit, logging.getLogger("train").warning)
+    data = find_autoencoder(folders, args.only_digit, logging.getLogger("train").warning, args.dataset)
     if data is None:
         where, seen = " or ".join(map(str, folders)), "" if args.only_digit == AUTO else " of the wanted digits"
+        seen += "" if args.dataset == MNIST else f" that learned from {args.data}"
         raise Exit(NO_AE_CHECKPOINT, f"no autoencoder{seen} in {where}; train one in mnist_ae, or give --ae-ckpt PATH")
     _take(args, data, "--ae-ckpt-dir" if args.ae_ckpt_dir else "derived")
     args.derive(ae_ckpt=data["path"])
@@ -124,6 +131,12 @@ def choose_autoencoder(args: Args) -> None:
 def _take(args: Args, data: dict[str, Any], flag: str) -> None:
     """Set what follows from an autoencoder, which is its weights; `flag` led to it."""
     trained, digit = data["args"], data["args"].get("only_digit")
+    if dataset_of(trained) != args.dataset and not args.resume:  # then the data are the run's
+        theirs = trained.get("data", "hub")
+        raise Exit(
+            MODEL_MISMATCH,
+            f"{describe(data)} learned from other data: give --data {bash_word(theirs)}, or name another --ae-ckpt",
+        )
     args.inputs["autoencoder"] = data
     args.derive(flag, ae_model=trained["model"], ae_latent_dim=trained["latent_dim"], ae_only_digit=digit)
     args.derive(flag, ae_weights=ckpt.weights_digest(data["model"]))

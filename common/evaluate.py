@@ -26,9 +26,10 @@ from common.args import (
 )
 from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress, wanted_labels
-from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE, Exit, run_main
+from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit, run_main
 from common.images import check_output
 from common.modules import module_of
+from common.own_data import data_for, dataset_of
 from common.ranks import World, identity, joined
 from common.record import write_text
 from common.run import require_checkpoint
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from common.session import Session
 
 FEWEST = 200  # images that are worth a score
+FEWEST_REAL = 10  # held-out digits: of each half some neighbours are looked for
 COUNTED = ("fid", "imbalance")  # figures that grow as the images grow fewer
 SPLITS = 10  # of the held-out digits, over which the Fréchet distance is averaged
 CHUNK = 500  # digits reconstructed at a time
@@ -155,7 +157,7 @@ def train_on_synthetic(
 
 
 def epoch_scorer(
-    session: Session, shown: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]]
+    session: Session, shown: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor | None]]]
 ) -> Callable[[], dict[str, Any]]:
     """For a trainer's --eval-every: a function that scores an epoch, {figure + suffix: value, "classifier": which}.
 
@@ -174,7 +176,7 @@ def epoch_scorer(
 
     def fetch() -> None:
         nonlocal real, classifier
-        real, classifier, _ = _judges(args, only, session.log.info, session.poll)
+        real, classifier, _ = _judges(args, args.flags(), only, session.log.info, session.poll)
 
     session.on_first(fetch)
 
@@ -196,15 +198,30 @@ def epoch_scorer(
 
 
 def _judges(
-    args: Any, digits: list[int], say: Callable[[str], None], poll: Callable[[], object] = lambda: None
+    args: Any,
+    trained: dict[str, Any],
+    digits: list[int],
+    say: Callable[[str], None],
+    poll: Callable[[], object] = lambda: None,
 ) -> tuple[Any, Any, float]:
-    """(held-out real digits, only `digits` if any are given; the classifier; its accuracy)."""
+    """(held-out real digits, only `digits` if any are given; the classifier; its accuracy), for a run's flags.
+
+    Raises Exit(MODEL_MISMATCH) if it learned from other data, Exit(NO_DATA) if too few are held out.
+    """
     from common.classifier import load_classifier
     from common.data import HF_MNIST
 
-    real = HF_MNIST("test", args.cache_dir, source=args.data)
+    real = HF_MNIST("test", args.cache_dir, source=data_for(args.data, trained))
+    if real.fingerprint != dataset_of(trained):
+        theirs = trained.get("data", "hub")
+        raise Exit(
+            MODEL_MISMATCH, f"this run learned from {theirs} ({dataset_of(trained)}), and {real.source} is other data"
+        )
+    some = _only(real, digits)
+    if len(some) < FEWEST_REAL:
+        raise Exit(NO_DATA, f"{real.source} has too few {real.noun} for tests, {len(some)}, to compare with")
     classifier, accuracy = load_classifier(args.cache_dir, real.source, say, poll)
-    return _only(real, digits), classifier, accuracy
+    return some, classifier, accuracy
 
 
 def _only(real: Any, digits: list[int]) -> Any:
@@ -315,10 +332,11 @@ def _prepare(args: Any) -> Subject:
         labels = wanted_labels(args.digit, args.n, args.seed, state["args"])
     elif args.digit or args.steps or args.guidance is not None or args.sampler != "ddpm":
         raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
-    if args.tstr and args.digit == []:
-        raise Exit(USAGE, "--tstr learns from the images' labels; leave out --digit none")
+    if args.tstr and not model.startswith("ae-") and labels is None:
+        why = "leave out --digit none" if args.digit == [] else "this model's network takes none"
+        raise Exit(USAGE, f"--tstr learns from the images' labels; {why}")
     subject = Subject(path, state, model, labels, None, None, 0.0)
-    real, classifier, accuracy = _judges(args, args.digit or subject.digits, _say)
+    real, classifier, accuracy = _judges(args, state["args"], args.digit or subject.digits, _say)
     return subject._replace(real=real, classifier=classifier, accuracy=accuracy)
 
 
@@ -355,7 +373,7 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
     else:
         kind, suffix = ("labels as asked for", "_labelled") if args.digit else ("without labels", "_unlabelled")
     print(f"{len(images):,} images, {kind}, from {trained['exp_name']}, epoch {trained['epoch']}")
-    print(f"judged by a classifier that reads {accuracy:.2%} of the test digits ({real.source}) correctly")
+    print(f"judged by a classifier that reads {accuracy:.2%} of the test {real.noun} ({real.source}) correctly")
     spare = len(_halves(real)[1])
     print(f"{'':>10} {'value':>9} {'+-':>8} {'real':>9} {'+-':>8}")
     for name, row in figures.items():
@@ -364,7 +382,8 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
         print(f"{name:>10} {cells}   {MEANING[name]}{few}")
     if spare < len(images):
         advice = f"draw --n {spare} to compare with them" if spare >= FEWEST else "too few to compare with"
-        print(f"{emoji.warning} the column 'real' is of {spare:,} digits, 'value' of {len(images):,} images: {advice}")
+        columns = f"the column 'real' is of {spare:,} {real.noun}, 'value' of {len(images):,} images"
+        print(f"{emoji.warning} {columns}: {advice}")
     print(f"{'images/s':>10} {len(images) / seconds:>9.1f}")
     print(f"{emoji.info} not Inception figures: they compare only with figures of this classifier")
     settings = {name: getattr(args, name) for name in ("n", "seed", "digit", "guidance", "sampler", "steps")}
@@ -375,6 +394,7 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
     known |= {f"{name}{suffix}": row["value"] for name, row in figures.items()}
     details = {"figures": figures, "settings": settings, "images_per_second": len(images) / seconds}
     judged = {"classifier": fingerprint(classifier), "classifier_accuracy": accuracy, "data": real.source}
+    judged |= {"dataset": real.fingerprint, "held_out": real.held_out}
     known[f"details{suffix}"] = details | judged
     try:
         write_text(target, json.dumps(known, indent=1) + "\n")

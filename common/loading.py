@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt
-from common.args import DEFAULT_GUIDANCE
+from common.args import DEFAULT_GUIDANCE, why_not_drawn
 from common.device import get_device
 from common.error_codes import Exit
 
@@ -77,11 +77,10 @@ class Diffusion(Loaded):
         else:
             one = isinstance(labels, Integral)
             labels = as_labels([labels] * count if one else labels, CLASSES - 1)
+            if complaint := why_not_drawn(labels, self.flags, "labels"):
+                raise ValueError(complaint)
         if not 0 <= guidance < float("inf"):
             raise ValueError(f"guidance must be at least 0, not {guidance}")
-        only = self.flags["only_digit"]
-        if only is not None and any(label != only for label in labels):
-            raise ValueError(f"this model was trained on {only}s only: labels can only be {only}")
         how = {"guidance": guidance, "seed": seed, "sampler": sampler, "steps": steps, "callback": callback}
         return self._draw(labels=labels, count=count, **how).cpu()
 

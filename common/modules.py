@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
+import traceback
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from common.args import OUR_NETWORK, flag_of
+from common.error_codes import NO_MODEL_SPECIFIED, USAGE, Exit
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from common.diffusion import Schedules
 
 ROOT = Path(__file__).parent.parent
 MODULE_FILES = {
@@ -15,14 +28,116 @@ MODULE_FILES = {
     "lddpm": "mnist_latent_diffusion/model.py",
     "ddpm": "mnist_single_digit/model.py",
 }
+NETWORKS = {"lddpm": "LatentDenoiser", "ddpm": "Denoiser"}  # the class that a network's module defines
 
 
 @cache
-def module_of(model: str) -> ModuleType:
-    """The module that defines the networks of a model type (a key of `MODULE_FILES`), under a name of its own."""
-    name = f"{model.replace('-', '_')}_module"
-    spec = importlib.util.spec_from_file_location(name, ROOT / MODULE_FILES[model])
+def module_of(model: str, network: str = OUR_NETWORK) -> ModuleType:
+    """The module that defines the networks of a model type (a key of `MODULE_FILES`), under a name of its own.
+
+    network: another module beside it, whose faults become an Exit of one line.
+    """
+    name = f"{model.replace('-', '_')}_module" + (f"_{network}" if network != OUR_NETWORK else "")
+    path = network_file(model, network)
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that its classes can be found by name, as dataclasses and pickling want
-    spec.loader.exec_module(module)
+    if network == OUR_NETWORK:
+        spec.loader.exec_module(module)
+    else:
+        with _in_one_line(path):
+            spec.loader.exec_module(module)
     return module
+
+
+# --- networks of one's own --------------------------------------------------------------------------------------------
+
+
+def network_file(model: str, network: str) -> Path:
+    """The file of --network, beside the model.py of a model type. Raises Exit(NO_MODEL_SPECIFIED) if there is none."""
+    ours = ROOT / MODULE_FILES[model]
+    if network == OUR_NETWORK:
+        return ours
+    path = ours.parent / f"{network}.py"
+    if not network.isidentifier() or not path.is_file():  # a checkpoint may say anything
+        raise _wrong(f"--network {network}: there is no {network}.py in {ours.parent.name}, beside {ours.name}")
+    return path
+
+
+def named(model: str, network: str) -> str:
+    """How the name of a run with this network begins."""
+    return model if network == OUR_NETWORK else f"{model}-{network}"
+
+
+def build_network(
+    model: str,
+    network: str,
+    shape: tuple[int, ...],
+    schedules: Schedules,
+    *,
+    typed: Collection[str] = (),
+    **offered: Any,
+) -> nn.Module:
+    """The network of a diffusion run: the class `NETWORKS[model]` of the module `network` beside model.py.
+
+    Its constructor gets `schedules`, and those of `offered`, that it has parameters for; `typed` are those that the
+    user typed as flags. One that is not ours is tried on two rows: x (2, *shape), t (2,) from 0 to T - 1 and labels
+    (2,) from 0 to 10, "not told"; or only x and t. It must return epsilon, of x's shape.
+    Raises Exit(NO_MODEL_SPECIFIED) if it is not as wanted, Exit(USAGE) if it has no use for what was typed.
+    """
+    module, path = module_of(model, network), network_file(model, network)
+    kind = getattr(module, NETWORKS[model], None)
+    if kind is None:
+        raise _wrong(f"{_short(path)} defines no class {NETWORKS[model]}")
+    offered |= {"schedules": schedules}
+    if network == OUR_NETWORK:
+        return kind(**offered)
+    with _in_one_line(path):
+        names = inspect.signature(kind).parameters.keys()
+        if unused := [name for name in typed if name not in names]:
+            raise Exit(USAGE, f"{flag_of(unused[0])} has no effect on --network {network}: drop it", everywhere=True)
+        net = kind(**{name: value for name, value in offered.items() if name in names})
+        net.to(schedules.beta.device)
+        _try(net, shape, schedules, path)
+    return net
+
+
+def _try(net: nn.Module, shape: tuple[int, ...], schedules: Schedules, path: Path) -> None:
+    import torch
+
+    from common.diffusion import NULL_LABEL, ask
+
+    where = schedules.beta.device
+    x, t = torch.zeros(2, *shape, device=where), torch.tensor([0, schedules.T - 1], device=where)
+    net.eval()
+    with torch.no_grad():
+        epsilon = ask(net, x, t, torch.tensor([0, NULL_LABEL], device=where))
+    net.train()
+    if getattr(epsilon, "shape", None) != x.shape:
+        given = getattr(epsilon, "shape", None)
+        given = type(epsilon).__name__ if given is None else tuple(given)
+        raise _wrong(f"{_short(path)}: for x of shape {tuple(x.shape)} it returns {given}; the noise has x's shape")
+
+
+def _short(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def _wrong(text: str) -> Exit:
+    return Exit(NO_MODEL_SPECIFIED, text, everywhere=True)  # several processes build the same network
+
+
+@contextmanager
+def _in_one_line(path: Path) -> Iterator[None]:
+    """Whatever goes wrong in somebody's module becomes one line, with the place in the module where it did."""
+    try:
+        yield
+    except Exit:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines = [error.lineno]
+        place = f", line {lines[-1]}" if lines else ""
+        said = next(iter(str(error).splitlines()), "")
+        raise _wrong(f"{_short(path)}{place}: {type(error).__name__}: {said}") from None

@@ -33,6 +33,7 @@ from common.error_codes import (
     MODEL_MISMATCH,
     NO_AE_CHECKPOINT,
     NO_DATA,
+    NO_MODEL_SPECIFIED,
     NON_FINITE_LOSS,
     OK,
     OUT_OF_MEMORY,
@@ -44,6 +45,7 @@ from common.error_codes import (
 )
 from common.learner import DrawsFn, Learner, LossFn, learning_rate
 from common.logger_utils import close_handlers, log_args_rich, setup_component_logger
+from common.own_data import identify_data
 from common.progress import counted, progress
 from common.record import NoRecord, Record
 from common.rng import derive_seed, generator
@@ -61,7 +63,10 @@ if TYPE_CHECKING:
 
 LOOK_EVERY = 50  # steps between looks at the loss on devices that should not wait for it; and TensorBoard's points
 # what is found out only when a run was begun: of one that saved nothing then, nothing is left
-IN_VAIN = (USAGE, MODEL_MISMATCH, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA, NON_FINITE_LOSS, OUT_OF_MEMORY, OK)
+IN_VAIN = (
+    *(USAGE, MODEL_MISMATCH, NO_MODEL_SPECIFIED, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA),
+    *(NON_FINITE_LOSS, OUT_OF_MEMORY, OK),
+)
 
 
 @contextmanager
@@ -91,6 +96,7 @@ def open_session(
 
                 def found() -> tuple[Run, dict[str, Any]]:
                     nonlocal run
+                    identify_data(args, log.warning)
                     run = open_run(args, name, models, log.warning, identify, settle)
                     raise_if_finished(args, run, log)
                     settle_shards(args, run, world)
@@ -203,11 +209,21 @@ class Session:
 
     def digits(self) -> HF_MNIST:
         """The training digits that the flags ask for. The first process reads them, and hands them to the others."""
-        from common.data import HF_MNIST
+        from common.data import HF_MNIST, MNIST
 
-        where = (self.args.cache_dir, self.args.only_digit, self.args.data)
-        digits = self.world.first(lambda: HF_MNIST("train", *where, warn=self.log.warning))
+        where, known = (self.args.cache_dir, self.args.only_digit, self.args.data), self.args.dataset
+
+        def read() -> HF_MNIST:
+            digits = HF_MNIST("train", *where, warn=self.log.warning)
+            if digits.fingerprint != known:
+                changed = f"{digits.source} is not what this run began with ({known}), but {digits.fingerprint}"
+                raise Exit(MODEL_MISMATCH, f"{changed}: give --data the file as it was, or start a new run")
+            return digits
+
+        digits = self.world.first(read)
         self.args.derive(data=digits.source, class_counts=digits.class_counts)
+        if digits.fingerprint != MNIST:
+            self.log.info(f"{len(digits):,} images of {digits.source}; for tests: {digits.held_out}")
         return digits
 
     @property
@@ -263,7 +279,9 @@ class Session:
     def _restore(self, state: dict[str, Any]) -> None:
         try:
             self.learner.load_state_dict(state)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except RuntimeError as error:
+            raise ckpt.of_another_network(self.run.source, state, error) from None
+        except (ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise Exit(BAD_CHECKPOINT, f"{self.run.source}: does not fit this network ({reason})") from None
         self.at = TrainState.from_checkpoint(state)

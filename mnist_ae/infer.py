@@ -22,6 +22,7 @@ from common.data import HF_MNIST, make_mnist_loader
 from common.device import get_device, memory_in_one_line
 from common.error_codes import run_main
 from common.images import over, save_output
+from common.own_data import data_for
 from common.rng import generator
 from common.run import require_checkpoint
 
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     data = read_autoencoder(args.ckpt)
     threads.settle(args.threads, lambda: threads.recorded(data["args"]))
     autoencoder = build_autoencoder(data, device)
-    digits = HF_MNIST("test", args.cache_dir, data["args"]["only_digit"], args.data)
+    source = data_for(args.data, data["args"])
+    digits = HF_MNIST("test", args.cache_dir, data["args"]["only_digit"], source)
     order = torch.randperm(len(digits), generator=generator(args.seed, "test digits"))
 
     with torch.no_grad(), memory_in_one_line(f"ask for fewer than --num-images {args.num_images}"):
@@ -80,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
                 ((autoencoder(part) - part) ** 2).mean((1, 2, 3)).sum().item()
                 for part in (batch.to(device) for batch, _ in make_mnist_loader(digits, 1000, shuffle=False))
             ) / len(digits)
-            print(f"{emoji.info} mean squared error over {len(digits):,} test digits ({digits.source}): {error:.5f}")
+            which = f"{len(digits):,} test {digits.noun} ({digits.source})"
+            print(f"{emoji.info} mean squared error over {which}: {error:.5f}")
     output = args.output or ("interpolation.png" if args.interpolate else "reconstructions.png")
     save_output(images, output, nrow, args.scale)
     print(f"{emoji.ok} {data['exp_name']}, epoch {data['epoch']}: {output}")

@@ -31,6 +31,7 @@ from common.data import HF_MNIST
 from common.device import get_device
 from common.error_codes import NO_DATA, USAGE, Exit, run_main
 from common.images import check_output, one_line, over, save_output
+from common.own_data import data_for
 from common.record import write_text
 from common.rng import generator
 from common.run import require_checkpoint
@@ -186,12 +187,13 @@ def main(argv: list[str] | None = None) -> None:
     threads.settle(args.threads, lambda: threads.recorded(data["args"]))
     files = outputs(args.output)
     autoencoder = build_autoencoder(data, device)
-    digits = HF_MNIST("test", args.cache_dir, data["args"]["only_digit"], args.data)
+    source = data_for(args.data, data["args"])
+    digits = HF_MNIST("test", args.cache_dir, data["args"]["only_digit"], source)
     latents, labels, images = encode_digits(autoencoder, digits, args.n_samples, args.seed, device)
     if args.perplexity >= len(latents):
         raise Exit(USAGE, f"--perplexity {args.perplexity:g} must be below the number of digits, {len(latents)}")
     if len(latents) < args.n_samples:
-        print(f"{emoji.warning} only {len(latents)} test digits there are ({digits.source})")
+        print(f"{emoji.warning} only {len(latents)} test {digits.noun} there are ({digits.source})")
     if len(set(labels.tolist())) < 2:
         raise Exit(NO_DATA, f"this autoencoder knows only {labels[0]}s: there are no classes to tell apart")
 

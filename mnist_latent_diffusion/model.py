@@ -1,10 +1,10 @@
 """The latent denoiser: residual FiLM blocks on a latent vector, conditioned on timestep and digit."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -13,10 +13,22 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
+from common.args import OUR_NETWORK
 from common.autoencoder import build_autoencoder, read_autoencoder
-from common.diffusion import Drawing, Schedules, draw, precompute_schedules, q_sample, schedules_of
+from common.diffusion import (
+    Drawing,
+    Schedules,
+    ask,
+    draw,
+    precompute_schedules,
+    predictor_of,
+    q_sample,
+    schedules_of,
+    takes_labels,
+)
 from common.error_codes import MODEL_MISMATCH, Exit
 from common.layers import folded, scaled_linear
+from common.modules import build_network
 from common.time_embedding import TIME_DIM, TimeMLP
 
 __all__ = ["FiLMCondMLP", "LatentDenoiser", "TimeMLP", "generate_images", "precompute_schedules", "q_sample"]
@@ -39,23 +51,56 @@ class FiLMCondMLP(nn.Module):
         return h + self.down(F.silu(self.up(x)))  # (B, H)
 
 
-class LatentDenoiser(nn.Module):
+class OnLatents(nn.Module):
+    """What diffusion on latents needs beside a network: the training latents' statistics, with which it is saved.
+
+    The buffers `latent_mean` and `latent_std` (D,) hold them.
+    """
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.register_buffer("latent_mean", torch.zeros(latent_dim))
+        self.register_buffer("latent_std", torch.ones(latent_dim))
+
+    def standardise(self, z: torch.Tensor) -> torch.Tensor:
+        """The autoencoder's latents (B, D) -> mean 0, deviation 1 in every dimension."""
+        return (z - self.latent_mean) / self.latent_std  # (B, D)
+
+    def restore(self, z: torch.Tensor) -> torch.Tensor:
+        """Inverse of `standardise`."""
+        return z * self.latent_std + self.latent_mean  # (B, D)
+
+
+class Own(OnLatents):
+    """A network of one's own, `net`, on latents: see `common.diffusion.ask`."""
+
+    def __init__(self, net: nn.Module, latent_dim: int) -> None:
+        super().__init__(latent_dim)
+        self.net, self.takes_labels = net, takes_labels(net)
+
+    def forward(self, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """z (B, D), t (B,) in [0, T), labels (B,) -> epsilon (B, D)."""
+        return ask(self.net, z, t, labels)  # (B, D)
+
+    def predictor(self) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
+        return predictor_of(self.net)
+
+
+class LatentDenoiser(OnLatents):
     """Predicts the noise in a standardised latent z_t from z_t, the timestep and the digit.
 
     Labels are 0 to num_classes - 1, or `null_label` for "not told". The blocks' output v enters as
     epsilon = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) z_t, the v-prediction of Salimans & Ho (2022, appendix D):
     with v = 0 this already is the best linear guess for latents of deviation 1; the blocks learn what differs from it.
-    The buffers `latent_mean` and `latent_std` (D,) hold the statistics of the training latents.
     """
 
     def __init__(
         self, latent_dim: int = 16, hidden_dim: int = 256, num_classes: int = 10, schedules: Schedules | None = None
     ) -> None:
-        super().__init__()
-        self.latent_dim, self.null_label = latent_dim, num_classes
+        super().__init__(latent_dim)
+        self.null_label = num_classes
         schedules = schedules or precompute_schedules()
-        self.register_buffer("latent_mean", torch.zeros(latent_dim))
-        self.register_buffer("latent_std", torch.ones(latent_dim))
         self.register_buffer("signal", schedules.sqrt_alpha_bar.clone())  # (T,)
         self.register_buffer("noise", schedules.sqrt_one_minus_alpha_bar.clone())  # (T,)
         self.time_mlp = TimeMLP()
@@ -66,14 +111,6 @@ class LatentDenoiser(nn.Module):
         self.blocks = nn.ModuleList(FiLMCondMLP(hidden_dim) for _ in range(BLOCKS))
         self.norm = nn.LayerNorm(hidden_dim, elementwise_affine=False)
         self.leave = scaled_linear(hidden_dim, latent_dim, GAIN, std=0)
-
-    def standardise(self, z: torch.Tensor) -> torch.Tensor:
-        """The autoencoder's latents (B, D) -> mean 0, deviation 1 in every dimension."""
-        return (z - self.latent_mean) / self.latent_std  # (B, D)
-
-    def restore(self, z: torch.Tensor) -> torch.Tensor:
-        """Inverse of `standardise`."""
-        return z * self.latent_std + self.latent_mean  # (B, D)
 
     def forward(self, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """z (B, D), t (B,) in [0, T), labels (B,) -> epsilon (B, D)."""
@@ -101,6 +138,14 @@ class LatentDenoiser(nn.Module):
         return lambda z, t, labels: net._mix(z, by_time[t] + by_label[labels], net.signal[t], net.noise[t])
 
 
+def build(flags: Mapping[str, Any], schedules: Schedules, typed: Collection[str] = ()) -> OnLatents:
+    """The network of a run with these flags: `LatentDenoiser`, or --network's. typed: see `build_network`."""
+    network, latent_dim = flags.get("network", OUR_NETWORK), flags["ae_latent_dim"]
+    offered = {"latent_dim": latent_dim, "hidden_dim": flags["hidden_dim"]}
+    net = build_network("lddpm", network, (latent_dim,), schedules, typed=typed, **offered)
+    return net if network == OUR_NETWORK else Own(net, latent_dim).to(schedules.beta.device)
+
+
 def load_for_drawing(
     path: str | Path | tuple[Path, ckpt.State], device: torch.device | str = "cpu", ae_ckpt: str | Path | None = None
 ) -> tuple[Callable[..., torch.Tensor], dict]:
@@ -112,7 +157,7 @@ def load_for_drawing(
     path, state = ckpt.read_model(path, ("lddpm",))
     trained = state["args"]
     schedules = schedules_of(trained, device)
-    net = LatentDenoiser(trained["ae_latent_dim"], trained["hidden_dim"], schedules=schedules)
+    net = build(trained, schedules)
     ckpt.load_averaged(net, state, path)
     ae_data = read_autoencoder(ae_ckpt) if ae_ckpt else state["ae_ckpt_data"]
     if ae_data["args"]["latent_dim"] != net.latent_dim:
@@ -124,7 +169,7 @@ def load_for_drawing(
 
 @torch.no_grad()
 def generate_images(
-    net: LatentDenoiser,
+    net: OnLatents,
     autoencoder: nn.Module,
     schedules: Schedules,
     **how: Unpack[Drawing],

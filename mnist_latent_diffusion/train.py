@@ -11,7 +11,7 @@ from common.data import make_mnist_loader, split_train_val
 from common.drawing import preview_and_scored
 from common.error_codes import run_main
 from common.evaluate import epoch_scorer
-from common.modules import module_of
+from common.modules import module_of, named, network_file
 from common.session import open_session
 
 LABEL_DROPOUT = 0.3  # how often the denoiser does not see the label, so that it can also draw without one
@@ -27,6 +27,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     add_training_arguments(parser, epochs=30, lr_scheduler="cosine")
     args = parser.parse(argv)
     check_betas(parser, args)
+    network_file("lddpm", args.network)
     args.derive(model="lddpm", ae_model=AUTO, ae_latent_dim=AUTO, ae_only_digit=AUTO, ae_weights=AUTO)
     if not args.given("only_digit"):  # then it is the autoencoder's
         args.only_digit, args.follows = AUTO, {"only_digit": "ae_only_digit"}
@@ -37,7 +38,7 @@ def experiment_name(args: Args) -> str:
     """The run's name up to its timestamp."""
     digit = "all" if args.only_digit is None else args.only_digit
     return (
-        f"lddpm-E{args.ae_model}-d{digit}-bs{args.batch_size}-lr{args.lr:g}"
+        f"{named('lddpm', args.network)}-E{args.ae_model}-d{digit}-bs{args.batch_size}-lr{args.lr:g}"
         f"-D{args.ae_latent_dim}-T{args.T}-seed{args.seed}"
     )
 
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         import torch
         from torch.utils.data import TensorDataset
 
-        from common.diffusion import epsilon_loss, loss_draws, schedules_of, timestep_distribution
+        from common.diffusion import epsilon_loss, loss_draws, schedules_of, takes_labels, timestep_distribution
 
         model = module_of(args.model)
 
@@ -84,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
 
         # Model
         schedules = schedules_of(args.flags(), session.device)
-        net = model.LatentDenoiser(args.ae_latent_dim, args.hidden_dim, schedules=schedules)
+        net = model.build(args.flags(), schedules, typed=args.typed("hidden_dim"))
+        args.derive(labelled=takes_labels(net))
         net.latent_mean.copy_(mean)
         net.latent_std.copy_(std)
         session.attach(net, steps_per_epoch=len(train), warmup=200, ema=0.9995, weight_decay=0.0)

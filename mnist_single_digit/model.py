@@ -1,10 +1,10 @@
 """The pixel-space denoiser: a U-Net of FiLM-conditioned blocks."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -13,12 +13,15 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
+from common.args import OUR_NETWORK
 from common.diffusion import Drawing, Schedules, draw, precompute_schedules, q_sample, schedules_of
 from common.layers import Scaled, folded, scaled_linear
+from common.modules import build_network
 from common.time_embedding import TIME_DIM, TimeMLP
 
 __all__ = ["Denoiser", "FiLMCond", "TimeMLP", "generate_images", "precompute_schedules", "q_sample"]
 
+SHAPE = (1, 28, 28)
 GAIN = 4.0  # see common.layers.Scaled
 Film = Callable[["FiLMCond"], torch.Tensor]  # the gamma and beta (B, 2C) of a layer
 
@@ -157,6 +160,13 @@ class Denoiser(nn.Module):
         return predict
 
 
+def build(flags: Mapping[str, Any], schedules: Schedules, typed: Collection[str] = ()) -> nn.Module:
+    """The network of a run with these flags: `Denoiser`, or --network's. typed: see `build_network`."""
+    network = flags.get("network", OUR_NETWORK)
+    widths = {name: flags[name] for name in ("base_ch", "fine_ch")}
+    return build_network("ddpm", network, SHAPE, schedules, typed=typed, **widths)
+
+
 def load_for_drawing(
     path: str | Path | tuple[Path, ckpt.State], device: torch.device | str = "cpu"
 ) -> tuple[Callable[..., torch.Tensor], dict]:
@@ -167,16 +177,16 @@ def load_for_drawing(
     path, state = ckpt.read_model(path, ("ddpm",))
     trained = state["args"]
     schedules = schedules_of(trained, device)
-    net = Denoiser(trained["base_ch"], schedules=schedules, fine_ch=trained["fine_ch"])
+    net = build(trained, schedules)
     ckpt.load_averaged(net, state, path)
     return partial(generate_images, net.to(device).eval().requires_grad_(False), schedules), state
 
 
 @torch.no_grad()
 def generate_images(
-    net: Denoiser,
+    net: nn.Module,
     schedules: Schedules,
     **how: Unpack[Drawing],
 ) -> torch.Tensor:
     """Draw (N, 1, 28, 28) images in [0, 1]. `how`: see `common.diffusion.draw`."""
-    return draw(net, (1, 28, 28), schedules, to_images=lambda x: x.add(1).div(2).clamp(0, 1), **how)  # (N, 1, 28, 28)
+    return draw(net, SHAPE, schedules, to_images=lambda x: x.add(1).div(2).clamp(0, 1), **how)  # (N, 1, 28, 28)

@@ -10,7 +10,7 @@ from common.data import split_train_val
 from common.drawing import preview_and_scored
 from common.error_codes import run_main
 from common.evaluate import epoch_scorer
-from common.modules import module_of
+from common.modules import module_of, named, network_file
 from common.session import open_session
 
 LABEL_DROPOUT = 0.1  # how often the denoiser does not see the label, so that it can also draw without one
@@ -31,19 +31,20 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if getattr(args, name) % 8:
             parser.error(f"{flag_of(name)} {getattr(args, name)} is not a multiple of 8")
     args.derive(model="ddpm")
+    network_file(args.model, args.network)
     return args
 
 
 def experiment_name(args: Args) -> str:
     """The run's name up to its timestamp."""
     digit = "all" if args.only_digit is None else args.only_digit
-    return f"ddpm-d{digit}-bs{args.batch_size}-lr{args.lr:g}-T{args.T}-seed{args.seed}"
+    return f"{named('ddpm', args.network)}-d{digit}-bs{args.batch_size}-lr{args.lr:g}-T{args.T}-seed{args.seed}"
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with open_session(args, experiment_name, models=("ddpm",)) as session:
-        from common.diffusion import epsilon_loss, loss_draws, schedules_of, uniform_timesteps
+        from common.diffusion import epsilon_loss, loss_draws, schedules_of, takes_labels, uniform_timesteps
 
         model = module_of(args.model)
 
@@ -55,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
 
         # Model
         schedules = schedules_of(args.flags(), session.device)
-        net = model.Denoiser(args.base_ch, schedules=schedules, fine_ch=args.fine_ch)
+        net = model.build(args.flags(), schedules, typed=args.typed("base_ch", "fine_ch"))
+        args.derive(labelled=takes_labels(net))
         session.attach(net, steps_per_epoch=len(train), warmup=100, ema=0.999, weight_decay=0.0)
 
         timesteps = uniform_timesteps(schedules)

@@ -215,7 +215,7 @@ def test_a_damaged_cache_is_downloaded_anew(test, tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setitem(data.COUNTS, "mnist-train", 500)
-    monkeypatch.setattr(data, "_hub_answers", lambda: True)
+    monkeypatch.setattr(data, "hub_answers", lambda: True)
     asked = []
 
     def load(_name, *, split, cache_dir, download_mode):

@@ -262,15 +262,16 @@ def test_labels_follow_the_class_shares_by_the_seed():
 def test_previews_and_scores_are_what_infer_draws_by_default():
     asked = []
     args = Args()
-    args.derive(only_digit=None, samples_per_epoch=20, seed=7, class_counts=[1, 0, 0, 3, 0, 0, 0, 0, 0, 0])
+    counts = [1, 0, 0, 3, 0, 0, 0, 0, 0, 0]
+    args.derive(only_digit=None, samples_per_epoch=20, seed=7, class_counts=counts, labelled=True)
     preview, scored = drawing.preview_and_scored(args, lambda **what: asked.append(what) or torch.zeros(1))
     preview()
-    assert asked.pop() == {"labels": drawing.wanted_labels(None, 20, 7, args.flags())}
+    assert asked.pop() == {"labels": drawing.wanted_labels(None, 20, 7, args.flags()), "count": 20}
     _, wanted = scored[""]()
-    assert asked.pop() == {"labels": wanted.tolist(), "guidance": 1.0}
+    assert asked.pop() == {"labels": wanted.tolist(), "count": 1000, "guidance": 1.0}
     assert wanted.bincount(minlength=4).div(len(wanted)).tolist() == pytest.approx([0.25, 0, 0, 0.75], abs=0.05)
     _, wanted = scored["_labelled"]()
-    assert asked.pop() == {"labels": [row // 100 for row in range(1000)], "guidance": 1.1}
+    assert asked.pop() == {"labels": [0] * 500 + [3] * 500, "count": 1000, "guidance": 1.1}
 
 
 # --- scores ---

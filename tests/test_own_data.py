@@ -1,0 +1,368 @@
+"""Data other than MNIST, FILE.npz and hub:OWNER/NAME, through the real scripts: what they are is their content."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import AE, LATENT, PIXEL, assert_same_training, call, newest_state, only_run, run
+
+from common import ckpt, classifier, data, load, own_data
+from common.data import HF_MNIST
+from common.error_codes import MODEL_MISMATCH, NO_AE_CHECKPOINT, NO_DATA, OK, USAGE
+
+CLASSES = 3
+
+
+def shapes(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Bars, posts and boxes at random places: a data set that has three classes, and looks like no digit."""
+    rng = np.random.default_rng(seed)
+    images, labels = np.zeros((count, 28, 28), np.uint8), np.arange(count) % CLASSES
+    for image, label in zip(images, labels, strict=True):
+        top, left = rng.integers(2, 14, 2)
+        height, width = [(4, 12), (12, 4), (10, 10)][label]
+        image[top : top + height, left : left + width] = rng.integers(150, 256)
+    return {"images": images, "labels": labels}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """The path of such a data set."""
+    path = tmp_path_factory.mktemp("shapes") / "shapes.npz"
+    np.savez(path, **shapes(600))
+    return path
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Flags of a run that takes a second."""
+    cache = tmp_path_factory.mktemp("own-cache")
+    return ("--batch-size", 64, "--device", "cpu", "--lr", 1e-3, "--lr-scheduler", "none", "--cache-dir", cache)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(file, quick, tmp_path_factory):
+    """The run folder of an autoencoder of the shapes: the real script."""
+    outdir = tmp_path_factory.mktemp("own-ae")
+    given = ("--model", "mlp", "--data", file, *quick, "--epochs", 4, "--generate-images", "--outdir", outdir)
+    result = run(AE, "train.py", *given)
+    assert result.code == OK, result.text
+    assert "540 images of" in result.text
+    assert f"for tests: {own_data.TENTH}" in result.text
+    return only_run(outdir)
+
+
+@pytest.fixture(scope="module")
+def latent(file, quick, autoencoder, tmp_path_factory):
+    """The run folder of a latent diffusion on them, trained by way of the newest autoencoder in a folder."""
+    outdir = tmp_path_factory.mktemp("own-latent")
+    folder = ("--ae-ckpt-dir", autoencoder.parent, "--T", 20, "--hidden-dim", 16)
+    result = run(LATENT, "train.py", *folder, "--data", file, *quick, "--epochs", 1, "--outdir", outdir)
+    assert result.code == OK, result.text
+    return only_run(outdir)
+
+
+def test_it_is_recorded_by_its_content(autoencoder, latent, file):
+    own = HF_MNIST("train", source=str(file))
+    for folder in (autoencoder, latent):
+        flags = newest_state(folder)["args"]
+        assert (flags["data"], flags["dataset"]) == (str(file), own.fingerprint)
+        assert flags["class_counts"] == [own.labels.eq(label).sum().item() for label in range(10)]
+
+
+def test_it_is_looked_at_and_drawn(autoencoder, latent, file, quick, tmp_path):
+    """Each tool takes the data of the run where no --data says otherwise; the cache holds no MNIST."""
+    place = quick[-2:]
+    result = call(AE, "infer.py", "--ckpt", autoencoder, *place, "--output", tmp_path / "a.png")
+    assert result.code == OK, result.text
+    assert f"60 test images ({file})" in result.text
+    tsne = ("--n-samples", 60, "--perplexity", 5, "--output", tmp_path / "tsne")
+    assert call(AE, "run_tsne.py", "--ckpt", autoencoder, *place, *tsne).code == OK
+    draw = ("--ckpt", latent, "--n", 9, "--output", tmp_path / "b.png", "--save-npz", tmp_path / "b.npz")
+    assert call(LATENT, "infer.py", *draw).code == OK
+    assert set(np.load(tmp_path / "b.npz")["labels"]) <= {0, 1, 2}
+    assert call(LATENT, "infer.py", *draw, "--digit", 0, 1, 2).code == OK
+    result = call(LATENT, "infer.py", *draw, "--digit", 7)
+    assert (result.code, len(result.text.splitlines())) == (MODEL_MISMATCH, 1), result.text
+    assert "seen nothing of class 7: --digit can be 0, 1, 2" in result.text
+    with pytest.raises(ValueError, match="seen nothing of class 7"):
+        load(latent, "cpu").draw([1, 7])
+
+
+def test_it_is_scored_by_a_classifier_of_its_own(autoencoder, latent, file, quick, tmp_path, monkeypatch):
+    learned = []
+
+    def train(digits, **_):
+        learned.append(digits)
+        torch.manual_seed(0)
+        return classifier.DigitClassifier().eval().requires_grad_(False)
+
+    monkeypatch.setattr(classifier, "train_classifier", train)
+    place, target = quick[-2:], tmp_path / "scores.json"
+    own = HF_MNIST("train", source=str(file))
+    for run_folder, more in ((latent, ("--sampler", "dpm")), (autoencoder, ())):
+        result = call("common", "evaluate.py", "--ckpt", run_folder, *place, "--n", 200, "--json", target, *more)
+        assert result.code == OK, result.text
+        details = json.loads(target.read_text())["details"]
+        assert (details["dataset"], details["held_out"]) == (own.fingerprint, own_data.TENTH)
+    assert len(learned) == 1, "kept for the second"
+    assert torch.equal(learned[0].images, own.images)
+    assert (quick[-1] / "decoded" / f"classifier-{own.fingerprint}-v{classifier.VERSION}.pt").is_file()
+    result = call("common", "evaluate.py", "--ckpt", latent, *place, "--n", 200, "--data", "embedded")
+    assert (result.code, len(result.errors)) == (MODEL_MISMATCH, 1), result.text
+    assert "embedded is other data" in result.errors[0]
+
+
+def test_pixels_of_it_and_scores_during_training(file, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: classifier.DigitClassifier().eval())
+    where = ("--data", file, *quick, "--outdir", tmp_path, "--cache-dir", tmp_path / "cache")
+    result = call(PIXEL, "train.py", *where, "--T", 10, "--base-ch", 8, "--epochs", 1, "--eval-every", 1)
+    assert result.code == OK, result.text
+    assert "agreement_labelled" in newest_state(only_run(tmp_path))["scores"]
+
+
+# --- the data are part of what a run is ---
+
+
+def test_a_run_goes_on_with_the_same_data_wherever_they_lie(file, quick, autoencoder, tmp_path):
+    (tmp_path / "moved").mkdir()
+    copy, other = tmp_path / "moved" / "again.npz", tmp_path / "other.npz"
+    shutil.copy(file, copy)
+    np.savez(other, **shapes(600, seed=1))
+    where = ("--model", "mlp", *quick, "--outdir", tmp_path, "--auto-resume")
+    for epochs, path, runs in ((1, file, 1), (2, copy, 1), (1, other, 2)):
+        result = call(AE, "train.py", *where, "--data", path, "--epochs", epochs)
+        assert result.code == OK, result.text
+        assert len(list((tmp_path / "checkpoints").iterdir())) == runs
+    assert "which has dataset" in result.text
+    (mine,) = [path for path in (tmp_path / "checkpoints").iterdir() if newest_state(path)["epoch"] == 2]
+    whole = tmp_path / "whole"
+    assert call(AE, "train.py", *where, "--data", file, "--epochs", 2, "--outdir", whole).code == OK
+    assert_same_training(only_run(whole), mine)
+    plain = ("--resume", mine, "--epochs", 3)
+    for given in (("--data", other), ("--data", "embedded")):
+        result = call(AE, "train.py", *plain, *given)
+        assert (result.code, len(result.errors)) == (MODEL_MISMATCH, 1), result.text
+        assert "contradicts the run to be resumed" in result.errors[0]
+    np.savez(copy, **shapes(600, seed=1))  # what the run's own path leads to now
+    result = call(AE, "train.py", *plain)
+    assert (result.code, len(result.errors)) == (MODEL_MISMATCH, 1), result.text
+    assert f"{copy} is not what this run began with" in result.errors[0]
+    copy.unlink()
+    result = call(AE, "train.py", *plain)
+    assert (result.code, len(result.errors)) == (NO_DATA, 1), result.text
+    assert call(AE, "train.py", *plain, "--data", file).code == OK
+    assert newest_state(mine)["epoch"] == 3
+
+
+def test_an_old_run_learned_from_mnist(ae_run, file, tmp_path, copy_of):
+    folder = copy_of(ae_run)
+    state = newest_state(folder)
+    del state["args"]["dataset"]
+    ckpt.save_checkpoint_and_link_latest(folder, state)
+    result = call(AE, "train.py", "--resume", folder, "--epochs", 3, "--data", file)
+    assert (result.code, len(result.errors)) == (MODEL_MISMATCH, 1), result.text
+    assert "which has mnist" in result.errors[0]
+
+
+def test_an_autoencoder_of_other_data_is_not_taken(file, quick, autoencoder, ae_run, tmp_path):
+    plain = ("--T", 20, *quick, "--epochs", 1, "--outdir", tmp_path, "--data")
+    for given, where in (("embedded", autoencoder), (file, ae_run)):
+        result = call(LATENT, "train.py", *plain, given, "--ae-ckpt", where)
+        assert (result.code, len(result.errors)) == (MODEL_MISMATCH, 1), result.text
+        assert "learned from other data: give --data" in result.errors[0]
+        result = call(LATENT, "train.py", *plain, given, "--ae-ckpt-dir", where.parent)
+        assert (result.code, len(result.errors)) == (NO_AE_CHECKPOINT, 1), result.text
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+# --- what is wrong with them is one line ---
+
+GOOD = shapes(120)
+WRONG = [
+    ({}, "holds no images"),
+    ({"images": GOOD["images"]}, "holds no labels"),
+    ({**GOOD, "test_images": GOOD["images"]}, "holds no test_labels"),
+    ({**GOOD, "images": GOOD["images"].astype(np.float32)}, "images are float32 of shape (120, 28, 28); they must be"),
+    ({**GOOD, "images": GOOD["images"][:, :27]}, "of shape (120, 27, 28); they must be uint8 of shape (N, 28, 28)"),
+    ({**GOOD, "images": GOOD["images"][..., None].repeat(3, -1)}, "of shape (120, 28, 28, 3)"),
+    ({**GOOD, "images": np.uint8(3)}, "of shape ()"),
+    ({**GOOD, "labels": GOOD["labels"][:9]}, "of shape (9,); they must be whole numbers, (120,)"),
+    ({**GOOD, "labels": GOOD["labels"] / 2}, "labels are float64"),
+    ({**GOOD, "labels": np.arange(120) % 11}, "labels name 11 classes; at most 10"),
+    ({**GOOD, "labels": GOOD["labels"] - 1}, "labels go from -1 to 1; classes are numbered from 0 to 9"),
+    ({**GOOD, "labels": np.array(["a"] * 120)}, "labels are <U1"),
+    ({**GOOD, "labels": np.array([None] * 120)}, "is damaged, or no .npz file"),
+    (shapes(50), "too few images to learn from: 45"),
+    ({**GOOD, "test_images": GOOD["images"][:5], "test_labels": GOOD["labels"][:5]}, "too few images for tests: 5"),
+]
+
+
+@pytest.mark.parametrize(("arrays", "said"), WRONG, ids=[said for _, said in WRONG])
+def test_wrong_arrays_are_one_line(arrays, said, quick, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays)
+    for folder, flags in ((PIXEL, ()), (AE, ("--model", "mlp"))):
+        result = call(folder, "train.py", *flags, "--data", tmp_path / "a.npz", *quick, "--outdir", tmp_path / "out")
+        assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text
+        assert said in result.text
+    assert not list(tmp_path.glob("out/checkpoints/*"))
+
+
+def test_a_file_that_cannot_be_read_is_one_line(file, quick, tmp_path):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped.npz").write_bytes(content)
+    (tmp_path / "cut.npz").write_bytes(content[:-200])
+    (tmp_path / "text.npz").write_text("a,b\n")
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "folder.npz").mkdir()
+    np.save(tmp_path / "one.npy", GOOD["images"])
+    (tmp_path / "one.npy").rename(tmp_path / "array.npz")
+    for name in ("flipped", "cut", "text", "empty", "folder", "array", "missing"):
+        result = call(".", "common/data.py", "--data", tmp_path / f"{name}.npz", *quick[-2:])
+        assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text
+        assert f"{name}.npz" in result.text
+
+
+@pytest.mark.parametrize("source", ["shapes.npy", "hub:shapes", "hub:a/b/c", "hub:", "mnist"])
+def test_a_source_that_is_none(source, tmp_path):
+    result = call(AE, "train.py", "--model", "mlp", "--data", source, "--outdir", tmp_path)
+    assert (result.code, len(result.text.splitlines())) == (USAGE, 1), result.text
+    assert "FILE.npz" in result.text
+
+
+def test_test_images_of_its_own_are_kept_apart(tmp_path):
+    own, other = shapes(300), shapes(60, seed=1)
+    np.savez(tmp_path / "a.npz", **own, test_images=other["images"], test_labels=other["labels"])
+    train, test = (HF_MNIST(split, source=str(tmp_path / "a.npz")) for split in ("train", "test"))
+    assert (train.images.numpy() == own["images"]).all()
+    assert (test.images.numpy() == other["images"]).all()
+    assert test.held_out == "its own"
+
+
+def test_else_a_tenth_is_held_out_and_always_the_same(file):
+    train, test = (HF_MNIST(split, source=str(file)) for split in ("train", "test"))
+    assert (len(train), len(test), test.held_out) == (540, 60, own_data.TENTH)
+    rows = torch.cat([train.images, test.images]).flatten(1)
+    assert sorted(map(bytes, rows.numpy())) == sorted(map(bytes, shapes(600)["images"].reshape(600, -1)))
+    assert torch.equal(test.images, HF_MNIST("test", source=str(file)).images)
+    assert test.labels.unique().tolist() == [0, 1, 2]
+
+
+def test_labels_are_part_of_what_data_are(file, tmp_path):
+    arrays = shapes(600)
+    np.savez(tmp_path / "a.npz", images=arrays["images"], labels=(arrays["labels"] + 1) % CLASSES)
+    one, two = (HF_MNIST("train", source=str(path)) for path in (file, tmp_path / "a.npz"))
+    assert one.fingerprint != two.fingerprint
+    np.savez_compressed(tmp_path / "b.npz", labels=arrays["labels"].astype(np.uint8), images=arrays["images"])
+    assert HF_MNIST("train", source=str(tmp_path / "b.npz")).fingerprint == one.fingerprint
+
+
+# --- the hub ---
+
+
+def stored(cache, owner, name, *, config="default", splits=("train", "test"), columns=("image", "label"), size=28):
+    """A data set as the `datasets` library leaves it in its cache."""
+    from datasets import ClassLabel, Dataset, Features, Image
+    from PIL import Image as Picture
+
+    folder = cache / f"{owner}___{name}" / config / "0.0.0" / "abc"
+    folder.mkdir(parents=True)
+    image, label = columns
+    for seed, split in enumerate(splits):
+        arrays = shapes(150 if split == "train" else 30, seed)
+        pictures = [Picture.fromarray(picture).resize((size, size)) for picture in arrays["images"]]
+        features = Features({image: Image(), label: ClassLabel(3)})
+        written = Dataset.from_dict({image: pictures, label: arrays["labels"].tolist()}, features=features)
+        written.save_to_disk(folder / "temporary")
+        (arrow,) = (folder / "temporary").glob("*.arrow")
+        arrow.rename(folder / f"{name}-{split}.arrow")
+        shutil.rmtree(folder / "temporary")
+
+
+def test_a_data_set_of_the_hub_is_fetched_once_and_kept_under_its_name(tmp_path, monkeypatch):
+    stored(tmp_path, "zoo", "shapes")
+    result = run(".", "-m common.data", "--data", "hub:zoo/shapes", "--cache-dir", tmp_path)
+    assert result.code == OK, result.text
+    assert "train: 150 images (hub:zoo/shapes)" in result.text
+    assert "test: 30 images (hub:zoo/shapes, its own)" in result.text
+    shutil.rmtree(tmp_path / "zoo___shapes")
+    monkeypatch.setattr(own_data, "_splits_in_cache", lambda *_: pytest.fail("decoded again"))
+    train, test = (HF_MNIST(split, tmp_path, source="hub:zoo/shapes") for split in ("train", "test"))
+    assert (train.images.numpy() == shapes(150)["images"]).all()
+    assert (test.images.numpy() == shapes(30, seed=1)["images"]).all()
+    assert (test.labels.numpy() == shapes(30, seed=1)["labels"]).all()
+    monkeypatch.undo()
+    stored(tmp_path, "zoo", "others", splits=("train", "validation", "test"))
+    assert len(HF_MNIST("test", tmp_path, source="hub:zoo/others")) == 30
+    assert not torch.equal(HF_MNIST("test", tmp_path, source="hub:zoo/others").images, test.images)
+    np.savez(tmp_path / "a.npz", **shapes(150), test_images=test.images, test_labels=test.labels)
+    assert HF_MNIST("test", source=str(tmp_path / "a.npz")).fingerprint == train.fingerprint  # the same data
+
+
+def test_what_is_not_cached_is_downloaded(tmp_path, monkeypatch):
+    import datasets
+
+    stored(tmp_path / "there", "zoo", "shapes", splits=("train",))
+    there = own_data._splits_in_cache("zoo/shapes", tmp_path / "there", pytest.fail)
+    monkeypatch.setattr(data, "hub_answers", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, cache_dir: {"zoo/Shapes": there}[name])
+    assert HF_MNIST("train", tmp_path, source="hub:zoo/Shapes").held_out == own_data.TENTH
+    result = call(".", "common/data.py", "--data", "hub:zoo/unknown", "--cache-dir", tmp_path)
+    assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text
+    assert "downloading zoo/unknown failed" in result.text
+
+
+HUB_FAULTS = [
+    ({"size": 32}, "of shape (150, 32, 32)"),
+    ({"columns": ("image", "kind"), "splits": ("test",)}, "cannot be reached"),  # no train split in the cache
+    ({"columns": ("picture", "image")}, None),  # any names will do
+]
+
+
+@pytest.mark.parametrize(("how", "said"), HUB_FAULTS, ids=str)
+def test_what_is_wrong_with_a_data_set_of_the_hub_is_one_line(how, said, tmp_path):
+    stored(tmp_path, "zoo", "shapes", **how)
+    result = call(".", "common/data.py", "--data", "hub:zoo/shapes", "--cache-dir", tmp_path)
+    assert (result.code, len(result.errors)) == ((NO_DATA, 1) if said else (OK, 0)), result.text
+    assert (said or "") in result.text
+    if said:
+        assert not list(tmp_path.rglob("hub-*.pt"))
+
+
+def test_without_the_hub_a_line_says_how_to_fetch(tmp_path):
+    result = call(AE, "train.py", "--model", "mlp", "--data", "hub:zoo/none", "--cache-dir", tmp_path)
+    assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text
+    assert f"python -m common.data --data hub:zoo/none --cache-dir {tmp_path}" in result.text
+
+
+def test_several_configurations_are_not_guessed_among(tmp_path):
+    for config in ("digits", "letters"):
+        stored(tmp_path, "zoo", "shapes", config=config)
+    result = call(".", "common/data.py", "--data", "hub:zoo/shapes", "--cache-dir", tmp_path)
+    assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text
+    assert "several configurations" in result.text
+
+
+def test_a_warm_cache_of_mnist_serves_nobody_elses_name(cache, tmp_path, monkeypatch):
+    """Also where somebody writes another name into data.py instead of giving --data."""
+    digits = HF_MNIST("test", cache, source="embedded")
+    monkeypatch.setitem(data.COUNTS, "mnist-test", 500)
+    monkeypatch.setitem(data.COUNTS, "mnist-train", 500)
+    for split in ("train", "test"):
+        data.keep(data.decoded_path(tmp_path, f"mnist-{split}"), {"images": digits.images, "labels": digits.labels})
+    assert len(HF_MNIST("test", tmp_path, source="hub")) == 500
+    stored(tmp_path, "zoo", "shapes")
+    for source in ("hub", "auto"):
+        monkeypatch.setattr(data, "HUB_NAME", "zoo/shapes")
+        other = HF_MNIST("test", tmp_path, source=source)
+        assert (len(other), other.source) == (30, "hub:zoo/shapes")
+        monkeypatch.setattr(data, "HUB_NAME", "ylecun/mnist")
+        assert len(HF_MNIST("test", tmp_path, source=source)) == 500
+
+
+def test_mnist_by_its_name_is_mnist(tmp_path):
+    result = call(".", "common/data.py", "--data", "hub:ylecun/mnist", "--cache-dir", tmp_path)
+    assert result.code == NO_DATA
+    assert "full MNIST" in result.text

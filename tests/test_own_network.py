@@ -1,0 +1,287 @@
+"""A network of one's own: any module with forward(x, t, labels), or forward(x, t), is enough for everything."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import AE, LATENT, PIXEL, REPO, assert_same_training, call, finish, newest_state, only_run, start
+
+from common import ckpt, classifier, diffusion, load, modules
+from common.error_codes import MODEL_MISMATCH, NO_MODEL_SPECIFIED, OK, USAGE
+from common.modules import module_of
+
+KINDS = {PIXEL: ("ddpm", "Denoiser", (1, 28, 28)), LATENT: ("lddpm", "LatentDenoiser", (16,))}
+LABELLED = """
+import torch
+from torch import nn
+
+class {kind}(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.told = nn.Embedding(11, width)
+        self.body = nn.Sequential(nn.Linear({size} + 1 + width, 32), nn.Dropout(0.2), nn.SiLU(), nn.Linear(32, {size}))
+
+    def forward(self, x, t, labels):
+        rows = torch.cat([x.flatten(1), t[:, None] / 20, self.told(labels)], dim=1)
+        return self.body(rows).view_as(x)
+"""
+UNLABELLED = """
+import torch
+from torch import nn
+
+class {kind}(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear({size} + 1, 32), nn.SiLU(), nn.Linear(32, {size}))
+
+    def forward(self, x, t):
+        return self.body(torch.cat([x.flatten(1), t[:, None] / 20], dim=1)).view_as(x)
+"""
+
+
+def text_of(source: str, folder: str) -> str:
+    _, kind, shape = KINDS[folder]
+    return source.format(kind=kind, size=int(np.prod(shape)))
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """write(folder, name, text): a module beside a copy of that experiment's model.py, which this process takes."""
+    modules.module_of.cache_clear()
+
+    def write(folder, name, text):
+        model, _, _ = KINDS[folder]
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        shutil.copy(REPO / folder / "model.py", place)
+        (place / f"{name}.py").write_text(text)
+        monkeypatch.setitem(modules.MODULE_FILES, model, str(place / "model.py"))
+        modules.module_of.cache_clear()
+
+    yield write
+    modules.module_of.cache_clear()
+
+
+@pytest.fixture
+def flags(tiny, tmp_path, request):
+    """flags(folder): those of a small run."""
+
+    def flags(folder):
+        own = ("--ae-ckpt", request.getfixturevalue("ae_run")) if folder == LATENT else ()
+        where = ("--outdir", tmp_path / "out")
+        return (*own, "--T", 20, *tiny, "--epochs", 1, *where, "--samples-per-epoch", 4)
+
+    return flags
+
+
+def test_a_file_beside_model_py_is_all_it_takes(tiny, tmp_path):
+    """In a copy of the repository, by real processes: train, draw, load."""
+    left_out = shutil.ignore_patterns("outputs", "hf_cache", ".*", "__pycache__", "tests", "figures")
+    copy = shutil.copytree(REPO, tmp_path / "copy", ignore=left_out)
+    (copy / PIXEL / "mine.py").write_text(text_of(LABELLED, PIXEL))
+
+    def run(folder, script, *words):
+        result = finish(start(copy / folder, script, *words, env={"PYTHONPATH": str(copy)}))
+        assert result.code == OK, result.text
+        return result.text
+
+    given = ("--network", "mine.py", "--T", 20, *tiny, "--epochs", 1, "--outdir", tmp_path, "--generate-images")
+    run(PIXEL, "train.py", *given)
+    folder = only_run(tmp_path, "ddpm-mine-d3-*")
+    assert (tmp_path / "samples" / folder.name / "epoch_000001.png").is_file()
+    run(PIXEL, "infer.py", "--ckpt", folder, "--n", 4, "--digit", 3, "--output", tmp_path / "a.png")
+    (tmp_path / "program.py").write_text(
+        f"from common import load\nprint(load({str(folder)!r}, 'cpu').draw([3, 3]).shape)"
+    )
+    assert "[2, 1, 28, 28]" in run(".", str(tmp_path / "program.py"))
+
+
+@pytest.mark.parametrize("folder", [PIXEL, LATENT])
+def test_it_resumes_is_scored_and_is_recorded(folder, write, flags, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: classifier.DigitClassifier().eval())
+    place = ("--cache-dir", shutil.copytree(cache / "decoded", tmp_path / "cache" / "decoded").parent)
+    write(folder, "mine", text_of(LABELLED, folder))
+    for epochs in (1, 2):
+        more = ("--network", "mine", "--auto-resume", "--eval-every", 2, "--epochs", epochs)
+        result = call(folder, "train.py", *flags(folder), *place, *more)
+        assert result.code == OK, result.text
+    run = only_run(tmp_path / "out", "*-mine-*d3-*")
+    state = newest_state(run)
+    assert (state["epoch"], state["args"]["network"], state["args"]["labelled"]) == (2, "mine", True)
+    assert {"fid", "agreement_labelled"} <= state["scores"].keys()
+    score = ("--n", 200, "--sampler", "dpm", "--data", "embedded", *place)
+    result = call("common", "evaluate.py", "--ckpt", run, *score)
+    assert result.code == OK, result.text
+
+
+@pytest.mark.parametrize("folder", [PIXEL, LATENT])
+def test_a_network_without_labels_draws_without(folder, write, flags, tiny, tmp_path):
+    write(folder, "plain", text_of(UNLABELLED, folder))
+    given = [*flags(folder), "--network", "plain", "--generate-images"]
+    if folder == LATENT:  # an autoencoder of all digits
+        ae = ("--model", "mlp", *tiny, "--only-digit", "all", "--epochs", 1, "--batch-size", 500)
+        assert call(AE, "train.py", *ae, "--outdir", tmp_path / "ae").code == OK
+        given[1] = only_run(tmp_path / "ae")
+    result = call(folder, "train.py", *given, "--only-digit", "all", "--batch-size", 500)
+    assert result.code == OK, result.text
+    run = only_run(tmp_path / "out")
+    assert newest_state(run)["args"]["labelled"] is False
+    draw = ("--ckpt", run, "--n", 3, "--output", tmp_path / "a.png", "--save-npz", tmp_path / "a.npz")
+    for more in ((), ("--digit", "none")):
+        result = call(folder, "infer.py", *draw, *more)
+        assert result.code == OK, result.text
+        assert np.load(tmp_path / "a.npz")["labels"].tolist() == [-1] * 3
+    for more, code in ((("--digit", 3), MODEL_MISMATCH), (("--guidance", 2), USAGE)):
+        result = call(folder, "infer.py", *draw, *more)
+        assert (result.code, len(result.errors), len(result.text.splitlines())) == (code, 1, 1), result.text
+        assert "takes no" in result.text
+    loaded = load(run, "cpu")
+    assert loaded.draw(count=2, steps=2).shape == (2, 1, 28, 28)
+    with pytest.raises(ValueError, match="takes no labels"):
+        loaded.draw([3])
+
+
+def test_of_the_only_digit_a_network_without_labels_can_be_asked(write, flags, tmp_path):
+    write(PIXEL, "plain", text_of(UNLABELLED, PIXEL))
+    assert call(PIXEL, "train.py", *flags(PIXEL), "--network", "plain").code == OK  # threes
+    draw = ("--ckpt", only_run(tmp_path / "out"), "--n", 2, "--output", tmp_path / "a.png")
+    pictures = set()
+    for more, code in (((), OK), (("--digit", 3), OK), (("--digit", 5), MODEL_MISMATCH)):
+        assert call(PIXEL, "infer.py", *draw, *more).code == code
+        pictures.add((tmp_path / "a.png").read_bytes())
+    assert len(pictures) == 1
+
+
+def test_labels_are_hidden_and_shown_to_a_network_that_takes_them():
+    asked = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x, t, labels):
+            assert t.shape == labels.shape == (len(x),)
+            asked.append((int(t[0]), labels.tolist()))
+            return torch.zeros_like(x)
+
+    schedules = diffusion.precompute_schedules(3)
+    diffusion.draw(Net(), (2,), schedules, labels=[4, 7])
+    assert asked == [(2, [4, 7]), (1, [4, 7]), (0, [4, 7])]
+    asked.clear()
+    diffusion.draw(Net(), (2,), schedules, count=2)
+    assert {tuple(labels) for _, labels in asked} == {(10, 10)}
+    asked.clear()
+    diffusion.draw(Net(), (2,), schedules, labels=[4, 7], guidance=2.0)
+    assert {tuple(labels) for _, labels in asked} == {(4, 7, 10, 10)}
+
+
+def test_a_net_without_a_predictor_draws_what_it_draws_with_one():
+    class Plain(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, t, labels):
+            return self.net(x, t, labels)
+
+    torch.manual_seed(0)
+    schedules = diffusion.precompute_schedules(10)
+    net = module_of("ddpm").Denoiser(8, schedules=schedules).eval()
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.05)
+    one, two = (diffusion.draw(each, (1, 28, 28), schedules, labels=[1, 2], guidance=2.0) for each in (net, Plain(net)))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+
+
+# --- what is wrong is one line ---
+
+SHAPES = "import torch\nclass Denoiser(torch.nn.Module):\n    def forward(self, x, t, labels):\n        return {}\n"
+FAULTS = [
+    # (the file, further flags, exit code, what the line says)
+    (None, (), NO_MODEL_SPECIFIED, f"there is no mine.py in {PIXEL}"),
+    ("", (), NO_MODEL_SPECIFIED, f"{PIXEL}/mine.py defines no class Denoiser"),
+    (SHAPES.format("x[:, :, 1:]"), (), NO_MODEL_SPECIFIED, "it returns (2, 1, 27, 28); the noise has x's shape"),
+    (SHAPES.format("(x, t)"), (), NO_MODEL_SPECIFIED, "it returns tuple"),
+    (SHAPES.format("torch.nn.Embedding(10, 1)(labels)"), (), NO_MODEL_SPECIFIED, "mine.py, line 4: IndexError"),
+    (SHAPES.format("x +"), (), NO_MODEL_SPECIFIED, "mine.py, line 4: SyntaxError: invalid syntax"),
+    ("import no_such_module", (), NO_MODEL_SPECIFIED, "mine.py, line 1: ModuleNotFoundError: No module named"),
+    ("class Denoiser:\n    def __init__(self, depth): ...", (), NO_MODEL_SPECIFIED, "argument: 'depth'"),
+    (SHAPES.format("x"), ("--base-ch", 16), USAGE, "--base-ch has no effect on --network mine: drop it"),
+]
+
+
+@pytest.mark.parametrize(("text", "more", "code", "said"), FAULTS, ids=[said for _, _, _, said in FAULTS])
+def test_what_is_wrong_with_a_network_is_one_line(text, more, code, said, write, flags, tmp_path):
+    write(PIXEL, "mine" if text is not None else "other", text or "")
+    result = call(PIXEL, "train.py", *flags(PIXEL), "--network", "mine", *more)
+    assert (result.code, len(result.errors)) == (code, 1), result.text
+    assert said in result.errors[0]
+    assert "Traceback" not in result.text
+    assert not list(tmp_path.glob("out/checkpoints/*"))
+
+
+@pytest.mark.parametrize("name", ["../mine", "a/b", "", "/tmp/mine"])
+def test_a_checkpoint_names_only_files_beside_model_py(name, write, flags, tmp_path):
+    write(PIXEL, "mine", text_of(LABELLED, PIXEL))
+    result = call(PIXEL, "train.py", *flags(PIXEL), "--network", name)
+    assert (result.code, len(result.text.splitlines())) == (NO_MODEL_SPECIFIED, 1), result.text
+    assert call(PIXEL, "train.py", *flags(PIXEL), "--network", "mine").code == OK
+    run = only_run(tmp_path / "out")
+    state = newest_state(run)
+    state["args"]["network"] = name
+    ckpt.save_checkpoint_and_link_latest(run, state)
+    result = call(PIXEL, "infer.py", "--ckpt", run, "--output", tmp_path / "a.png")
+    assert (result.code, len(result.text.splitlines())) == (NO_MODEL_SPECIFIED, 1), result.text
+
+
+def test_a_constructor_gets_what_it_names(write, flags, tmp_path):
+    text = text_of(LABELLED, LATENT).replace("width=8", "latent_dim, hidden_dim, schedules, width=8")
+    write(LATENT, "mine", text.replace("super().__init__()", "super().__init__(); assert schedules.T == 20"))
+    result = call(LATENT, "train.py", *flags(LATENT), "--network", "mine", "--hidden-dim", 16)
+    assert result.code == OK, result.text
+
+
+# --- a network is what a run is ---
+
+
+def test_networks_are_not_taken_for_one_another(write, flags, tmp_path):
+    write(PIXEL, "mine", text_of(LABELLED, PIXEL))
+    given = (*flags(PIXEL), "--auto-resume")
+    assert call(PIXEL, "train.py", *given).code == OK
+    ours = only_run(tmp_path / "out")
+    state = newest_state(ours)
+    del state["args"]["network"], state["args"]["labelled"]  # as runs were before there was a choice
+    ckpt.save_checkpoint_and_link_latest(ours, state)
+    result = call(PIXEL, "train.py", *given, "--network", "mine")
+    assert "which has --network model, not mine" in result.text
+    (mine,) = set((tmp_path / "out" / "checkpoints").iterdir()) - {ours}
+    for run, network, other in ((ours, "mine", "model"), (mine, "model", "mine")):
+        result = call(PIXEL, "train.py", "--resume", run, "--network", network, "--epochs", 2)
+        assert (result.code, len(result.text.splitlines())) == (MODEL_MISMATCH, 1), result.text
+        assert f"--network {network} contradicts the run to be resumed, which has {other}" in result.text
+    result = call(PIXEL, "infer.py", "--ckpt", ours, "--n", 2, "--output", tmp_path / "a.png")
+    assert result.code == OK, result.text
+
+
+def test_weights_of_another_network_are_one_line(write, flags, tmp_path):
+    write(PIXEL, "mine", text_of(LABELLED, PIXEL))
+    assert call(PIXEL, "train.py", *flags(PIXEL), "--network", "mine").code == OK
+    write(PIXEL, "mine", text_of(LABELLED, PIXEL).replace("32", "33").replace("told", "heard"))
+    run = only_run(tmp_path / "out")
+    for script, more in (
+        ("infer.py", ("--ckpt", run, "--output", tmp_path / "a.png")),
+        ("train.py", ("--resume", run)),
+    ):
+        more = (*more, "--epochs", 2) if script == "train.py" else more
+        result = call(PIXEL, script, *more)
+        assert (result.code, len(result.errors)) == (MODEL_MISMATCH, 1), result.text
+        assert "holds the weights of another network than mine.py has: Missing key(s)" in result.errors[0]
+    assert ckpt.run_checkpoints(run)  # nothing of the run was lost
+
+
+def test_a_resume_is_exact_with_a_network_that_draws(write, flags, tmp_path):
+    """Dropout: torch's own generator is set before each step."""
+    write(PIXEL, "mine", text_of(LABELLED, PIXEL))
+    for name, all_epochs in (("whole", (2,)), ("resumed", (1, 2))):
+        for epochs in all_epochs:
+            where = ("--outdir", tmp_path / name, "--epochs", epochs, "--auto-resume")
+            assert call(PIXEL, "train.py", *flags(PIXEL), "--network", "mine", *where).code == OK
+    assert_same_training(only_run(tmp_path / "whole"), only_run(tmp_path / "resumed"))
