@@ -28,7 +28,7 @@ from common.schedules import SCHEDULES
 
 SAMPLERS = ("ddpm", "ddim", "dpm", "dpm-sde")
 DPM_STEPS = 10  # more draw hardly better (tests/benchmarks/README.md)
-DEFAULT_STRENGTH = 0.6  # of --from-image
+DEFAULT_STRENGTH = {"lddpm": 0.15, "ddpm": 0.3}  # of --from-image: a digit mostly stays the digit that it is
 DEFAULT_RESAMPLE = 1  # of --inpaint
 DEFAULT_GUIDANCE = 1.1  # a little variety for one more digit in a hundred that is what was asked for
 _KINDS = {

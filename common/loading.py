@@ -94,7 +94,7 @@ class Diffusion(Loaded):
             raise ValueError(f"this model was trained on {only}s only: labels can only be {only}")
         how = {"guidance": guidance, "seed": seed, "sampler": sampler, "steps": steps, "callback": callback}
         if from_image is not None and strength is None:
-            strength = DEFAULT_STRENGTH if inpaint is None else 1.0
+            strength = DEFAULT_STRENGTH[self.model] if inpaint is None else 1.0
         how |= {"from_image": from_image, "strength": 1.0 if strength is None else strength, "inpaint": inpaint}
         how["resample"] = DEFAULT_RESAMPLE if resample is None else resample
         return self._draw(labels=labels, count=count, **how).cpu()
