@@ -77,6 +77,7 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
     add("--inpaint", metavar="MASK", help=mask)
     times = f"with --inpaint, go every stretch of steps N times (RePaint's resampling; default: {DEFAULT_RESAMPLE})"
     add("--resample", type=number(int, 1), metavar="N", help=times)
+    add("--export", metavar="FILE", help="draw nothing, but write what drawing needs of the run to this file (.pt)")
     add_sampling_arguments(parser)
     return parser
 
