@@ -29,6 +29,8 @@ from common.schedules import SCHEDULES
 
 SAMPLERS = ("ddpm", "ddim", "dpm", "dpm-sde")
 DPM_STEPS = 10  # more draw hardly better (tests/benchmarks/README.md)
+DEFAULT_STRENGTH = {"lddpm": 0.15, "ddpm": 0.3}  # of --from-image: a digit mostly stays the digit that it is
+DEFAULT_RESAMPLE = 5  # of --inpaint: what is drawn fits what is kept, as five times as many steps do not achieve
 DEFAULT_GUIDANCE = 1.1  # a little variety for one more digit in a hundred that is what was asked for
 _KINDS = {
     "place": "where things live and run (always today's, also on resume)",
@@ -196,9 +198,7 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv, namespace=Args())
         args.kinds = self.kinds
         args.defaults = {action.dest: action.default for action in self._declared}
-        for action in self._declared:  # a second look sees only what was typed
-            action.default = argparse.SUPPRESS
-        typed = vars(self.parse_args(argv))
+        typed = self.typed(argv)
         for name, complaint in self._wrong.items():
             if name not in typed:
                 self.error(complaint)
@@ -206,6 +206,12 @@ class Parser(argparse.ArgumentParser):
             is_env = name in self._environment
             args.origin[name] = "flag" if name in typed else "environment" if is_env else "default"
         return args
+
+    def typed(self, argv: list[str] | None = None) -> dict[str, Any]:
+        """The flags that `argv` really has, with their values; to be asked after everything else."""
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        return vars(self.parse_args(argv))
 
     def error(self, message: str) -> NoReturn:
         line = f"{emoji.error} {self.prog}: {message} (--help lists the flags)\n"
@@ -483,20 +489,27 @@ def default_steps(sampler: str, T: int) -> int:
     return min(DPM_STEPS, T) if sampler.startswith("dpm") else T
 
 
+def timesteps_left(strength: float, T: int) -> int:
+    """How many of T timesteps an image is noised by, and then denoised: `strength` (0 to 1) of them, at least one."""
+    return max(1, round(strength * T))
+
+
 def add_scale_argument(parser: Parser) -> None:
     """--scale, of a picture that consists of small ones."""
     size = "width and height of an image's pixel in the picture (default: 1)"
     parser.flag("place", "--scale", type=number(int, 1, 50), default=1, help=size)
 
 
-def check_sampling(args: argparse.Namespace, trained: dict[str, Any]) -> None:
+def check_sampling(args: argparse.Namespace, trained: dict[str, Any], strength: float = 1.0) -> None:
     """Check the sampling flags against the model's own, and fill in the default guidance and steps. Raises Exit.
 
-    `--digit none` becomes [], no digit; None is left where nobody asked.
+    `--digit none` becomes [], no digit; None is left where nobody asked. strength: of the timesteps that are drawn.
     """
-    if args.steps is not None and args.steps > trained["T"]:
-        raise Exit(USAGE, f"--steps {args.steps} is more than the model's T = {trained['T']}")
-    args.steps = args.steps or default_steps(args.sampler, trained["T"])
+    timesteps = timesteps_left(strength, trained["T"])
+    if args.steps is not None and args.steps > timesteps:
+        left = "" if timesteps == trained["T"] else f"the {timesteps} timesteps that --strength {strength} leaves of "
+        raise Exit(USAGE, f"--steps {args.steps} is more than {left}the model's T = {trained['T']}")
+    args.steps = args.steps or default_steps(args.sampler, timesteps)
     if args.digit and None in args.digit:
         if len(args.digit) > 1:
             raise Exit(USAGE, "--digit none means no labels at all: name no digit beside it")
