@@ -1,5 +1,6 @@
 """Paths, and the small runs that many tests look at (made once, never changed by a test)."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -46,6 +47,28 @@ def fetched(tmp_path_factory) -> tuple[Path, str]:
 def cache(fetched) -> Path:
     """A data set cache that holds the decoded embedded digits."""
     return fetched[0]
+
+
+@pytest.fixture(scope="session")
+def judged(cache, tmp_path_factory) -> tuple:
+    """(classifier of the embedded digits, its accuracy, the held-out digits): in `cache`, where scripts find it.
+
+    Of run.sh's processes one trains it.
+    """
+    from common.classifier import load_classifier
+    from common.data import HF_MNIST
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with (shared / "classifier.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for file in shared.glob("classifier-*.pt"):
+            shutil.copy(file, cache / "decoded")
+        net, accuracy = load_classifier(cache, "embedded")
+        for file in (cache / "decoded").glob("classifier-embedded-*.pt"):
+            shutil.copy(file, shared)
+    return net, accuracy, HF_MNIST("test", cache, source="embedded")
 
 
 @pytest.fixture(scope="session")

@@ -372,6 +372,7 @@ def test_after_early_stopping_the_flag_that_it_names_goes_on(tiny, tmp_path):
     assert newest_state(only_run(tmp_path))["epoch"] == 6
 
 
+@pytest.mark.usefixtures("judged")
 def test_what_was_switched_on_can_be_switched_off_on_resume(tiny, tmp_path):
     given = ("--model", "mlp", *tiny, "--outdir", tmp_path, "--auto-resume")
     assert run(AE, "train.py", *given, "--epochs", 2, "--keep-ckpts", 1, "--eval-every", 2).code == 0

@@ -247,6 +247,7 @@ def test_every_way_of_starting_works(folder, way, tiny, ae_run, tmp_path):
 
 
 @pytest.mark.parametrize("folder", [AE, LATENT])
+@pytest.mark.usefixtures("judged")
 def test_paths_that_are_not_utf8(folder, tiny, ae_run, tmp_path):
     """From the first line to TensorBoard's hyperparameters, and drawing from there."""
     odd = tmp_path / os.fsdecode(b"caf\xe9")

@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import drawing, evaluate
-from common.classifier import load_classifier
 from common.device import move, seed_everything
 from common.diffusion import precompute_schedules, reverse_steps, timestep_distribution
 from common.error_codes import NON_FINITE_LOSS, OUT_OF_MEMORY, STOPPED_EARLY, run_main
@@ -56,12 +55,6 @@ def train(tiny, ae_run):
     return train
 
 
-@pytest.fixture(scope="module")
-def judged(cache):
-    """The classifier is trained on the CPU; beforehand, because the stand-in would slow it down."""
-    load_classifier(cache, "embedded")
-
-
 class Watched:
     """A finished run, what it copied at all, and what in each of its steps and between them."""
 
@@ -83,7 +76,10 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def trained(train, judged, tmp_path_factory):
-    """trained(recipe, kind) -> a Watched run of two epochs with pictures and scores, made once."""
+    """trained(recipe, kind) -> a Watched run of two epochs with pictures and scores, made once.
+
+    The classifier is trained beforehand, on the CPU, because the stand-in would slow it down.
+    """
     done = {}
 
     def get(recipe, kind):

@@ -24,13 +24,6 @@ from common.rng import generator
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(scope="module")
-def judged(cache):
-    """(classifier trained on the embedded digits, its accuracy, the held-out digits)."""
-    net, accuracy = load_classifier(cache, "embedded")
-    return net, accuracy, HF_MNIST("test", cache, source="embedded")
-
-
 def test_frechet_distance_of_known_gaussians():
     first, second = RNG.normal(size=(4000, 5)), RNG.normal(size=(3000, 5)) @ RNG.normal(size=(5, 5)) + 2
     one, two = np.cov(first, rowvar=False), np.cov(second, rowvar=False)

@@ -8,7 +8,6 @@ from helpers import AE, LATENT, PIXEL, call, newest_state, only_run, run
 from PIL import Image
 
 from common import ckpt, load
-from common.classifier import load_classifier
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE
 from common.export import PLACES
 from common.run import recorded_runs
@@ -91,9 +90,9 @@ def test_infer_draws_from_it(kind, files, tmp_path):
     assert Image.open(tmp_path / "a.png").size == (62, 62)
 
 
+@pytest.mark.usefixtures("judged")
 @pytest.mark.parametrize("kind", ["lddpm", "ae-mlp"])
 def test_evaluate_scores_it(kind, files, cache, tmp_path):
-    load_classifier(cache, "embedded")  # in time, where the machine is busy
     target = tmp_path / "a.json"
     flags = ("--ckpt", files[kind], "--n", 200, "--data", "embedded", "--cache-dir", cache, "--json", target)
     result = run(".", "-m common.evaluate", *flags)

@@ -27,7 +27,6 @@ from helpers import (
 from torch import nn
 
 from common import ckpt, ranks
-from common.classifier import load_classifier
 from common.device import get_device
 from common.error_codes import NON_FINITE_LOSS, RANK_FAILED, SAVE_FAILED, STOPPED_EARLY, USAGE, Exit
 from common.learner import Learner
@@ -458,8 +457,8 @@ def test_a_wrong_drawing_is_one_line(latent_run, tmp_path):
     assert [len(result.errors) for result in results] == [1, 0]
 
 
+@pytest.mark.usefixtures("judged")
 def test_processes_score_together_as_one_does(latent_run, cache, tmp_path):
-    load_classifier(cache, "embedded")
     flags = ("--ckpt", latent_run, "--n", 300, "--data", "embedded", "--cache-dir", cache, "--device", "cpu")
     scores = []
     for size in (1, 2):
