@@ -44,7 +44,7 @@ CHECKPOINT = ("--ckpt", "--checkpoint")
 COUNT = ("--num-images", "--n", "--n-samples")
 OUTPUT = ("--output", "--out")
 HUB = "hub:"  # how --data begins where it names another data set than MNIST there
-MNIST_NAME = "ylecun/mnist"
+MNIST, MNIST_NAME = "mnist", "ylecun/mnist"  # what a run learns from, if not other data; and its name on the hub
 OUR_NETWORK = "model"  # the module with an experiment's own network
 AUTO = "auto"  # a value that is not known before data or an autoencoder is read: until then it matches anything
 
@@ -528,8 +528,9 @@ def why_not_drawn(labels: Sequence[int], trained: dict[str, Any], asked: str) ->
     """Why a model with the flags `trained` cannot draw these labels, which `asked` named; "" if it can."""
     only, counts = trained["only_digit"], trained.get("class_counts")
     if only is not None:  # also without labels it draws nothing else
+        what = f"{only}s" if trained.get("dataset", MNIST) == MNIST else f"class {only}"
         other = any(label != only for label in labels)
-        return f"this model was trained on {only}s only: {asked} can only be {only}" if other else ""
+        return f"this model was trained on {what} only: {asked} can only be {only}" if other else ""
     if labels and not trained.get("labelled", True):
         return f"this model's network takes no labels: leave out {asked}"
     seen = [label for label in range(10) if counts is None or counts[label]]

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt
-from common.args import AUTO, Args, bash_word
-from common.data import MNIST
+from common.args import AUTO, MNIST, Args, bash_word
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, NO_AE_CHECKPOINT, Exit
 from common.modules import ROOT, module_of
 from common.own_data import dataset_of
@@ -46,7 +45,10 @@ def is_finished(state: dict[str, Any]) -> bool:
 def describe(data: dict[str, Any]) -> str:
     """An autoencoder (from `read_autoencoder`) in a line: file, epoch n of N, validation loss, digits."""
     flags, loss = data["args"], data["val_loss"]
-    digits = "all digits" if flags.get("only_digit") is None else f"only {flags['only_digit']}s"
+    only, mnist = flags.get("only_digit"), dataset_of(flags) == MNIST
+    digits = "all digits" if mnist else f"all classes of {flags['data']}"
+    if only is not None:
+        digits = f"only {only}s" if mnist else f"only class {only} of {flags['data']}"
     error = "in mid-epoch" if loss is None else f"val_loss {loss:.6f}"
     return f"{data['path']} ({flags['model']}, epoch {data['epoch']} of {flags.get('epochs', '?')}, {error}, {digits})"
 
@@ -144,9 +146,7 @@ def _take(args: Args, data: dict[str, Any], flag: str) -> None:
         if not args.resume:  # then it is the run's
             args.derive(flag, only_digit=digit)
     elif digit not in (None, args.only_digit):
-        wanted = "all digits are" if args.only_digit is None else f"--only-digit {args.only_digit} is"
-        raise Exit(
-            MODEL_MISMATCH, f"{describe(data)} has seen only {digit}s, but {wanted} wanted; name another --ae-ckpt"
-        )
+        wanted = "all are" if args.only_digit is None else f"--only-digit {args.only_digit} is"
+        raise Exit(MODEL_MISMATCH, f"{describe(data)} has seen no others, but {wanted} wanted; name another --ae-ckpt")
     if not is_finished(data):
         logging.getLogger("train").warning(f"this autoencoder has not finished its training: {describe(data)}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import emoji
-from common.args import HUB, MNIST_NAME, is_own
+from common.args import HUB, MNIST, MNIST_NAME, is_own
 from common.ckpt import UnreadableCheckpoint, atomic_write, read_file
 from common.device import seed_worker
 from common.error_codes import NO_DATA, Exit, run_main
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 HUB_NAME = MNIST_NAME
-MNIST = "mnist"  # what a run learns from, where it is not other data (common/own_data.py)
 HELD_OUT_PER_DIGIT = 50  # of the embedded digits, for the "test" split
 COUNTS = {"mnist-train": 60_000, "mnist-test": 10_000, "embedded-train": 4500, "embedded-test": 500}
 VALIDATION_FRACTION = 0.1
@@ -111,7 +110,8 @@ def split_train_val(dataset: Any, seed: int, fraction: float = VALIDATION_FRACTI
 
     count = round(len(dataset) * fraction)
     if not 0 < count < len(dataset):
-        raise Exit(NO_DATA, f"too few digits ({len(dataset)}) to hold {fraction:.0%} back for validation")
+        what = f"{getattr(dataset, 'noun', 'rows')} ({len(dataset)})"
+        raise Exit(NO_DATA, f"too few {what} to hold {fraction:.0%} back for validation")
     order = torch.randperm(len(dataset), generator=generator(seed, "validation split"))
     return dataset.subset(order[count:].sort().values), dataset.subset(order[:count].sort().values)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import data
-from common.args import AUTO, HUB, Args, is_own
+from common.args import AUTO, HUB, MNIST, Args, is_own
 from common.ckpt import UnreadableCheckpoint, read_file
 from common.error_codes import NO_DATA, Exit
 from common.rng import generator
@@ -115,8 +115,11 @@ def _of_hub(name: str, cache_dir: Path, warn: Callable[[str], None]) -> dict[str
         return {part: content[part].numpy() for part in NAMES if part in content}
     except (UnreadableCheckpoint, KeyError, TypeError, AttributeError):
         pass  # missing or damaged: it is made anew
-    if (found := _splits_in_cache(name, cache_dir, warn)) is None:
-        found = _downloaded(name, cache_dir)
+    passed_over: list[str] = []
+    if (found := _splits_in_cache(name, cache_dir, passed_over.append)) is None:
+        for text in passed_over:
+            warn(text)
+        found = _downloaded(name, cache_dir, again=bool(passed_over))
     arrays = {}
     test = next((split for split in ("test", "validation") if split in found), None)
     for prefix, split in (("", "train"), ("test_", test)):
@@ -158,7 +161,8 @@ def _snake_case(title: str) -> str:
     return camelcase_to_snakecase(title)
 
 
-def _downloaded(name: str, cache_dir: Path) -> Any:
+def _downloaded(name: str, cache_dir: Path, again: bool) -> Any:
+    """again: what is in the cache is no good."""
     if not data.hub_answers():
         fetch = f"python -m common.data --data {HUB}{name} --cache-dir {data.lasting_cache(cache_dir).resolve()}"
         raise Exit(
@@ -169,7 +173,7 @@ def _downloaded(name: str, cache_dir: Path) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, cache_dir=str(cache_dir))
+        return load_dataset(name, cache_dir=str(cache_dir), download_mode="force_redownload" if again else None)
     except Exception as error:  # the library raises whatever its many layers raise
         raise Exit(NO_DATA, f"downloading {name} failed: {data.first_line(error)}") from None
 
@@ -200,8 +204,8 @@ def _decoded(dataset: Any, name: str) -> dict[str, numpy.ndarray]:
 
 def identify_data(args: Args, warn: Callable[[str], None]) -> None:
     """Set `dataset`: what the data are, of which --data only says where they lie, if it means other data than MNIST."""
-    args.defaults["dataset"] = data.MNIST
-    args.derive("default", dataset=data.MNIST)
+    args.defaults["dataset"] = MNIST
+    args.derive("default", dataset=MNIST)
     if is_own(args.data):
         if not args.data.startswith(HUB):
             args.data = str(Path(args.data).absolute())
@@ -211,7 +215,7 @@ def identify_data(args: Args, warn: Callable[[str], None]) -> None:
 
 def dataset_of(flags: dict[str, Any]) -> str:
     """What a run with these flags learned from; those from before there was a choice learned from MNIST."""
-    return flags.get("dataset", data.MNIST)
+    return flags.get("dataset", MNIST)
 
 
 def data_for(asked: str, trained: dict[str, Any]) -> str:

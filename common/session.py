@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt, device, emoji, ranks, slurm, threads
-from common.args import AUTO, Args
+from common.args import AUTO, MNIST, Args
 from common.console import patient
 from common.error_codes import (
     BAD_CHECKPOINT,
@@ -209,7 +209,7 @@ class Session:
 
     def digits(self) -> HF_MNIST:
         """The training digits that the flags ask for. The first process reads them, and hands them to the others."""
-        from common.data import HF_MNIST, MNIST
+        from common.data import HF_MNIST
 
         where, known = (self.args.cache_dir, self.args.only_digit, self.args.data), self.args.dataset
 

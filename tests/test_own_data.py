@@ -307,7 +307,7 @@ def test_what_is_not_cached_is_downloaded(tmp_path, monkeypatch):
     stored(tmp_path / "there", "zoo", "shapes", splits=("train",))
     there = own_data._splits_in_cache("zoo/shapes", tmp_path / "there", pytest.fail)
     monkeypatch.setattr(data, "hub_answers", lambda: True)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, cache_dir: {"zoo/Shapes": there}[name])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: {"zoo/Shapes": there}[name])
     assert HF_MNIST("train", tmp_path, source="hub:zoo/Shapes").held_out == own_data.TENTH
     result = call(".", "common/data.py", "--data", "hub:zoo/unknown", "--cache-dir", tmp_path)
     assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text
@@ -335,6 +335,21 @@ def test_without_the_hub_a_line_says_how_to_fetch(tmp_path):
     result = call(AE, "train.py", "--model", "mlp", "--data", "hub:zoo/none", "--cache-dir", tmp_path)
     assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text
     assert f"python -m common.data --data hub:zoo/none --cache-dir {tmp_path}" in result.text
+
+
+def test_a_damaged_cache_of_the_hub_is_named_and_fetched_again(tmp_path, monkeypatch):
+    import datasets
+
+    stored(tmp_path / "there", "zoo", "shapes")
+    there = own_data._splits_in_cache("zoo/shapes", tmp_path / "there", pytest.fail)
+    stored(tmp_path, "zoo", "shapes")
+    for arrow in tmp_path.glob("zoo___shapes/**/*.arrow"):
+        arrow.write_bytes(arrow.read_bytes()[:1000])
+    asked, warnings = [], []
+    monkeypatch.setattr(data, "hub_answers", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, download_mode, **__: asked.append(download_mode) or there)
+    assert len(HF_MNIST("train", tmp_path, source="hub:zoo/shapes", warn=warnings.append)) == 150
+    assert (asked, len(warnings)) == (["force_redownload"], 1)
 
 
 def test_several_configurations_are_not_guessed_among(tmp_path):

@@ -75,10 +75,15 @@ def flags(tiny, tmp_path, request):
     return flags
 
 
-def test_a_file_beside_model_py_is_all_it_takes(tiny, tmp_path):
-    """In a copy of the repository, by real processes: train, draw, load."""
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the repository, into which a test may write."""
     left_out = shutil.ignore_patterns("outputs", "hf_cache", ".*", "__pycache__", "tests", "figures")
-    copy = shutil.copytree(REPO, tmp_path / "copy", ignore=left_out)
+    return shutil.copytree(REPO, tmp_path / "copy", ignore=left_out)
+
+
+def test_a_file_beside_model_py_is_all_it_takes(tiny, copy, tmp_path):
+    """In a copy of the repository, by real processes: train, draw, load."""
     (copy / PIXEL / "mine.py").write_text(text_of(LABELLED, PIXEL))
 
     def run(folder, script, *words):
@@ -95,6 +100,26 @@ def test_a_file_beside_model_py_is_all_it_takes(tiny, tmp_path):
         f"from common import load\nprint(load({str(folder)!r}, 'cpu').draw([3, 3]).shape)"
     )
     assert "[2, 1, 28, 28]" in run(".", str(tmp_path / "program.py"))
+
+
+def test_two_processes_share_a_network_and_data_of_ones_own(copy, tmp_path):
+    """And end with the weights of one; what is wrong is said once."""
+    (copy / PIXEL / "mine.py").write_text(text_of(LABELLED, PIXEL))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (150, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(150) % 3)
+    given = ("--network", "mine", "--data", tmp_path / "mine.npz", "--T", 20, "--batch-size", 32, "--shards", 2)
+    two = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    for launcher in ("", two):
+        where = ("--epochs", 1, "--device", "cpu", "--outdir", tmp_path / f"out{len(launcher)}")
+        done = finish(start(copy / PIXEL, f"{launcher} train.py", *given, *where), timeout=300)
+        assert done.code == OK, done.text
+    assert_same_training(*(only_run(tmp_path / f"out{len(launcher)}") for launcher in ("", two)))
+    (copy / PIXEL / "mine.py").write_text("")
+    wrong = finish(start(copy / PIXEL, f"{two} train.py", *given, "--outdir", tmp_path / "wrong"), timeout=300)
+    assert wrong.code != OK
+    assert [line for line in wrong.errors if "Denoiser" in line] == wrong.errors[:1]
+    assert not list(tmp_path.glob("wrong/checkpoints/*"))
 
 
 @pytest.mark.parametrize("folder", [PIXEL, LATENT])
