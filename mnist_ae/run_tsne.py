@@ -1,10 +1,13 @@
 """Look at an autoencoder's latent space by t-SNE: `python run_tsne.py --checkpoint PATH`.
 
-Writes tsne_latent_space.png, tsne_by_digit.png, reconstructions.png and metrics.json.
+Writes tsne_latent_space.png, tsne_by_digit.png, reconstructions.png and metrics.json; with --projector also what
+TensorBoard's projector shows, beside the run's curves.
 """
 
 import json
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,10 +26,11 @@ from common.args import (
     add_data_arguments,
     add_device_argument,
     add_threads_argument,
+    bash_word,
     number,
 )
 from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
-from common.ckpt import atomic_write
+from common.ckpt import RUNS, atomic_write
 from common.data import HF_MNIST
 from common.device import get_device
 from common.error_codes import NO_DATA, USAGE, Exit, run_main
@@ -43,6 +47,7 @@ MAP, BY_DIGIT, RECONSTRUCTIONS, METRICS = (
     "reconstructions.png",
     "metrics.json",
 )
+PROJECTOR = "projector_config.pbtxt"  # where TensorBoard looks for it in a run's folder
 # Ten colours that stay apart for colour-blind eyes too (Paul Tol's "muted", and black); markers help where they do not
 COLOURS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#000000")
 MARKERS = "osD^v<>PX*"
@@ -121,6 +126,42 @@ def reconstruct(autoencoder: Any, images: Any, device: Any = "cpu") -> tuple[Any
         return over(images, autoencoder(images.to(device)).cpu())
 
 
+def projector_folder(checkpoint: str | Path) -> Path:
+    """Where TensorBoard finds the run of this checkpoint file: OUTDIR/runs/{exp_name}.
+
+    Raises Exit(USAGE) if the file lies outside of any run.
+    """
+    path = Path(checkpoint)
+    path = path if path.parent.parent.name == RUNS else path.resolve()
+    if path.parent.parent.name != RUNS:
+        raise Exit(
+            USAGE, f"--projector writes beside a run's curves, and {path} lies in no run: give --ckpt RUN_FOLDER"
+        )
+    return path.parent.parent.parent / "runs" / path.parent.name
+
+
+def write_projector(folder: Path, latents: Any, labels: Any, images: Any, epoch: int) -> None:
+    """What TensorBoard's projector shows of a run, in place of what it showed before. Raises OSError.
+
+    latents (N, D), labels (N,) and the digits themselves, images (N, 1, 28, 28) in [0, 1], as the points' pictures.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as drafts:
+        with SummaryWriter(drafts) as writer:
+            writer.add_embedding(latents, labels.tolist(), images, global_step=epoch, tag="latents")
+        made = [*Path(drafts).glob("*/latents/*"), Path(drafts, PROJECTOR)]  # the last one when all others are there
+        if not any(folder.glob("events.*")):  # training's were deleted: without any, TensorBoard sees no run
+            made += Path(drafts).glob("events.*")
+        for path in made:
+            target = folder / path.relative_to(drafts)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(target, lambda file, path=path: file.write(path.read_bytes()))
+    for other in folder.glob("*/latents"):
+        if other.parent.name != f"{epoch:05d}":
+            shutil.rmtree(other.parent, ignore_errors=True)
+
+
 @contextmanager
 def progress(what: str) -> Iterator[None]:
     """Say every few seconds how long `what` has taken: scikit-learn's t-SNE tells nothing a person wants to read."""
@@ -172,6 +213,9 @@ def parse_args(argv: list[str] | None = None) -> Any:
     )
     add("--perplexity", type=number(float, above=0), default=30.0, help="t-SNE's neighbourhood size (default: 30)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="which of the test digits (default: 42)")
+    add(
+        "--projector", action="store_true", help="also for TensorBoard's projector, in the run's folder of outputs/runs"
+    )
     add_device_argument(parser)
     add_threads_argument(parser)
     add_data_arguments(parser)
@@ -186,6 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     data = read_autoencoder(args.ckpt)
     threads.settle(args.threads, lambda: threads.recorded(data["args"]))
     files = outputs(args.output)
+    projector = check_output(projector_folder(data["path"]) / PROJECTOR, ".pbtxt").parent if args.projector else None
     autoencoder = build_autoencoder(data, device)
     source = data_for(args.data, data["args"])
     digits = HF_MNIST("test", args.cache_dir, data["args"]["only_digit"], source)
@@ -209,6 +254,10 @@ def main(argv: list[str] | None = None) -> None:
     settings = {"n_samples": len(latents), "perplexity": args.perplexity, "seed": args.seed, "data": digits.source}
     with one_line(files[METRICS]):
         write_text(files[METRICS], json.dumps(metrics | settings | {"autoencoder": title}, indent=1) + "\n")
+    if projector:
+        with one_line(projector):
+            write_projector(projector, latents, labels, images, data["epoch"])
+        print(f"{emoji.ok} for TensorBoard's PROJECTOR tab: tensorboard --logdir {bash_word(projector.parent)}")
     print(f"silhouette {metrics['silhouette']:.4f}, Calinski-Harabasz {metrics['calinski_harabasz']:.1f}")
     print(f"{emoji.ok} {', '.join(map(str, files.values()))}")
 

@@ -11,12 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from common import ckpt
 from common.error_codes import run_main
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 REPO = Path(__file__).resolve().parent.parent
 FULL_MNIST = REPO.parent / "shared" / "mnist" / "hf_cache"
@@ -113,6 +116,28 @@ def call(folder: str, script: str, *args: object) -> Result:
         except SystemExit as end:  # argparse
             code = int(end.code or 0)
     return Result(code, said.getvalue())
+
+
+def stored(notebook: Path) -> list[NotebookNode]:
+    """The code cells of a notebook as it is in the repository."""
+    import nbformat
+
+    return [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+
+
+def executed(notebook: Path, **settings: object) -> list[NotebookNode]:
+    """The same when all cells have run, in a kernel of their own, with other `settings` after those of its first cell.
+
+    Raises CellExecutionError if one fails.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    book = nbformat.read(notebook, as_version=4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    code[0].source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
+    NotebookClient(book, timeout=240, resources={"metadata": {"path": str(notebook.parent)}}).execute()
+    return code
 
 
 def only_run(outdir: Path, pattern: str = "*") -> Path:

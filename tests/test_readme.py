@@ -30,7 +30,7 @@ EXCEPTIONS = {
     "job=$(cd mnist_ae && sbatch": "needs a cluster: tests/slurm has one",
     "(cd mnist_latent_diffusion && sbatch": "needs a cluster: tests/slurm has one",
     "(cd mnist_single_digit && sbatch": "needs a cluster: tests/slurm has one",
-    "jupyter notebook": "waits for a browser; test_tsne.py executes the notebook",
+    "jupyter notebook": "waits for a browser; test_notebooks.py and test_tsne.py execute the notebooks",
     "tensorboard": "serves until it is stopped",
     "python tests/benchmarks/": "needs full MNIST and an idle machine, for minutes to hours",
     "python tests/mutants.py": "takes minutes",

@@ -1,19 +1,25 @@
 """run_tsne.py and the notebook that calls its functions."""
 
 import json
+import shutil
 
-import nbformat
 import numpy as np
 import pytest
-from helpers import AE, REPO, call, inside, only_run, recipe
-from nbclient import NotebookClient
+from google.protobuf import text_format
+from helpers import AE, REPO, call, executed, inside, only_run, recipe, stored
 from PIL import Image
 from sklearn.metrics import calinski_harabasz_score, silhouette_score
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+from tensorboard.plugins.projector.projector_plugin import ProjectorPlugin
 
 from common.autoencoder import build_autoencoder, read_autoencoder
 from common.data import HF_MNIST
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE
 
+NOTEBOOK = REPO / AE / "tsne_visualization.ipynb"
 NAMES = ("tsne_latent_space.png", "tsne_by_digit.png", "reconstructions.png", "metrics.json")
 
 
@@ -98,17 +104,109 @@ def test_other_checkpoints(latent_run, ae_run, cache, tmp_path):
     assert "only 3s" in one_digit.text
 
 
+# --- TensorBoard's projector ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def projected(all_digits, copy_of, cache, tmp_path):
+    """projected(flags) -> (the TensorBoard folder of a copy of the run, how run_tsne.py --projector ended)."""
+    run = copy_of(all_digits)
+    flags = ("--data", "embedded", "--cache-dir", cache, "--n-samples", 60, "--perplexity", 5, "--projector")
+    folder = run.parent.parent / "runs" / run.name
+    where = ("--checkpoint", run, "--output", tmp_path / "out")
+    return lambda *more: (folder, call(AE, "run_tsne.py", *where, *flags, *more))
+
+
+def embedding_in(folder):
+    """What TensorBoard is told of the one embedding in a run's folder."""
+    config = text_format.Parse((folder / "projector_config.pbtxt").read_text(), ProjectorConfig())
+    (embedding,) = config.embeddings
+    return embedding
+
+
+def test_the_projector_shows_each_latent_with_its_label_and_its_digit(projected, all_digits, cache):
+    folder, result = projected("--seed", 7)
+    assert result.code == 0, result.text
+    assert f"tensorboard --logdir {folder.parent}" in result.text
+    assert len(list(folder.glob("events.*"))) == 1  # training's: a second one would only be in the way of a resume
+    embedding = embedding_in(folder)
+    assert embedding.tensor_name == "latents:00001"  # of epoch 1
+
+    with inside(AE):
+        module = recipe(AE, "run_tsne.py")
+    autoencoder = build_autoencoder(read_autoencoder(all_digits))
+    latents, labels, images = module.encode_digits(autoencoder, HF_MNIST("test", cache, source="embedded"), 60, 7)
+    rows = [line.split("\t") for line in (folder / embedding.tensor_path).read_text().splitlines()]
+    np.testing.assert_allclose(np.array(rows, dtype=float), latents, atol=1e-6)
+    assert (folder / embedding.metadata_path).read_text().splitlines() == [str(label) for label in labels]
+
+    assert list(embedding.sprite.single_image_dim) == [28, 28]
+    with Image.open(folder / embedding.sprite.image_path) as sprite:
+        pixels = np.asarray(sprite.convert("L"), dtype=int)
+    assert pixels.shape == (8 * 28, 8 * 28)  # a square of at least 60 places, filled row by row
+    for index, image in enumerate(images[:, 0].numpy()):
+        top, left = 28 * (index // 8), 28 * (index % 8)
+        np.testing.assert_allclose(pixels[top : top + 28, left : left + 28], 255 * image, atol=1.01)
+
+
+def test_tensorboard_finds_the_projector_of_a_run(projected):
+    """Asked as its server asks it; also where the run's curves were deleted, so that nothing else is there."""
+    folder, result = projected()
+    assert result.code == 0, result.text
+    assert list(configs_that_tensorboard_finds(folder.parent)) == [folder.name]
+    shutil.rmtree(folder)
+    _, result = projected()
+    assert result.code == 0, result.text
+    assert list(configs_that_tensorboard_finds(folder.parent)) == [folder.name]
+
+
+def configs_that_tensorboard_finds(logdir):
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(logdir))
+    multiplexer.Reload()
+    context = TBContext(logdir=str(logdir), data_provider=MultiplexerDataProvider(multiplexer, str(logdir)))
+    plugin = ProjectorPlugin(context)
+    plugin._update_configs()
+    return {run: config.embeddings[0].tensor_shape for run, config in plugin._configs.items()}
+
+
+def test_a_later_projector_replaces_the_one_before(projected):
+    folder, _ = projected()
+    before = folder / "00000" / "latents"
+    (folder / "00001").rename(before.parent)
+    _, result = projected("--seed", 1)
+    assert result.code == 0, result.text
+    assert not before.exists()
+    assert (folder / embedding_in(folder).tensor_path).is_file()
+    assert "warning" not in result.text
+
+
+def test_a_projector_that_cannot_be_written_is_one_line(projected, all_digits, cache, tmp_path):
+    lone = tmp_path / "lone.pt"
+    shutil.copy(all_digits / "latest.pt", lone)
+    folder, result = projected("--checkpoint", lone)
+    assert result.code == USAGE, result.text
+    assert len(result.errors) == 1
+    assert "lone.pt lies in no run" in result.text
+    shutil.rmtree(folder.parent)
+    folder.parent.write_text("in the way")
+    _, result = projected()
+    assert result.code == BAD_OUTPUT, result.text
+    assert len(result.errors) == 1
+    assert not (tmp_path / "out").is_dir() or not list((tmp_path / "out").iterdir())  # found before the long work
+
+
+# --- the notebook -----------------------------------------------------------------------------------------------------
+
+
 def test_the_notebook_runs_whole(all_digits, cache, monkeypatch):
-    notebook = nbformat.read(REPO / AE / "tsne_visualization.ipynb", as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in code)  # committed without outputs
-    assert "CHECKPOINT = None" in code[0].source
+    assert "CHECKPOINT = None" in stored(NOTEBOOK)[0].source
     monkeypatch.setenv("SCRATCH", str(all_digits.parent.parent))  # it finds the newest by itself
-    settings = {"N_SAMPLES": 150, "CACHE_DIR": str(cache), "DATA": "embedded"}
-    code[0].source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
-    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(REPO / AE)}}).execute()
-    pictures = [o for cell in code for o in cell.outputs if "image/png" in o.get("data", {})]
+    cells = executed(NOTEBOOK, N_SAMPLES=600, CACHE_DIR=str(cache), DATA="embedded")
+    pictures = [o for cell in cells for o in cell.outputs if "image/png" in o.get("data", {})]
     assert len(pictures) == 4
-    said = "".join(o.get("text", "") for cell in code for o in cell.outputs)
+    said = "".join(o.get("text", "") for cell in cells for o in cell.outputs)
     assert "silhouette" in said
     assert all_digits.name in said
+    few = "only 500 test digits"
+    assert few in said
+    assert few[:4] not in str([cell.outputs for cell in stored(NOTEBOOK)])  # where there were as many as asked for
