@@ -22,6 +22,10 @@ LAST_SNR = 2.2  # log(signal / noise) from which "dpm…" goes to x_0 at once: t
 PART = 256  # rows that go through a net at once when drawing, whoever draws them; more are slower on a CPU
 
 
+# watch(steps_left, x_t, the x_0 that is predicted from it, to_images): to show how a drawing comes about
+Watch = Callable[[int, torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], None]
+
+
 class Schedules(NamedTuple):
     """Float32 tensors of shape (T,)."""
 
@@ -46,6 +50,7 @@ class Drawing(TypedDict, total=False):
     sampler: str
     steps: int | None
     callback: Callable[[int, torch.Tensor], None] | None
+    watch: Watch | None
     frames: dict[int, torch.Tensor] | None
     world: World | None
 
@@ -227,12 +232,14 @@ def sample(
     noise: Callable[[int], torch.Tensor],
     plan: list[ReverseStep],
     callback: Callable[[int, torch.Tensor], None] | None = None,
+    watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Run the reverse process. Returns x_0 of the shape that `noise` draws, not clamped.
 
     predict_epsilon(x (B, ...), t) -> epsilon (B, ...). noise(0) is x_T, noise(i) the z of step i. plan: from
     `reverse_steps`. callback(steps_left, x) is called with x_T and then after every step, x_0 last: for pictures of
-    the process, and to stop (by raising).
+    the process, and to stop (by raising). watch(steps_left, x_t, x_0) is told of every step's prediction, and then
+    (0, x, x).
     """
     x, previous = noise(0), None
     multistep = any(step.change_scale for step in plan)
@@ -241,7 +248,9 @@ def sample(
             callback(len(plan) - done, x)
         with torch.inference_mode():  # a twentieth quicker than no_grad alone, where operations are this small
             epsilon = predict_epsilon(x, step.t)
-            x_0 = (x - step.noise * epsilon) / step.signal if multistep else None
+            x_0 = (x - step.noise * epsilon) / step.signal if multistep or watch else None
+            if watch is not None:
+                watch(len(plan) - done, x, x_0)
             x = step.x_scale * x + step.epsilon_scale * epsilon
             if step.change_scale:
                 x = x + step.change_scale * (x_0 - previous)
@@ -250,6 +259,8 @@ def sample(
             previous = x_0
     if callback is not None:
         callback(0, x)
+    if watch is not None:
+        watch(0, x, x)
     return x.clone()  # an ordinary tensor, which may be changed in place
 
 
@@ -308,6 +319,7 @@ def draw(
     sampler: str = "ddpm",
     steps: int | None = None,
     callback: Callable[[int, torch.Tensor], None] | None = None,
+    watch: Watch | None = None,
     to_images: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
     frames: dict[int, torch.Tensor] | None = None,
     world: World | None = None,
@@ -315,7 +327,7 @@ def draw(
     """Draw x_0 from a net that offers `null_label` and `predictor()`; returns to_images(x_0 (N, *shape)).
 
     labels: the class of each row, or None to draw `count` rows unconditionally. guidance: see `guided`; sampler and
-    steps: see `reverse_steps`; callback: see `sample`. The same seed draws the same rows on every device.
+    steps: see `reverse_steps`; callback, watch: see `sample`. The same seed draws the same rows on every device.
     frames: a dict whose keys count the steps that are left; each gets to_images(x) of its moment as value.
     world: processes that share the work, in groups of PART rows, and all return all of it: bit for bit what one draws.
     """
@@ -330,7 +342,7 @@ def draw(
     def predict(x: torch.Tensor, t: int) -> torch.Tensor:
         return _joined([ask(some, t) for ask, some in zip(predictors, x.split(PART), strict=True)])
 
-    def watch(left: int, x: torch.Tensor) -> None:
+    def called(left: int, x: torch.Tensor) -> None:
         if callback is not None:
             callback(left, x)
         if left in moments:
@@ -339,7 +351,8 @@ def draw(
     images = []
     if mine:
         noise = noise_source(seed, (len(labels), *shape), device, slice(None) if world.size == 1 else torch.cat(mine))
-        x_0 = sample(predict, noise, reverse_steps(schedules, steps, sampler), watch)
+        seen = watch and (lambda left, x, x_0: watch(left, x, x_0, to_images))
+        x_0 = sample(predict, noise, reverse_steps(schedules, steps, sampler), called, seen)
         images = [to_images(some) for some in x_0.split(PART)]
     for left, parts in moments.items():
         frames[left] = _everyones(parts, world)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from common.diffusion import Watch
+
 
 class Loaded:
     """What a checkpoint says of itself: run's name, epoch, path, kind of model, and all flags of its training."""
@@ -41,11 +43,17 @@ class Loaded:
 
 
 class Diffusion(Loaded):
-    """A trained diffusion model, of pixels or of latents."""
+    """A trained diffusion model, of pixels or of latents; `autoencoder` is the one of its latents, else None."""
 
-    def __init__(self, path: Path, state: ckpt.State, draw: Callable[..., torch.Tensor]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        state: ckpt.State,
+        draw: Callable[..., torch.Tensor],
+        autoencoder: Autoencoder | None = None,
+    ) -> None:
         super().__init__(path, state)
-        self._draw = draw
+        self._draw, self.autoencoder = draw, autoencoder
 
     def draw(
         self,
@@ -57,12 +65,13 @@ class Diffusion(Loaded):
         sampler: str = "ddpm",
         steps: int | None = None,
         callback: Callable[[int, torch.Tensor], None] | None = None,
+        watch: Watch | None = None,
     ) -> torch.Tensor:
         """Draw digits: (N, 1, 28, 28) float32 in [0, 1], on the CPU.
 
         labels: the digit of each image, as a list, an array or a tensor (N,) of 0 to 9; one number means `count` images
         of it, None `count` images of digits drawn from the training data's class shares. guidance: as --guidance
-        (default: as infer.py's). sampler, steps: see `common.diffusion.reverse_steps`; callback: see
+        (default: as infer.py's). sampler, steps: see `common.diffusion.reverse_steps`; callback, watch: see
         `common.diffusion.sample`. The same seed draws the same images. Raises ValueError for what cannot be drawn.
         """
         from common.diffusion import as_labels
@@ -82,7 +91,8 @@ class Diffusion(Loaded):
         only = self.flags["only_digit"]
         if only is not None and any(label != only for label in labels):
             raise ValueError(f"this model was trained on {only}s only: labels can only be {only}")
-        how = {"guidance": guidance, "seed": seed, "sampler": sampler, "steps": steps, "callback": callback}
+        how = {"guidance": guidance, "seed": seed, "sampler": sampler, "steps": steps}
+        how |= {"callback": callback, "watch": watch}
         return self._draw(labels=labels, count=count, **how).cpu()
 
 
@@ -134,7 +144,12 @@ def load(path: str | Path, device: str | None = None) -> Diffusion | Autoencoder
         read = ckpt.read_model(Path(path).expanduser(), ckpt.MODEL_TYPES, say)
         model = ckpt.infer_model_from_checkpoint(read[1])
         if model.startswith("ae-"):
-            from common.autoencoder import build_autoencoder, read_autoencoder
+            return _autoencoder(*read, where)
+        inner = _autoencoder(read[0], read[1]["ae_ckpt_data"], where) if model == "lddpm" else None
+        return Diffusion(*read, module_of(model).load_for_drawing(read, where)[0], inner)
 
-            return Autoencoder(*read, build_autoencoder(read_autoencoder(read), where), where)
-        return Diffusion(*read, module_of(model).load_for_drawing(read, where)[0])
+
+def _autoencoder(path: Path, state: ckpt.State, where: torch.device) -> Autoencoder:
+    from common.autoencoder import build_autoencoder
+
+    return Autoencoder(path, state, build_autoencoder(state, where), where)
