@@ -43,7 +43,10 @@ class Loaded:
 
 
 class Diffusion(Loaded):
-    """A trained diffusion model, of pixels or of latents; `autoencoder` is the one of its latents, else None."""
+    """A trained diffusion model, of pixels or of latents; `autoencoder` is the one of its latents, else None.
+
+    `drawer` is what `load_for_drawing` of its experiment returns: see `common.diffusion.draw`.
+    """
 
     def __init__(
         self,
@@ -53,7 +56,7 @@ class Diffusion(Loaded):
         autoencoder: Autoencoder | None = None,
     ) -> None:
         super().__init__(path, state)
-        self._draw, self.autoencoder = draw, autoencoder
+        self.drawer, self.autoencoder = draw, autoencoder
 
     def draw(
         self,
@@ -93,7 +96,7 @@ class Diffusion(Loaded):
             raise ValueError(f"this model was trained on {only}s only: labels can only be {only}")
         how = {"guidance": guidance, "seed": seed, "sampler": sampler, "steps": steps}
         how |= {"callback": callback, "watch": watch}
-        return self._draw(labels=labels, count=count, **how).cpu()
+        return self.drawer(labels=labels, count=count, **how).cpu()
 
 
 class Autoencoder(Loaded):
