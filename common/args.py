@@ -28,6 +28,8 @@ from common.schedules import SCHEDULES
 
 SAMPLERS = ("ddpm", "ddim", "dpm", "dpm-sde")
 DPM_STEPS = 10  # more draw hardly better (tests/benchmarks/README.md)
+DEFAULT_STRENGTH = 0.6  # of --from-image
+DEFAULT_RESAMPLE = 1  # of --inpaint
 DEFAULT_GUIDANCE = 1.1  # a little variety for one more digit in a hundred that is what was asked for
 _KINDS = {
     "place": "where things live and run (always today's, also on resume)",
@@ -450,20 +452,27 @@ def default_steps(sampler: str, T: int) -> int:
     return min(DPM_STEPS, T) if sampler.startswith("dpm") else T
 
 
+def timesteps_left(strength: float, T: int) -> int:
+    """How many of T timesteps an image is noised by, and then denoised: `strength` (0 to 1) of them, at least one."""
+    return max(1, round(strength * T))
+
+
 def add_scale_argument(parser: Parser) -> None:
     """--scale, of a picture that consists of small ones."""
     size = "width and height of an image's pixel in the picture (default: 1)"
     parser.flag("place", "--scale", type=number(int, 1, 50), default=1, help=size)
 
 
-def check_sampling(args: argparse.Namespace, trained: dict[str, Any]) -> None:
+def check_sampling(args: argparse.Namespace, trained: dict[str, Any], strength: float = 1.0) -> None:
     """Check the sampling flags against the model's own, and fill in the default guidance and steps. Raises Exit.
 
-    `--digit none` becomes [], no digit; None is left where nobody asked.
+    `--digit none` becomes [], no digit; None is left where nobody asked. strength: of the timesteps that are drawn.
     """
-    if args.steps is not None and args.steps > trained["T"]:
-        raise Exit(USAGE, f"--steps {args.steps} is more than the model's T = {trained['T']}")
-    args.steps = args.steps or default_steps(args.sampler, trained["T"])
+    timesteps = timesteps_left(strength, trained["T"])
+    if args.steps is not None and args.steps > timesteps:
+        left = "" if timesteps == trained["T"] else f"the {timesteps} timesteps that --strength {strength} leaves of "
+        raise Exit(USAGE, f"--steps {args.steps} is more than {left}the model's T = {trained['T']}")
+    args.steps = args.steps or default_steps(args.sampler, timesteps)
     if args.digit and None in args.digit:
         if len(args.digit) > 1:
             raise Exit(USAGE, "--digit none means no labels at all: name no digit beside it")
@@ -471,7 +480,7 @@ def check_sampling(args: argparse.Namespace, trained: dict[str, Any]) -> None:
     if args.guidance is None:
         args.guidance = DEFAULT_GUIDANCE if args.digit else 1.0
     elif args.digit == []:
-        raise Exit(USAGE, "--guidance has an effect only on labels; leave out --digit none")
+        raise Exit(USAGE, "--guidance has an effect only on labels: name a digit by --digit")
     only = trained["only_digit"]
     if only is not None and any(digit != only for digit in args.digit or []):
         raise Exit(MODEL_MISMATCH, f"this model was trained on {only}s only; --digit can only be {only}")

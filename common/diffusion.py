@@ -6,19 +6,21 @@ Timesteps are counted from 0 (least noise) to T - 1, so `alpha_bar[t]` is the pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import count as counting
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from common.args import SAMPLERS, default_steps
+from common.args import SAMPLERS, default_steps, timesteps_left
 from common.device import move
 from common.ranks import World
 from common.rng import generator
 from common.schedules import SCHEDULES
 
 LAST_SNR = 2.2  # log(signal / noise) from which "dpm…" goes to x_0 at once: timestep 30 of the default schedule
+JUMP = 10  # steps that resampling goes back at a time (Lugmayr et al. 2022, section 4.2)
 PART = 256  # rows that go through a net at once when drawing, whoever draws them; more are slower on a CPU
 
 
@@ -39,6 +41,10 @@ class Schedules(NamedTuple):
     def T(self) -> int:
         return len(self.beta)
 
+    def first(self, count: int) -> Schedules:
+        """Those of the `count` timesteps of least noise."""
+        return Schedules(*(values[:count] for values in self))
+
 
 class Drawing(TypedDict, total=False):
     """What a model's `generate_images` hands on to `draw`, which says what each means."""
@@ -53,6 +59,10 @@ class Drawing(TypedDict, total=False):
     watch: Watch | None
     frames: dict[int, torch.Tensor] | None
     world: World | None
+    from_image: torch.Tensor | None
+    strength: float
+    inpaint: torch.Tensor | None
+    resample: int
 
 
 def precompute_schedules(
@@ -153,7 +163,7 @@ class ReverseStep(NamedTuple):
     """x_{next} = x_scale * x_t + epsilon_scale * epsilon + noise_scale * z + change_scale * (x_0 - previous x_0).
 
     From timestep t, where x_0 is predicted as (x_t - noise * epsilon) / signal; the previous x_0 is that of the step
-    before.
+    before. Where back_scale is below 1, x_{next} is then noised again: back_scale * x + sqrt(1 - back_scale^2) * z.
     """
 
     t: int
@@ -163,6 +173,12 @@ class ReverseStep(NamedTuple):
     change_scale: float
     signal: float
     noise: float
+    back_scale: float = 1.0
+
+    @property
+    def next_signal(self) -> float:
+        """sqrt(alpha_bar) where the step leads: 1 after the last."""
+        return min(self.x_scale * self.signal, 1.0)
 
 
 def half_log_snr(alpha_bar: torch.Tensor) -> torch.Tensor:
@@ -215,10 +231,27 @@ def reverse_steps(schedules: Schedules, steps: int | None = None, sampler: str =
     return [ReverseStep(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
+def resampled(plan: list[ReverseStep], times: int) -> list[ReverseStep]:
+    """The plan with every stretch of JUMP steps gone `times` times, noised back to its beginning in between.
+
+    RePaint's resampling (Lugmayr et al. 2022, section 4.2): what is drawn anew gets the chance to fit what is kept.
+    """
+    result = []
+    for begin in range(0, len(plan), JUMP):
+        stretch = plan[begin : begin + JUMP]
+        again = [stretch[0]._replace(change_scale=0.0), *stretch[1:]]  # the step before it was at another noise level
+        passes = [stretch] + [again] * (times - 1)
+        back = stretch[0].signal / stretch[-1].next_signal
+        for steps in passes[:-1]:
+            result += [*steps[:-1], steps[-1]._replace(back_scale=back)]
+        result += passes[-1]
+    return result
+
+
 def noise_source(
     seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu", rows: torch.Tensor | slice = slice(None)
 ) -> Callable[[int], torch.Tensor]:
-    """z(i): the standard normal noise of reverse step i (0 is x_T itself), a function of (seed, i) on every device.
+    """z(i): the i-th standard normal noise of a drawing (0 is x_T itself), a function of (seed, i) on every device.
 
     rows: those of the shape's first dimension that are wanted.
     """
@@ -232,16 +265,25 @@ def sample(
     noise: Callable[[int], torch.Tensor],
     plan: list[ReverseStep],
     callback: Callable[[int, torch.Tensor], None] | None = None,
+    *,
     watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+    start: torch.Tensor | None = None,
+    known: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Run the reverse process. Returns x_0 of the shape that `noise` draws, not clamped.
 
-    predict_epsilon(x (B, ...), t) -> epsilon (B, ...). noise(0) is x_T, noise(i) the z of step i. plan: from
+    predict_epsilon(x (B, ...), t) -> epsilon (B, ...). noise(0) is x_T, noise(i) the i-th z after it. plan: from
     `reverse_steps`. callback(steps_left, x) is called with x_T and then after every step, x_0 last: for pictures of
     the process, and to stop (by raising). watch(steps_left, x_t, x_0) is told of every step's prediction, and then
     (0, x, x).
+    start: an x_0 (B, ...) that is noised to the plan's first timestep, instead of pure noise (SDEdit, Meng et al.
+    2022, algorithm 1). known: (x_0 (B, ...), which of its values (B, ...) bool are to be drawn anew): after each step
+    the others are replaced by x_0's, noised as far as the step leads (RePaint, Lugmayr et al. 2022, algorithm 1).
     """
-    x, previous = noise(0), None
+    index = counting()
+    x, previous = noise(next(index)), None
+    if start is not None:
+        x = plan[0].signal * start + plan[0].noise * x
     multistep = any(step.change_scale for step in plan)
     for done, step in enumerate(plan):
         if callback is not None:
@@ -255,7 +297,12 @@ def sample(
             if step.change_scale:
                 x = x + step.change_scale * (x_0 - previous)
             if step.noise_scale:
-                x = x + step.noise_scale * noise(done + 1)
+                x = x + step.noise_scale * noise(next(index))
+            if known is not None:
+                noisy = step.next_signal * known[0] + (1 - step.next_signal**2) ** 0.5 * noise(next(index))
+                x = torch.where(known[1], x, noisy)
+            if step.back_scale < 1:
+                x = step.back_scale * x + (1 - step.back_scale**2) ** 0.5 * noise(next(index))
             previous = x_0
     if callback is not None:
         callback(0, x)
@@ -307,6 +354,29 @@ def as_labels(labels: Iterable[int] | torch.Tensor, largest: int) -> list[int]:
     return [int(value) for value in values]
 
 
+def as_images(values: Any, name: str) -> torch.Tensor:
+    """Numbers from 0 to 1 of shape (28, 28), (K, 28, 28) or (K, 1, 28, 28), as (K, 1, 28, 28) float32.
+
+    Raises ValueError, which calls them `name`, for anything else.
+    """
+    try:
+        images = torch.as_tensor(values).float()
+    except (TypeError, ValueError, RuntimeError):
+        images = torch.empty(0)
+    if images.shape[-2:] != (28, 28) or images.ndim > 4 or images.shape[:-2][1:] not in ((), (1,)) or not len(images):
+        raise ValueError(f"{name} must be of shape (28, 28), (N, 28, 28) or (N, 1, 28, 28), not {tuple(images.shape)}")
+    if not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(f"{name} must be from 0 (black) to 1")
+    return images.reshape(-1, 1, 28, 28)
+
+
+def _in_runs(images: torch.Tensor, count: int, name: str) -> torch.Tensor:
+    """(K, ...) -> (count, ...): an equal run of each. Raises ValueError if there are more than `count`."""
+    if len(images) > count:
+        raise ValueError(f"{name} has {len(images)} images: draw at least as many, not {count}")
+    return images[torch.arange(count) * len(images) // count]
+
+
 def draw(
     net: nn.Module,
     shape: tuple[int, ...],
@@ -321,8 +391,13 @@ def draw(
     callback: Callable[[int, torch.Tensor], None] | None = None,
     watch: Watch | None = None,
     to_images: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+    of_images: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
     frames: dict[int, torch.Tensor] | None = None,
     world: World | None = None,
+    from_image: torch.Tensor | None = None,
+    strength: float = 1.0,
+    inpaint: torch.Tensor | None = None,
+    resample: int = 1,
 ) -> torch.Tensor:
     """Draw x_0 from a net that offers `null_label` and `predictor()`; returns to_images(x_0 (N, *shape)).
 
@@ -330,10 +405,28 @@ def draw(
     steps: see `reverse_steps`; callback, watch: see `sample`. The same seed draws the same rows on every device.
     frames: a dict whose keys count the steps that are left; each gets to_images(x) of its moment as value.
     world: processes that share the work, in groups of PART rows, and all return all of it: bit for bit what one draws.
+
+    from_image: images in [0, 1] to begin with, see `as_images`; of several each gets an equal run of the rows, and
+    of_images(images (N, 1, 28, 28)) is their x_0. They are noised by the `strength` of the T timesteps (see
+    `timesteps_left`) and denoised from there (see `sample`), in `steps` of these. At strength 1 nothing is left of
+    them: drawing begins with pure noise. inpaint: masks, as images; what is white (above a half) is drawn anew, and the
+    rest of from_image is kept exactly. That is for models whose x_0 has a value for each pixel. resample: see
+    `resampled`.
+    Raises ValueError for what cannot be drawn.
     """
     world = world or World()
     device = schedules.beta.device
     labels = [net.null_label] * count if labels is None else as_labels(labels, net.null_label)
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be greater than 0 and at most 1, not {strength}")
+    if from_image is None and (strength < 1 or inpaint is not None):
+        raise ValueError("strength and inpaint say what becomes of an image: give from_image")
+    if resample < 1:
+        raise ValueError(f"resample must be at least 1, not {resample}")
+    timesteps = timesteps_left(strength, schedules.T)
+    if steps is not None and steps > timesteps < schedules.T:
+        raise ValueError(f"strength {strength} leaves {timesteps} timesteps: steps can be at most that, not {steps}")
+    plan = resampled(reverse_steps(schedules.first(timesteps), steps, sampler), resample)
     mine = torch.arange(len(labels)).split(PART)[world.rank :: world.size]  # this process's groups of rows
     predictor, labels = _in_parts(net.predictor()), torch.tensor(labels, device=device)
     predictors = [guided(predictor, labels[rows.to(device)], net.null_label, guidance) for rows in mine]
@@ -348,15 +441,23 @@ def draw(
         if left in moments:
             moments[left] = [to_images(some) for some in x.split(PART)]
 
+    given, mask = (
+        None if values is None else _in_runs(as_images(values, name), len(labels), name)
+        for name, values in (("from_image", from_image), ("inpaint", inpaint))
+    )
+    anew = None if mask is None else mask > 0.5  # (N, 1, 28, 28)
     images = []
     if mine:
         noise = noise_source(seed, (len(labels), *shape), device, slice(None) if world.size == 1 else torch.cat(mine))
         seen = watch and (lambda left, x, x_0: watch(left, x, x_0, to_images))
-        x_0 = sample(predict, noise, reverse_steps(schedules, steps, sampler), called, seen)
+        source = None if given is None else _joined([of_images(move(given[rows], device)) for rows in mine])
+        known = None if anew is None else (source, move(anew[torch.cat(mine)], device))
+        x_0 = sample(predict, noise, plan, called, watch=seen, start=source if strength < 1 else None, known=known)
         images = [to_images(some) for some in x_0.split(PART)]
     for left, parts in moments.items():
         frames[left] = _everyones(parts, world)
-    return _everyones(images, world)
+    drawn = _everyones(images, world)
+    return drawn if anew is None else torch.where(anew.to(drawn.device), drawn, given.to(drawn.device))  # not rounded
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

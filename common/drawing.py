@@ -13,18 +13,30 @@ from common.args import (
     CHECKPOINT,
     COUNT,
     DEFAULT_GUIDANCE,
+    DEFAULT_RESAMPLE,
+    DEFAULT_STRENGTH,
     OUTPUT,
     Args,
     Parser,
     add_sampling_arguments,
     add_scale_argument,
     check_sampling,
+    flag_of,
     number,
 )
 from common.ckpt import atomic_write
 from common.device import get_device, memory_in_one_line
-from common.error_codes import BAD_OUTPUT, USAGE, Exit
-from common.images import check_output, make_image_grid, one_line, save_gif, save_output, to_bytes
+from common.error_codes import BAD_IMAGE, BAD_OUTPUT, USAGE, Exit
+from common.images import (
+    check_output,
+    make_image_grid,
+    one_line,
+    read_images,
+    read_mask,
+    save_gif,
+    save_output,
+    to_bytes,
+)
 from common.progress import counted, progress
 from common.ranks import World, identity, joined
 from common.rng import generator
@@ -57,6 +69,13 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
         metavar="DIR",
         help="also save single PNGs there, named by number and label (a new or empty folder)",
     )
+    add("--from-image", metavar="FILE", help="begin with this picture (or with the images of an .npz), not with noise")
+    strength = f"how much of it is drawn over, from 0 (nothing) to 1 (all of it; default: {DEFAULT_STRENGTH})"
+    add("--strength", type=number(float, above=0, high=1), metavar="S", help=strength)
+    mask = "keep the picture as it is but where this one, of the same size, is white (pixel diffusion only)"
+    add("--inpaint", metavar="MASK", help=mask)
+    times = f"with --inpaint, go every stretch of steps N times (RePaint's resampling; default: {DEFAULT_RESAMPLE})"
+    add("--resample", type=number(int, 1), metavar="N", help=times)
     add_sampling_arguments(parser)
     return parser
 
@@ -89,17 +108,23 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
     device = get_device(args.device, identity())
     known: list[tuple[Draw, dict[str, Any]]] = []
 
-    def check() -> dict[str, Any]:  # by the first process, so that what is wrong is said once
+    def check() -> tuple[dict[str, Any], dict[str, Any]]:  # by the first process, so that what is wrong is said once
         _check_outputs(args)
         known.append(load(device))
-        check_sampling(args, known[0][1]["args"])
-        return vars(args)
+        edit = _edit(args)
+        trained = known[0][1]["args"]
+        if edit and args.digit is None and trained["only_digit"] is None:
+            args.digit = []  # nobody knows what is in the picture
+        check_sampling(args, trained, edit.get("strength", 1.0))
+        return vars(args), edit
 
-    vars(args).update(world.first(check))
+    flags, edit = world.first(check)
+    vars(args).update(flags)
     draw, state = known[0] if known else load(device)
     labels = wanted_labels(args.digit, args.num_images, args.seed, state["args"])
     choose_threads(args, draw, args.num_images, labels, device)
-    moments = _moments(args, args.steps) if args.show_process else []
+    passes = edit.get("resample", 1)
+    moments = _moments(args, args.steps * passes) if args.show_process else []
     frames: dict[int, Any] = dict.fromkeys(moments)
     started = time.perf_counter()
     images = draw_with_progress(
@@ -110,8 +135,10 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
         seed=args.seed,
         sampler=args.sampler,
         steps=args.steps,
+        passes=passes,
         frames=frames,
         world=world,
+        **edit,
     )
     if world.rank:
         return
@@ -125,6 +152,29 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
         _save_npz(images, labels, args, state, Path(args.save_npz))
     if args.save_dir:
         _save_singly(images, labels, Path(args.save_dir))
+
+
+def _edit(args: Any) -> dict[str, Any]:
+    """What the flags want of a picture, as `diffusion.draw` takes it; {} without --from-image. Raises Exit."""
+    if args.from_image is None:
+        for name in ("strength", "inpaint", "resample"):
+            if getattr(args, name) is not None:
+                raise Exit(USAGE, f"{flag_of(name)} says what becomes of a picture: give --from-image FILE too")
+        return {}
+    if args.inpaint is None and args.resample is not None:
+        raise Exit(USAGE, "--resample fits what is drawn anew to what is kept: give --inpaint MASK too")
+    images, size = read_images(args.from_image)
+    if len(images) > args.num_images:
+        few = f"--num-images {args.num_images} is less than one of each of the {len(images)} images"
+        raise Exit(USAGE, f"{few} in {args.from_image}")
+    if args.inpaint is None:
+        args.strength = args.strength or DEFAULT_STRENGTH
+        return {"from_image": images, "strength": args.strength}
+    mask = read_mask(args.inpaint, args.from_image, size)
+    if len(mask) not in (1, len(images)):
+        raise Exit(BAD_IMAGE, f"{len(mask)} masks in {args.inpaint} for {len(images)} images in {args.from_image}")
+    args.strength, args.resample = args.strength or 1.0, args.resample or DEFAULT_RESAMPLE
+    return {"from_image": images, "strength": args.strength, "inpaint": mask, "resample": args.resample}
 
 
 def wanted_labels(digits: list[int] | None, count: int, seed: int, trained: dict[str, Any]) -> list[int] | None:
@@ -154,10 +204,11 @@ def choose_threads(args: Any, draw: Draw, count: int, labels: list[int] | None, 
     )
 
 
-def draw_with_progress(draw: Draw, *, steps: int, **how: Any) -> torch.Tensor:
-    """draw(...)'s images on the CPU, showing how far it is. how: see `diffusion.draw`."""
-    with progress("drawing", steps, "step", lambda text: print(f"{emoji.info} {text}", flush=True)) as tick:
-        return draw(steps=steps, callback=lambda left, _x: left == steps or tick(), **how).cpu()
+def draw_with_progress(draw: Draw, *, steps: int, passes: int = 1, **how: Any) -> torch.Tensor:
+    """draw(...)'s images on the CPU, showing how far it is. how: see `diffusion.draw`. passes: through each step."""
+    total = steps * passes
+    with progress("drawing", total, "step", lambda text: print(f"{emoji.info} {text}", flush=True)) as tick:
+        return draw(steps=steps, callback=lambda left, _x: left == total or tick(), **how).cpu()
 
 
 def _check_folder(folder: Path) -> None:
@@ -198,6 +249,7 @@ def _save_npz(images: torch.Tensor, labels: list[int] | None, args: Any, state: 
     import numpy
 
     names = ("ckpt", "ae_ckpt", "digit", "guidance", "sampler", "steps", "seed")
+    names += ("from_image", "strength", "inpaint", "resample") if args.from_image else ()
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
     settings |= {"exp_name": state["exp_name"], "epoch": state["epoch"], "T": state["args"]["T"]}
     arrays = {

@@ -29,6 +29,7 @@ SAVE_FAILED = 12
 RUN_LOCKED = 13
 OUT_OF_MEMORY = 14
 RANK_FAILED = 15
+BAD_IMAGE = 16
 INTERRUPTED = 130  # what shells use for a second Ctrl-C
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.ckpt import atomic_write
-from common.error_codes import BAD_OUTPUT, Exit
+from common.error_codes import BAD_IMAGE, BAD_OUTPUT, Exit
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
 PADDING = 2
+SIDE = 28
 
 
 def _columns(count: int) -> int:
@@ -65,6 +67,78 @@ def to_bytes(images: torch.Tensor) -> torch.Tensor:
     import torch
 
     return images.mul(255).add(0.5).clamp(0, 255).to(torch.uint8)
+
+
+def read_images(path: str | Path, mask: bool = False) -> tuple[torch.Tensor, tuple[int, int]]:
+    """(images (K, 1, 28, 28) float32 in [0, 1], their width and height in the file) of a file that the user named.
+
+    A picture in any format that Pillow reads is made grey and shrunk or enlarged to 28 x 28, with black beside it where
+    it is no square. One that is light at its edge is taken for ink on paper and inverted, as digits are white on black;
+    not a mask. An .npz has (K, 28, 28) or (K, 1, 28, 28), uint8 or from 0 to 1, as `images` or as its only array.
+    Raises Exit(BAD_IMAGE).
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("not a file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Pillow's, of pictures that would fill the memory
+            return _arrays(path) if path.suffix.lower() == ".npz" else _picture(path, mask)
+    except FileNotFoundError:
+        raise Exit(BAD_IMAGE, f"{path}: no such file") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise anything; the reason goes to the user
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0] or type(error).__name__
+        raise Exit(BAD_IMAGE, f"{path} cannot be read as a picture, or as an .npz of images: {reason}") from None
+
+
+def _arrays(path: Path) -> tuple[torch.Tensor, tuple[int, int]]:
+    import numpy
+
+    from common.diffusion import as_images
+
+    with numpy.load(path, allow_pickle=False) as arrays:
+        if "images" not in arrays and len(arrays.files) != 1:
+            raise ValueError(f"it has no array named images, but {', '.join(arrays.files) or 'none at all'}")
+        array = arrays["images" if "images" in arrays else arrays.files[0]]
+    values = array.astype(numpy.float32) / 255 if array.dtype == numpy.uint8 else array
+    return as_images(values, "its images"), (SIDE, SIDE)
+
+
+def _picture(path: Path, mask: bool) -> tuple[torch.Tensor, tuple[int, int]]:
+    import numpy
+    import torch
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+            picture = Image.fromarray((numpy.asarray(picture) // 257).clip(0, 255).astype(numpy.uint8))
+        if picture.has_transparency_data:
+            paper = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(paper, picture.convert("RGBA"))
+        grey = picture.convert("L")
+    levels = numpy.asarray(grey)
+    edge = numpy.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
+    if not mask and edge.mean() > 127.5:
+        grey = ImageOps.invert(grey)
+    fitted = ImageOps.pad(grey, (SIDE, SIDE), Image.Resampling.BOX)  # black around it
+    return torch.from_numpy(numpy.array(fitted)).float().div_(255)[None, None], grey.size
+
+
+def read_mask(path: str | Path, of: str | Path, size: tuple[int, int]) -> torch.Tensor:
+    """(K, 1, 28, 28) in [0, 1], white for what is to be drawn anew, for pictures from `of` of this width and height.
+
+    Raises Exit(BAD_IMAGE) if it cannot be read, is of another size, or has nothing white.
+    """
+    mask, own = read_images(path, mask=True)
+    if own != size:
+        here, there = ("{} x {}".format(*pair) for pair in (own, size))
+        raise Exit(BAD_IMAGE, f"{path} is {here} pixels, but {of} is {there}: a mask has the size of its picture")
+    if mask.max() <= 0.5:
+        raise Exit(BAD_IMAGE, f"{path} has nothing white: what is white in a mask is drawn anew")
+    return mask
 
 
 def save_gif(frames: list[torch.Tensor], path: Path, *, seconds: float = 0.1, last: float = 1.5) -> None:

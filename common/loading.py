@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt
-from common.args import DEFAULT_GUIDANCE
+from common.args import DEFAULT_GUIDANCE, DEFAULT_RESAMPLE, DEFAULT_STRENGTH
 from common.device import get_device
 from common.error_codes import Exit
 
@@ -69,13 +69,23 @@ class Diffusion(Loaded):
         steps: int | None = None,
         callback: Callable[[int, torch.Tensor], None] | None = None,
         watch: Watch | None = None,
+        from_image: numpy.ndarray | torch.Tensor | None = None,
+        strength: float | None = None,
+        inpaint: numpy.ndarray | torch.Tensor | None = None,
+        resample: int | None = None,
     ) -> torch.Tensor:
         """Draw digits: (N, 1, 28, 28) float32 in [0, 1], on the CPU.
 
         labels: the digit of each image, as a list, an array or a tensor (N,) of 0 to 9; one number means `count` images
         of it, None `count` images of digits drawn from the training data's class shares. guidance: as --guidance
         (default: as infer.py's). sampler, steps: see `common.diffusion.reverse_steps`; callback, watch: see
-        `common.diffusion.sample`. The same seed draws the same images. Raises ValueError for what cannot be drawn.
+        `common.diffusion.sample`. The same seed draws the same images.
+
+        from_image: an image (28, 28) to begin with, or several (K, 1, 28, 28), each for an equal run of those drawn;
+        without labels the network is then not told any. strength: how much of it is drawn over, up to 1, all of it
+        (default: as --strength). inpaint: a mask of the same shape; what is 1 or True there is drawn anew, the rest is
+        kept exactly (models of pixels only), in `resample` passes (default: as --resample).
+        Raises ValueError for what cannot be drawn.
         """
         from common.diffusion import as_labels
         from common.drawing import wanted_labels
@@ -84,18 +94,22 @@ class Diffusion(Loaded):
             raise ValueError(f"count must be at least 1, not {count}")
         if guidance is None:
             guidance = 1.0 if labels is None else DEFAULT_GUIDANCE
+        only = self.flags["only_digit"]
         if labels is None:
-            labels = wanted_labels(None, count, seed, self.flags)
+            labels = wanted_labels(None if from_image is None or only is not None else [], count, seed, self.flags)
         else:
             one = isinstance(labels, Integral)
             labels = as_labels([labels] * count if one else labels, CLASSES - 1)
         if not 0 <= guidance < float("inf"):
             raise ValueError(f"guidance must be at least 0, not {guidance}")
-        only = self.flags["only_digit"]
         if only is not None and any(label != only for label in labels):
             raise ValueError(f"this model was trained on {only}s only: labels can only be {only}")
         how = {"guidance": guidance, "seed": seed, "sampler": sampler, "steps": steps}
         how |= {"callback": callback, "watch": watch}
+        if from_image is not None and strength is None:
+            strength = DEFAULT_STRENGTH if inpaint is None else 1.0
+        how |= {"from_image": from_image, "strength": 1.0 if strength is None else strength, "inpaint": inpaint}
+        how["resample"] = DEFAULT_RESAMPLE if resample is None else resample
         return self.drawer(labels=labels, count=count, **how).cpu()
 
 

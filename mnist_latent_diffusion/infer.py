@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.drawing import draw_to_file, drawing_parser
-from common.error_codes import run_main
+from common.error_codes import MODEL_MISMATCH, Exit, run_main
 from common.modules import module_of
 from common.run import require_checkpoint
 
@@ -18,6 +18,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     def load(device):
+        if args.inpaint:
+            raise Exit(MODEL_MISMATCH, f"--{module_of('lddpm').ONLY_PIXELS}")
         require_checkpoint(args.ckpt, ("lddpm",))
         return module_of("lddpm").load_for_drawing(args.ckpt, device, args.ae_ckpt)
 

@@ -23,6 +23,7 @@ __all__ = ["FiLMCondMLP", "LatentDenoiser", "TimeMLP", "generate_images", "preco
 
 BLOCKS, WIDEN = 2, 2
 GAIN = 4.0  # see common.layers.Scaled
+ONLY_PIXELS = "inpaint keeps pixels, and a latent has none: only a model of pixels (mnist_single_digit) can do it"
 
 
 class FiLMCondMLP(nn.Module):
@@ -129,9 +130,17 @@ def generate_images(
     schedules: Schedules,
     **how: Unpack[Drawing],
 ) -> torch.Tensor:
-    """Draw latents and decode them: (N, 1, 28, 28) images in [0, 1]. `how`: see `common.diffusion.draw`."""
+    """Draw latents and decode them: (N, 1, 28, 28) images in [0, 1]. `how`: see `common.diffusion.draw`.
+
+    Raises ValueError for `inpaint`.
+    """
+    if how.get("inpaint") is not None:
+        raise ValueError(ONLY_PIXELS)
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return net.standardise(autoencoder.encode(images))  # (N, D)
 
     def decode(z: torch.Tensor) -> torch.Tensor:
         return autoencoder.decode(net.restore(z)).clamp(0, 1)  # (N, 1, 28, 28)
 
-    return draw(net, (net.latent_dim,), schedules, to_images=decode, **how)  # (N, 1, 28, 28)
+    return draw(net, (net.latent_dim,), schedules, to_images=decode, of_images=encode, **how)  # (N, 1, 28, 28)

@@ -159,4 +159,5 @@ def generate_images(
     **how: Unpack[Drawing],
 ) -> torch.Tensor:
     """Draw (N, 1, 28, 28) images in [0, 1]. `how`: see `common.diffusion.draw`."""
-    return draw(net, (1, 28, 28), schedules, to_images=lambda x: x.add(1).div(2).clamp(0, 1), **how)  # (N, 1, 28, 28)
+    scaled = {"to_images": lambda x: x.add(1).div(2).clamp(0, 1), "of_images": lambda images: 2 * images - 1}
+    return draw(net, (1, 28, 28), schedules, **scaled, **how)  # (N, 1, 28, 28)

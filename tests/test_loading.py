@@ -115,7 +115,11 @@ def test_a_picture_is_the_grid_and_scales(tmp_path):
 
 def test_the_options_of_both_models_are_those_of_draw():
     parameters = inspect.signature(diffusion.draw).parameters.values()
-    options = {it.name: it.annotation for it in parameters if it.kind is it.KEYWORD_ONLY and it.name != "to_images"}
+    options = {
+        it.name: it.annotation
+        for it in parameters
+        if it.kind is it.KEYWORD_ONLY and it.name not in ("to_images", "of_images")
+    }
     assert diffusion.Drawing.__annotations__.keys() == options.keys()
     assert {name: it.__forward_arg__ for name, it in diffusion.Drawing.__annotations__.items()} == options
 
