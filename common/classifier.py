@@ -127,7 +127,7 @@ def load_classifier(
     In a job whose `cache_dir` ends with it, kept where the next job finds it: see `lasting_cache`.
     source: "hub" or "embedded", the digits it is trained on. progress, poll: see `train_classifier`.
     """
-    path = lasting_cache(cache_dir) / "decoded" / f"classifier-{source}-v{VERSION}.pt"
+    path = _path(cache_dir, source)
     if (kept := _kept(path)) is not None:
         return kept
     progress("training the digit classifier that judges the images, once")
@@ -143,6 +143,15 @@ def load_classifier(
     except OSError as error:
         progress(f"the classifier cannot be kept in {path.parent} ({error.strerror or error})")
     return net, accuracy
+
+
+def kept_classifier(cache_dir: str | Path, source: str) -> tuple[DigitClassifier, float] | None:
+    """What `load_classifier` returns, if it need not be trained; else None."""
+    return _kept(_path(cache_dir, source))
+
+
+def _path(cache_dir: str | Path, source: str) -> Path:
+    return lasting_cache(cache_dir) / "decoded" / f"classifier-{source}-v{VERSION}.pt"
 
 
 def _kept(path: Path) -> tuple[DigitClassifier, float] | None:

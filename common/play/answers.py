@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.play import drawings, space
+from common.play import drawings, judge, space
 from common.play.drawings import Send
 from common.play.runs import Entry, Shelf
 from common.play.worker import Wish
@@ -48,6 +48,8 @@ def _never(_shelf: Shelf, _asked: dict[str, Any]) -> bool:
 
 ANSWERS = {
     "draw": Answer(drawings.draw, drawings.is_short),
+    "sketch": Answer(drawings.draw, drawings.is_short),
+    "judge": Answer(judge.judge, lambda _shelf, asked: asked.get("train") is not True),
     "take": Answer(drawings.take, _never),
     "map": Answer(space.map_digits, _never),
     "digit": Answer(space.digit, _always),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.images import to_bytes
-from common.play import wishes
+from common.play import judge, wishes
 from common.play.runs import Opened, Shelf
 from common.play.wishes import Refused
 from common.play.worker import Wish
@@ -72,29 +72,59 @@ def draw(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
 def _draw(shelf: Shelf, wish: Wish, opened: Opened, drawing: wishes.Drawing, send: Send) -> None:
     from common.drawing import wanted_labels
 
-    run, steps = opened.diffusion, drawing.steps
-    labels = wanted_labels(drawing.digits or None, drawing.count, drawing.seed, run.flags)
+    run, steps = opened.diffusion, drawing.all_steps
+    labels = None  # of a sketch nobody says what it is, unless digits are named
+    if drawing.digits or drawing.sketch is None:
+        labels = wanted_labels(drawing.digits or None, drawing.count, drawing.seed, run.flags)
     apart = min(FRAMES - 1, steps)
-    moments = {round(steps * i / apart) for i in range(apart + 1)}
-    started = told = time.monotonic()
-
-    def callback(left: int, _x: torch.Tensor) -> None:
-        nonlocal told
-        wish.poll()
-        if time.monotonic() - told > TELL_EVERY:
-            told = time.monotonic()
-            send(side=drawing.side, progress=steps - left, steps=steps)
+    moments = {round(steps * i / apart) for i in range(1, apart + 1)}
+    started = time.monotonic()
 
     def watch(left: int, x: torch.Tensor, x_0: torch.Tensor, to_images: Callable) -> None:
         if left in moments:
             pixels = bytes_of(to_images(x)) + bytes_of(to_images(x_0))
             send(pixels, side=drawing.side, left=left, steps=steps, count=drawing.count)
 
-    how = {"guidance": drawing.guidance, "seed": drawing.seed, "sampler": drawing.sampler, "steps": steps}
+    how = {"guidance": drawing.guidance, "seed": drawing.seed, "sampler": drawing.sampler, "steps": drawing.steps}
+    tell = _telling(wish, send, steps, side=drawing.side)
     with threads_of(opened):
-        run.draw(labels, **how, callback=callback, watch=watch)
-    seconds, command = time.monotonic() - started, opened.entry.command(_words(shelf, opened, drawing))
-    send(side=drawing.side, done=True, seconds=seconds, epoch=run.epoch, labels=labels, command=command)
+        images = run.draw(labels, count=drawing.count, **how, **_sketch(drawing), callback=tell, watch=watch)
+    pixels = bytes_of(images)
+    made = {"labels": labels, "command": opened.entry.command(_words(shelf, opened, drawing)), "epoch": run.epoch}
+    send(2 * pixels, side=drawing.side, left=0, steps=steps, count=drawing.count)
+    seen = judge.labels_of(shelf, opened, images) if drawing.sketch else None
+    send(side=drawing.side, done=True, seconds=time.monotonic() - started, seen=seen, **made)
+
+
+def _telling(wish: Wish, send: Send, steps: int, **header: Any) -> Callable[[int, Any], None]:
+    """A callback for a drawing that lets other work come in between, stops, and says now and then how far it is."""
+    told = time.monotonic()
+
+    def tell(left: int, _x: Any) -> None:
+        nonlocal told
+        wish.poll()
+        if time.monotonic() - told > TELL_EVERY:
+            told = time.monotonic()
+            send(progress=steps - left, steps=steps, **header)
+
+    return tell
+
+
+def _sketch(drawing: wishes.Drawing) -> dict[str, Any]:
+    """What `Diffusion.draw` takes of a sketch."""
+    if drawing.sketch is None:
+        return {}
+    image = image_of(drawing.sketch.image)
+    if drawing.sketch.finish:
+        return {"from_image": image, "inpaint": image == 0, "resample": drawing.sketch.passes}
+    return {"from_image": image, "strength": drawing.sketch.strength}
+
+
+def image_of(pixels: bytes) -> torch.Tensor:
+    """784 bytes -> (1, 1, 28, 28) in [0, 1], as infer.py reads a PNG."""
+    import torch
+
+    return torch.tensor(list(pixels), dtype=torch.float32).div_(255).view(1, 1, 28, 28)
 
 
 def _words(shelf: Shelf, opened: Opened, drawing: wishes.Drawing) -> list[str]:
@@ -113,27 +143,34 @@ def take(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
     run, drawing = opened.diffusion, wishes.drawing(asked.get("drawing"), opened.diffusion.flags["T"])
     if asked.get("form") not in FORMS:
         raise Refused(f"The form must be one of {', '.join(FORMS)}.")
-    told = time.monotonic()
+    tell = _telling(wish, send, drawing.all_steps)
 
     def watched(callback: Callable[[int, Any], object], **how: Any) -> torch.Tensor:
-        def both(left: int, x: torch.Tensor) -> None:
-            nonlocal told
-            wish.poll()
-            if time.monotonic() - told > TELL_EVERY:
-                told = time.monotonic()
-                send(progress=drawing.steps - left, steps=drawing.steps)
-            callback(left, x)
-
-        return run.drawer(callback=both, **how)
+        return run.drawer(callback=lambda left, x: (tell(left, x), callback(left, x)), **how)
 
     state = {"args": run.flags, "exp_name": run.name, "epoch": run.epoch}
     with tempfile.TemporaryDirectory(prefix="play-") as folder, threads_of(opened):
-        words = [*_words(shelf, opened, drawing), "--output", str(Path(folder) / FORMS["png"])]
-        words += {"png": [], "npz": ["--save-npz", str(Path(folder) / FORMS["npz"])], "gif": ["--show-process"]}[
-            asked["form"]
-        ]
+        names = {name: str(Path(folder) / name) for name in (*FORMS.values(), wishes.SKETCH, wishes.MASK)}
+        words = [names.get(word, word) for word in _words(shelf, opened, drawing)]
+        words += ["--output", names[FORMS["png"]]]
+        words += {"npz": ["--save-npz", names[FORMS["npz"]]], "gif": ["--show-process"]}.get(asked["form"], [])
+        for name, what in (_sketch_files(drawing) if drawing.sketch else {}).items():
+            Path(names[name]).write_bytes(what)
         args = drawing_parser("", "", count=1, output="").parse_args(words)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             draw_to_file(args, lambda _device: (watched, state))
         name = FORMS[asked["form"]]
-        send((Path(folder) / name).read_bytes(), name=name, last=True)
+        send(Path(names[name]).read_bytes(), name=name, last=True)
+
+
+def _sketch_files(drawing: wishes.Drawing) -> dict[str, bytes]:
+    """The sketch and what is to be drawn anew of it, as PNGs."""
+    from PIL import Image
+
+    files: dict[str, bytes] = {}
+    sketch = drawing.sketch.image
+    for name, pixels in ((wishes.SKETCH, sketch), (wishes.MASK, bytes(255 * (value == 0) for value in sketch))):
+        content = io.BytesIO()
+        Image.frombytes("L", (28, 28), pixels).save(content, format="PNG")
+        files[name] = content.getvalue()
+    return files

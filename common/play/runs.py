@@ -156,6 +156,7 @@ class Shelf:
                 name = f"{entry.name}~{count}"
             self.entries[name] = entry
         self.device, self.asked_threads, self.cache_dir = device, asked_threads, cache_dir
+        self.classifiers: dict[str, Any] = {}  # by the source of the digits that they learned from
         self._opened: OrderedDict[str, tuple[tuple, Opened]] = OrderedDict()
 
     def described(self) -> list[dict[str, Any]]:
@@ -202,12 +203,17 @@ class Shelf:
         return torch.get_num_threads()
 
     def digits(self, opened: Opened) -> Any:
-        """The test digits that the run's autoencoder is looked at with: HF_MNIST, from where its training had them.
+        """The test digits that the run's autoencoder is looked at with: HF_MNIST, from where its training had them."""
+        from common.data import HF_MNIST
+
+        cache, source = self.data_of(opened)
+        return HF_MNIST("test", cache, opened.run.flags.get("only_digit"), source)
+
+    def data_of(self, opened: Opened) -> tuple[Path, str]:
+        """(cache folder, "hub" or "embedded"), where the run's training had its digits.
 
         Nothing is downloaded: where full MNIST is not at hand, the embedded digits serve.
         """
-        from common.data import HF_MNIST
-
         flags = opened.run.flags
         recorded = ROOT / opened.entry.experiment / str(flags.get("cache_dir", "hf_cache"))  # may be absolute
         places = [self.cache_dir, recorded, *(ROOT / folder / "hf_cache" for folder in EXPERIMENTS)]
@@ -215,5 +221,5 @@ class Shelf:
         wanted = flags.get("data", AUTO)
         full = [place for place in places if any((place / name).exists() for name in FULL)]
         if wanted != "embedded" and full:
-            return HF_MNIST("test", full[0], flags.get("only_digit"), "hub")
-        return HF_MNIST("test", places[0], flags.get("only_digit"), "embedded")
+            return full[0], "hub"
+        return places[0], "embedded"

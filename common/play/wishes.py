@@ -6,13 +6,15 @@ import json
 import math
 from typing import Any, NamedTuple
 
-from common.args import SAMPLERS
+from common.args import SAMPLERS, timesteps_left
 
 MOST_BYTES = 64 * 1024  # of a message
 MOST_IMAGES = 144
 MOST_GUIDANCE = 20.0
 MOST_SIDES = 2
-SIZE = 28
+MOST_PASSES = 20  # of a sketch that is finished
+PIXELS = 28 * 28
+SKETCH, MASK = "sketch.png", "mask.png"
 
 
 class Refused(ValueError):
@@ -71,6 +73,23 @@ def digits(wish: dict[str, Any]) -> list[int]:
     return value
 
 
+def pixels(wish: dict[str, Any], name: str) -> bytes:
+    """wish[name], a 28 x 28 image from 0 to 255, as bytes. Raises Refused."""
+    value = wish.get(name)
+    if not isinstance(value, list) or len(value) != PIXELS or not all(type(v) is int and 0 <= v <= 255 for v in value):
+        raise Refused(f"{name.capitalize()} must be {PIXELS} whole numbers from 0 to 255.")
+    return bytes(value)
+
+
+class Sketch(NamedTuple):
+    """What a drawing begins with: an image, which is noised by `strength` of the timesteps, or finished in `passes`."""
+
+    image: bytes
+    finish: bool
+    strength: float
+    passes: int
+
+
 class Drawing(NamedTuple):
     """One picture: a grid of digits, by settings that infer.py has too."""
 
@@ -81,27 +100,58 @@ class Drawing(NamedTuple):
     sampler: str
     steps: int
     seed: int
+    sketch: Sketch | None = None
+
+    @property
+    def all_steps(self) -> int:
+        return self.steps * (self.sketch.passes if self.sketch else 1)
 
 
-def drawing(wish: dict[str, Any], T: int) -> Drawing:
+def drawing(wish: Any, T: int) -> Drawing:
     """The settings of a drawing from a model with T steps. Raises Refused."""
     if not isinstance(wish, dict):
         raise Refused("A drawing is an object.")
     if wish.get("sampler") not in SAMPLERS:
         raise Refused(f"The sampler must be one of {', '.join(SAMPLERS)}.")
+    sketch = sketch_of(wish)
+    named, steps = digits(wish), whole(wish, "steps", 1, T)
+    guidance = real(wish, "guidance", 0, MOST_GUIDANCE)
+    if sketch is not None:
+        steps = min(steps, timesteps_left(sketch.strength, T))
+        guidance = guidance if named else 1.0  # nobody said what is in the picture
     return Drawing(
         side=whole(wish, "side", 0, MOST_SIDES - 1),
-        digits=digits(wish),
+        digits=named,
         count=whole(wish, "count", 1, MOST_IMAGES),
-        guidance=real(wish, "guidance", 0, MOST_GUIDANCE),
+        guidance=guidance,
         sampler=wish["sampler"],
-        steps=whole(wish, "steps", 1, T),
+        steps=steps,
         seed=whole(wish, "seed", 0, 2**32 - 1),
+        sketch=sketch,
     )
 
 
+def sketch_of(wish: dict[str, Any]) -> Sketch | None:
+    """What a drawing begins with, if it has an "image". Raises Refused."""
+    if "image" not in wish:
+        return None
+    image, finish = pixels(wish, "image"), wish.get("finish") is True
+    if finish and 0 not in image:
+        raise Refused("Nothing is left to be filled in: what is drawn stays, so leave some of it black.")
+    strength = 1.0 if finish else real(wish, "strength", 0.001, 1)
+    return Sketch(image, finish, strength, whole(wish, "passes", 1, MOST_PASSES) if finish else 1)
+
+
 def words_of(drawing: Drawing) -> list[str]:
-    """The flags by which infer.py draws it."""
+    """The flags by which infer.py draws it; a sketch lies in SKETCH, what is to be drawn anew of it in MASK."""
     words = ["--num-images", drawing.count, "--sampler", drawing.sampler, "--steps", drawing.steps]
-    words += ["--guidance", drawing.guidance, "--seed", drawing.seed]
-    return [str(word) for word in [*words, *(["--digit", *drawing.digits] if drawing.digits else [])]]
+    words += ["--seed", drawing.seed]
+    if drawing.digits or not drawing.sketch:
+        words += ["--guidance", drawing.guidance]
+    if drawing.digits:
+        words += ["--digit", *drawing.digits]
+    if drawing.sketch:
+        words += ["--from-image", SKETCH]
+        finish = ["--inpaint", MASK, "--resample", drawing.sketch.passes]
+        words += finish if drawing.sketch.finish else ["--strength", drawing.sketch.strength]
+    return [str(word) for word in words]

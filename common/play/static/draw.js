@@ -1,11 +1,11 @@
 // Drawing: settings A and B on the same noise, the steps as they come, and what can be taken away.
 
-import { paint, SIZE, columns } from "./grid.js";
+import { paint, SIZE, size } from "./grid.js";
 import { set, state } from "./state.js";
 import { button, byId, copied, element, save } from "./page.js";
 
-const COUNTS = [1, 4, 9, 16, 25, 36, 49, 64, 81, 100, 144];
-const STEPS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500, 750, 1000];
+export const COUNTS = [1, 4, 9, 16, 25, 36, 49, 64, 81, 100, 144];
+export const STEPS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500, 750, 1000];
 const PLAYING = 4000; // milliseconds from noise to digit
 const END = 1000; // of the scrubber
 const ANY = "any";
@@ -225,16 +225,7 @@ class Side {
       choice.setAttribute("aria-pressed", digit === ANY ? chosen === "" : chosen.includes(digit));
       choice.disabled = only !== undefined && digit !== ANY && digit !== String(only);
     }
-    this.size(Number(state.count));
-  }
-
-  // Give the grids their size before there is a picture, so that nothing jumps.
-  size(count) {
-    const side = columns(count) * (SIZE + 2) + 2;
-    const height = Math.ceil(count / columns(count)) * (SIZE + 2) + 2;
-    for (const canvas of this.canvases) {
-      if (canvas.width !== side || canvas.height !== height) Object.assign(canvas, { width: side, height });
-    }
+    for (const canvas of this.canvases) size(canvas, Number(state.count));
   }
 
   settings() {
@@ -274,6 +265,6 @@ class Side {
   }
 }
 
-function counted(number, word) {
+export function counted(number, word) {
   return `${number} ${word}${number === 1 ? "" : "s"}`;
 }

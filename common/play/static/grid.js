@@ -7,13 +7,18 @@ export function columns(count) {
   return Math.ceil(Math.sqrt(count));
 }
 
+// Give a canvas the size of so many images before there are any, so that nothing jumps.
+export function size(canvas, count, nrow = columns(count), padding = PADDING) {
+  const width = nrow * (SIZE + padding) + padding;
+  const height = Math.ceil(count / nrow) * (SIZE + padding) + padding;
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  return [width, height];
+}
+
 // Paint `count` images from `pixels`, which begin at `offset`; nrow: images a row; padding: as in infer.py's PNG.
 export function paint(canvas, pixels, offset, count, nrow = columns(count), padding = PADDING) {
   const cell = SIZE + padding;
-  const rows = Math.ceil(count / nrow);
-  const width = nrow * cell + padding;
-  const height = rows * cell + padding;
-  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  const [width, height] = size(canvas, count, nrow, padding);
   const image = new ImageData(width, height);
   const words = new Uint32Array(image.data.buffer);
   words.fill(0xff000000);

@@ -65,7 +65,7 @@ function show() {
 }
 
 byId("run").onchange = (event) => {
-  set({ run: event.target.value, count: "", sampler: "", steps: "", bsampler: "", bsteps: "" });
+  set({ run: event.target.value, count: "", sampler: "", steps: "", bsampler: "", bsteps: "", ssampler: "", ssteps: "" });
   show();
 };
 

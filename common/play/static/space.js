@@ -1,6 +1,6 @@
 // The latent space: its map, a digit under the pointer, the walk between two of them, and any latent by its numbers.
 
-import { clear, paint, paintDigit, SIZE } from "./grid.js";
+import { clear, paint, paintDigit, SIZE, size } from "./grid.js";
 import { byId, element, say } from "./page.js";
 
 // Paul Tol's "muted", lightened where the background is dark; digits are their own markers
@@ -28,8 +28,7 @@ export class Space {
   open(run) {
     Object.assign(this, { run, space: null, ends: [], pointed: null, latents: null });
     for (const id of ["original", "again", "walk", "decoded"]) clear(byId(id));
-    byId("walk").height = SIZE;
-    byId("walk").width = WALK * (SIZE + 2);
+    size(byId("walk"), WALK, WALK);
     byId("sliders").replaceChildren();
     say("pointed", "");
     say("space-said", "Loading the digits\u2026");
