@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from common import emoji, threads
 from common.args import Parser, add_device_argument, add_threads_argument, number
+from common.device import get_device
 from common.error_codes import run_main
 from common.play import wishes
 
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     def begin() -> None:
         """The slow part of the first answer, before the address is told: torch, and the newest run's networks."""
         threads.prepare()
+        get_device(args.device)
         with suppress(wishes.Refused):  # which is told to whoever asks for that run
             shelf.open(next(iter(shelf.entries)))
 

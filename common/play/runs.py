@@ -165,9 +165,7 @@ class Shelf:
     def entry(self, name: Any) -> Entry:
         """Raises Refused for a run that was not listed when the server started."""
         if not isinstance(name, str) or name not in self.entries:
-            raise Refused(
-                "There is no such run in the list: reload the page, or start the server again to find new ones."
-            )
+            raise Refused("This run is not in the server's list: choose another, or start the server again.")
         return self.entries[name]
 
     def open(self, name: Any) -> Opened:

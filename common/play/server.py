@@ -239,17 +239,21 @@ async def serve(shelf: Shelf, host: str, port: int, begin: Callable[[], None], s
         taken = error.errno == errno.EADDRINUSE
         reason = "another program listens there; --port 0 takes a free one" if taken else error.strerror or error
         raise Exit(USAGE, f"--port {port}: {reason}" if taken else f"--host {host}: {reason}") from None
-    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop, faults = asyncio.get_running_loop(), []
+    ready = asyncio.Event()
 
     def begun() -> None:
         try:
             begin()
-        finally:
-            loop.call_soon_threadsafe(ready.set)
+        except Exception as fault:  # which ends the program, in its main thread
+            faults.append(fault)
+        loop.call_soon_threadsafe(ready.set)
 
     worker = Worker(begun, ready=lambda key: key[0].takes_more)
     worker.start()
     await ready.wait()
+    if faults:
+        raise faults[0]
     server = HTTPServer(
         application(shelf, worker, host), max_body_size=wishes.MOST_BYTES, max_header_size=wishes.MOST_BYTES
     )

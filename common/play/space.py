@@ -57,8 +57,9 @@ class Space:
         try:
             points = tsne_map(self.latents.numpy(), min(PERPLEXITY, (len(self.latents) - 1) / 3))
             low, high = points.min(axis=0), points.max(axis=0)
-            self.points = (points - low) / (high - low).clip(1e-9)  # in [0, 1]
-            self._keep()
+            points = (points - low) / (high - low).clip(1e-9)  # in [0, 1]
+            self._keep(points)
+            self.points = points  # for the worker's thread, which waits for it
         except Exception as error:  # goes to the worker's thread, which waits for the points
             self.fault = error
 
@@ -73,11 +74,11 @@ class Space:
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None
 
-    def _keep(self) -> None:
+    def _keep(self, points: numpy.ndarray) -> None:
         """Where the folder cannot be written to, the map is computed again by the next server."""
         import numpy
 
-        arrays = {"points": self.points, "labels": self.labels, "digest": numpy.array(self.digest)}
+        arrays = {"points": points, "labels": self.labels, "digest": numpy.array(self.digest)}
         content = io.BytesIO()
         numpy.savez(content, **arrays)
         with contextlib.suppress(OSError):
