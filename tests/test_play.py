@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import errno
 import io
 import json
 import os
@@ -456,10 +455,7 @@ def test_no_path_leads_out_of_the_page(server, runs):
                 connection.sendall(request)
                 connection.shutdown(socket.SHUT_WR)
                 return b"".join(iter(lambda: connection.recv(65536), b""))
-            except ConnectionError:  # it did not want to hear all of it
-                return b""
-            except OSError as error:
-                assert error.errno == errno.ENOTCONN
+            except OSError:  # it did not want to hear all of it
                 return b""
 
     host = f"Host: localhost:{server.port}\r\nConnection: close\r\n"
@@ -783,10 +779,8 @@ def test_the_latent_space_under_pointer_and_keys(visit, runs, server):
     walk = canvas(page, "#walk")
     _, (*_, (header, _)) = talk(server, {"do": "map", "run": runs["lddpm"].name})
     size = page.locator("#map").bounding_box()
-    across, down = (
-        14 + at * (size[name] - 28) for at, name in zip(header["points"][7], ("width", "height"), strict=True)
-    )
-    page.mouse.move(size["x"] + across, size["y"] + down)
+    x, y = header["points"][7]
+    page.mouse.move(size["x"] + 14 + x * (size["width"] - 28), size["y"] + 14 + y * (size["height"] - 28))
     page.wait_for_timeout(300)
     _, ((_, pixels),) = talk(server, {"do": "digit", "run": runs["lddpm"].name, "index": 7})
     assert canvas(page, "#original").tobytes() == pixels[:784]

@@ -12,6 +12,7 @@ from common.args import Parser, add_device_argument, add_threads_argument, numbe
 from common.device import get_device
 from common.error_codes import run_main
 from common.play import wishes
+from common.progress import counted
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             shelf.open(next(iter(shelf.entries)))
 
     def say(address: str) -> None:
-        print(f"{emoji.ok} {len(shelf.entries)} runs: {address} (Ctrl-C ends it)", flush=True)
+        print(f"{emoji.ok} {counted(len(shelf.entries), 'run')}: {address} (Ctrl-C ends it)", flush=True)
 
     asyncio.run(serve(shelf, args.host, args.port, begin, say))
 

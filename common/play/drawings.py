@@ -157,6 +157,8 @@ def take(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
         for name, what in (_sketch_files(drawing) if drawing.sketch else {}).items():
             Path(names[name]).write_bytes(what)
         args = drawing_parser("", "", count=1, output="").parse_args(words)
+        if run.autoencoder:
+            args.ae_ckpt = None  # the latent infer.py has this flag too
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             draw_to_file(args, lambda _device: (watched, state))
         name = FORMS[asked["form"]]

@@ -133,7 +133,8 @@ class Tab(WebSocketHandler):
 
     def initialize(self, names: set[str], shelf: Shelf, worker: Worker) -> None:
         self.names, self.shelf, self.worker = names, shelf, worker
-        self.unsent, self.counted, self.loop = 0, False, asyncio.get_running_loop()
+        self.counted, self.loop = False, asyncio.get_running_loop()
+        self.posted, self.sent = 0, 0  # bytes; only the worker's thread changes the one, only the server's the other
 
     def prepare(self) -> None:
         if not is_own_name(self.request.headers.get("Host", ""), self.names):
@@ -184,18 +185,19 @@ class Tab(WebSocketHandler):
     @property
     def takes_more(self) -> bool:
         """Has it read most of what it was sent?"""
-        return self.unsent < MOST_UNSENT
+        return self.posted - self.sent < MOST_UNSENT
 
     def _post(self, pixels: bytes, header: dict[str, Any]) -> None:
-        self.unsent += len(pixels)
+        self.posted += len(pixels)
         self.loop.call_soon_threadsafe(self._write, pixels, header)
 
     def _write(self, pixels: bytes, header: dict[str, Any]) -> None:
         text = json.dumps(header, allow_nan=False).encode()
 
         def sent(future: asyncio.Future) -> None:
-            future.exception()  # a tab that was closed meanwhile
-            self.unsent -= len(pixels)
+            if not future.cancelled():
+                future.exception()  # of a tab that was closed meanwhile
+            self.sent += len(pixels)
             self.worker.wake()
 
         try:
