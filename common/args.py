@@ -28,8 +28,8 @@ from common.schedules import SCHEDULES
 
 SAMPLERS = ("ddpm", "ddim", "dpm", "dpm-sde")
 DPM_STEPS = 10  # more draw hardly better (tests/benchmarks/README.md)
-DEFAULT_STRENGTH = 0.6  # of --from-image
-DEFAULT_RESAMPLE = 1  # of --inpaint
+DEFAULT_STRENGTH = {"lddpm": 0.15, "ddpm": 0.3}  # of --from-image: a digit mostly stays the digit that it is
+DEFAULT_RESAMPLE = 5  # of --inpaint: what is drawn fits what is kept, as five times as many steps do not achieve
 DEFAULT_GUIDANCE = 1.1  # a little variety for one more digit in a hundred that is what was asked for
 _KINDS = {
     "place": "where things live and run (always today's, also on resume)",
@@ -188,9 +188,7 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv, namespace=Args())
         args.kinds = self.kinds
         args.defaults = {action.dest: action.default for action in self._declared}
-        for action in self._declared:  # a second look sees only what was typed
-            action.default = argparse.SUPPRESS
-        typed = vars(self.parse_args(argv))
+        typed = self.typed(argv)
         for name, complaint in self._wrong.items():
             if name not in typed:
                 self.error(complaint)
@@ -198,6 +196,12 @@ class Parser(argparse.ArgumentParser):
             is_env = name in self._environment
             args.origin[name] = "flag" if name in typed else "environment" if is_env else "default"
         return args
+
+    def typed(self, argv: list[str] | None = None) -> dict[str, Any]:
+        """The flags that `argv` really has, with their values; to be asked after everything else."""
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        return vars(self.parse_args(argv))
 
     def error(self, message: str) -> NoReturn:
         line = f"{emoji.error} {self.prog}: {message} (--help lists the flags)\n"

@@ -5,6 +5,7 @@ way this project loads anything. Keys: model, ema, optimizer, scaler, epoch (tha
 global_step, batch (batches done in the epoch), args, exp_name, timestamp (UTC), train_loss, val_loss, best, scores,
 running (sums behind train_loss), format; of latent diffusion also ae_ckpt_data, its autoencoder.
 A checkpoint without `val_loss` was saved within its epoch: it is partial, and is replaced when the epoch ends.
+One with `exported` was written for drawing alone: see `common.export`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ FORMAT = 1
 NAME = "checkpoint_epoch_{epoch:06d}.pt"
 _NAME = re.compile(r"checkpoint_epoch_(\d{6,})\.pt")
 LATEST, BEST = "latest.pt", "best.pt"
+EXPORTED = "exported"  # the key of files that infer.py --export wrote
 RUNS = "checkpoints"  # the folder that runs' folders lie in
 A_DAY = 24 * 3600  # seconds
 TIMESTAMP = re.compile(r"-\d{8}-\d{6}$")  # of a run's name
@@ -432,11 +434,26 @@ def read_model(
     return path, state
 
 
+def is_epochs_name(name: str) -> bool:
+    """Is a file of this name a run's checkpoint of an epoch?"""
+    return _NAME.fullmatch(name) is not None
+
+
+def exported_text(state: State) -> str:
+    """What to say of an exported file where a checkpoint that can be trained on, or ranked, is wanted."""
+    return f"was exported for drawing (infer.py --export) from {state['exp_name']}, epoch {state['epoch']}"
+
+
+def averaged_weights(state: State) -> dict[str, Any]:
+    """The weights to draw with: the EMA's, where there is one. An exported file has no others."""
+    averaged = state.get("ema") or state["model"]
+    return {key.removeprefix("module."): value for key, value in averaged.items() if key != "n_averaged"}
+
+
 def load_averaged(net: Any, state: State, path: str | Path) -> None:
     """Give `net` the EMA weights of a checkpoint's state. Raises UnreadableCheckpoint if they do not fit."""
-    averaged = {key.removeprefix("module."): value for key, value in state["ema"].items() if key != "n_averaged"}
     try:
-        net.load_state_dict(averaged)
+        net.load_state_dict(averaged_weights(state))
     except RuntimeError as error:
         raise UnreadableCheckpoint(path, f"its weights do not fit: {str(error).splitlines()[0]}") from None
 

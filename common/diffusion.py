@@ -20,7 +20,7 @@ from common.rng import generator
 from common.schedules import SCHEDULES
 
 LAST_SNR = 2.2  # log(signal / noise) from which "dpm…" goes to x_0 at once: timestep 30 of the default schedule
-JUMP = 10  # steps that resampling goes back at a time (Lugmayr et al. 2022, section 4.2)
+STRETCHES = 10  # of the way, that resampling goes several times each
 PART = 256  # rows that go through a net at once when drawing, whoever draws them; more are slower on a CPU
 
 
@@ -232,13 +232,14 @@ def reverse_steps(schedules: Schedules, steps: int | None = None, sampler: str =
 
 
 def resampled(plan: list[ReverseStep], times: int) -> list[ReverseStep]:
-    """The plan with every stretch of JUMP steps gone `times` times, noised back to its beginning in between.
+    """The plan with each of its STRETCHES gone `times` times, noised back to its beginning in between.
 
     RePaint's resampling (Lugmayr et al. 2022, section 4.2): what is drawn anew gets the chance to fit what is kept.
+    Theirs goes back 10 steps of 250; a tenth of the way serves plans of few steps too.
     """
-    result = []
-    for begin in range(0, len(plan), JUMP):
-        stretch = plan[begin : begin + JUMP]
+    result, length = [], -(-len(plan) // STRETCHES)
+    for begin in range(0, len(plan), length):
+        stretch = plan[begin : begin + length]
         again = [stretch[0]._replace(change_scale=0.0), *stretch[1:]]  # the step before it was at another noise level
         passes = [stretch] + [again] * (times - 1)
         back = stretch[0].signal / stretch[-1].next_signal

@@ -24,7 +24,7 @@ from common.args import (
     flag_of,
     number,
 )
-from common.ckpt import atomic_write
+from common.ckpt import atomic_write, infer_model_from_checkpoint
 from common.device import get_device, memory_in_one_line
 from common.error_codes import BAD_IMAGE, BAD_OUTPUT, USAGE, Exit
 from common.images import (
@@ -70,12 +70,14 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
         help="also save single PNGs there, named by number and label (a new or empty folder)",
     )
     add("--from-image", metavar="FILE", help="begin with this picture (or with the images of an .npz), not with noise")
-    strength = f"how much of it is drawn over, from 0 (nothing) to 1 (all of it; default: {DEFAULT_STRENGTH})"
+    latents, pixels = DEFAULT_STRENGTH.values()
+    strength = f"how much of it is drawn over, from 0 (nothing) to 1 (all; default: latents {latents}, pixels {pixels})"
     add("--strength", type=number(float, above=0, high=1), metavar="S", help=strength)
     mask = "keep the picture as it is but where this one, of the same size, is white (pixel diffusion only)"
     add("--inpaint", metavar="MASK", help=mask)
     times = f"with --inpaint, go every stretch of steps N times (RePaint's resampling; default: {DEFAULT_RESAMPLE})"
     add("--resample", type=number(int, 1), metavar="N", help=times)
+    add("--export", metavar="FILE", help="draw nothing, but write what drawing needs of the run to this file (.pt)")
     add_sampling_arguments(parser)
     return parser
 
@@ -111,7 +113,7 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
     def check() -> tuple[dict[str, Any], dict[str, Any]]:  # by the first process, so that what is wrong is said once
         _check_outputs(args)
         known.append(load(device))
-        edit = _edit(args)
+        edit = _edit(args, infer_model_from_checkpoint(known[0][1]))
         trained = known[0][1]["args"]
         if edit and args.digit is None and trained["only_digit"] is None:
             args.digit = []  # nobody knows what is in the picture
@@ -154,7 +156,7 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
         _save_singly(images, labels, Path(args.save_dir))
 
 
-def _edit(args: Any) -> dict[str, Any]:
+def _edit(args: Any, model: str) -> dict[str, Any]:
     """What the flags want of a picture, as `diffusion.draw` takes it; {} without --from-image. Raises Exit."""
     if args.from_image is None:
         for name in ("strength", "inpaint", "resample"):
@@ -168,7 +170,7 @@ def _edit(args: Any) -> dict[str, Any]:
         few = f"--num-images {args.num_images} is less than one of each of the {len(images)} images"
         raise Exit(USAGE, f"{few} in {args.from_image}")
     if args.inpaint is None:
-        args.strength = args.strength or DEFAULT_STRENGTH
+        args.strength = args.strength or DEFAULT_STRENGTH[model]
         return {"from_image": images, "strength": args.strength}
     mask = read_mask(args.inpaint, args.from_image, size)
     if len(mask) not in (1, len(images)):

@@ -139,6 +139,9 @@ def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> tuple[list[Fo
             if not error.gone:  # pruned by the run that trains there
                 warn(f"passing over {error}")
             continue
+        if ckpt.is_ours(state) and ckpt.EXPORTED in state:
+            warn(f"passing over {path}: it {ckpt.exported_text(state)}")
+            continue
         if not isinstance(state, dict) or ("val_loss" in state and not ckpt.is_complete(state)):
             continue
         known.append((path, state, figures_of(state, path)))
@@ -194,6 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="let --copy-to overwrite")
     parser.add_argument("--print-path-only", action="store_true", help="print just the best one's path")
     args = parser.parse_args(argv)
+    if os.path.isfile(args.folder) and ckpt.is_ours(state := ckpt.peek(args.folder)[0]) and ckpt.EXPORTED in state:
+        raise Exit(BAD_CHECKPOINT, f"{args.folder} {ckpt.exported_text(state)}: give a folder of runs")
     if not os.path.isdir(args.folder):  # False also for names that are too long
         raise Exit(BAD_CHECKPOINT, f"{args.folder}: no such folder")
     mode = args.mode or default_mode(args.metric)

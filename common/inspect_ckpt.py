@@ -29,8 +29,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     Keys: path, bytes, kind ("checkpoint" for one of this project's, else words for what it seems to be), tensors
     {name: [dtype, shape]}, parameters, largest (names), tensor_bytes, values (plain entries beside the weights),
     classes (names of everything in it that is neither tensor nor plain; they were not imported). One of this
-    project's has model, exp_name, epoch, complete, batch, global_step, timestamp, train_loss, val_loss, best, args and
-    autoencoder as well. Raises UnreadableCheckpoint.
+    project's has model, exp_name, epoch, complete, batch, global_step, timestamp, train_loss, val_loss, best, args,
+    exported and autoencoder as well. Raises UnreadableCheckpoint.
     """
     content, classes = ckpt.peek(path)
     try:
@@ -56,7 +56,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         values = {str(key): value for key, value in plain if isinstance(value, int | float | str | bool)}
         return info | {"values": values}
     info |= {key: content.get(key) for key in ("exp_name", "epoch", "batch", "global_step", "timestamp")}
-    info |= {key: content.get(key) for key in ("train_loss", "val_loss", "best", "args")}
+    info |= {key: content.get(key) for key in ("train_loss", "val_loss", "best", "args", ckpt.EXPORTED)}
     model, inner = ckpt.infer_model_from_checkpoint(content), content.get("ae_ckpt_data") or {}
     info |= {"model": model, "complete": ckpt.is_complete(content), "autoencoder": None, "values": {}}
     if inner:
@@ -123,6 +123,18 @@ def _inner(autoencoder: dict[str, Any] | None) -> str | None:
     return f"{autoencoder['exp_name']} ({what})"
 
 
+def _exported(exported: dict[str, Any] | None) -> dict[str, str | None]:
+    """Rows about a file that infer.py --export wrote."""
+    if exported is None:
+        return {}
+    scores = {name: value for name, value in exported["scores"].items() if isinstance(value, float)}
+    return {
+        "exported": f"for drawing, in float16, {exported['time']} ({_age(exported['time'])})",
+        "trained by": "\n              ".join(exported["commands"]) or None,
+        "scores": " ".join(f"{name}={value:.4g}" for name, value in scores.items()) or None,
+    }
+
+
 def report(info: dict[str, Any]) -> str:
     """What a person wants to know, as lines of text; `info` is from `describe`."""
     rows: dict[str, Any] = {"kind": info["kind"]}
@@ -139,6 +151,7 @@ def report(info: dict[str, Any]) -> str:
             "best": f"{best['val_loss']:.6f} in epoch {best['epoch']}" if best else "none yet",
             "saved": f"{info['timestamp']} ({_age(info['timestamp'])})",
             "autoencoder": _inner(info["autoencoder"]),
+            **_exported(info[ckpt.EXPORTED]),
             "flags": " ".join(f"{name}={value}" for name, value in sorted(known.items())),
         }
     shapes = {name: f"{dtype} {shape}" for name, (dtype, shape) in info["tensors"].items()}

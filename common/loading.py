@@ -107,9 +107,9 @@ class Diffusion(Loaded):
         how = {"guidance": guidance, "seed": seed, "sampler": sampler, "steps": steps}
         how |= {"callback": callback, "watch": watch}
         if from_image is not None and strength is None:
-            strength = DEFAULT_STRENGTH if inpaint is None else 1.0
+            strength = DEFAULT_STRENGTH[self.model] if inpaint is None else 1.0
         how |= {"from_image": from_image, "strength": 1.0 if strength is None else strength, "inpaint": inpaint}
-        how["resample"] = DEFAULT_RESAMPLE if resample is None else resample
+        how["resample"] = (1 if inpaint is None else DEFAULT_RESAMPLE) if resample is None else resample
         return self.drawer(labels=labels, count=count, **how).cpu()
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 from common import ckpt
 from common.args import Args, Difference, bash_word, flag_of
 from common.device import make_output_directories
-from common.error_codes import BAD_OUTPUT, RUN_LOCKED, STOPPED_EARLY, USAGE, Exit
+from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, RUN_LOCKED, STOPPED_EARLY, USAGE, Exit
 from common.record import flags_in
 from common.slurm import stop_requested
 
@@ -189,6 +189,8 @@ def resume_target(
             warn(f"passing over {target}: it points to no file")
         target = target.parent
     source, state = ckpt.read_model(target, models, warn)
+    if ckpt.EXPORTED in state:
+        raise Exit(MODEL_MISMATCH, f"{source} {ckpt.exported_text(state)}: it cannot be trained on, --resume its run")
     source = source.resolve() if source.is_symlink() else source  # best.pt moves on; its target does not
     if source.parent.parent.name != ckpt.RUNS:
         source = source.resolve()  # through a symlink to the run's folder

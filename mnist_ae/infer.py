@@ -21,6 +21,7 @@ from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
 from common.data import HF_MNIST, make_mnist_loader
 from common.device import get_device, memory_in_one_line
 from common.error_codes import run_main
+from common.export import export
 from common.images import over, save_output
 from common.latents import walks_between
 from common.rng import generator
@@ -35,6 +36,8 @@ def parse_args(argv=None):
     parser.flag("place", "--interpolate", action="store_true", help="one row per walk from a digit to another")
     parser.flag("place", "--walk-steps", type=number(int, 2), default=10, help="images in a walk (default: 10)")
     parser.flag("place", "--seed", type=number(int, 0, 2**32 - 1), default=42, help="which test digits (default: 42)")
+    what = "show nothing, but write what drawing needs of the run to this file (.pt)"
+    parser.flag("place", "--export", metavar="FILE", help=what)
     add_scale_argument(parser)
     add_device_argument(parser)
     add_threads_argument(parser)
@@ -44,6 +47,9 @@ def parse_args(argv=None):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.export:
+        typed = [name for name in args.kinds if args.origin[name] == "flag"]
+        return export(args.ckpt, args.export, typed, AUTOENCODERS)
     require_checkpoint(args.ckpt, AUTOENCODERS)
 
     threads.prepare()

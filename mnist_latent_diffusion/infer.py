@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.drawing import draw_to_file, drawing_parser
 from common.error_codes import MODEL_MISMATCH, Exit, run_main
+from common.export import export
 from common.modules import module_of
 from common.run import require_checkpoint
 
@@ -16,6 +17,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = drawing_parser("Draw digits by latent diffusion.", example, count=64, output="generated.png")
     parser.add_argument("--ae-ckpt", help="decode with this autoencoder instead of the one inside the checkpoint")
     args = parser.parse_args(argv)
+    if args.export:
+        return export(args.ckpt, args.export, parser.typed(argv), ("lddpm",))
 
     def load(device):
         if args.inpaint:

@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common.drawing import draw_to_file, drawing_parser
 from common.error_codes import run_main
+from common.export import export
 from common.modules import module_of
 from common.run import require_checkpoint
 
@@ -15,6 +16,8 @@ def main(argv: list[str] | None = None) -> None:
     example = "python infer.py --checkpoint RUN_FOLDER --n 64 --out samples.png"
     parser = drawing_parser("Draw digits by pixel-space diffusion.", example, count=16, output="samples_infer.png")
     args = parser.parse_args(argv)
+    if args.export:
+        return export(args.ckpt, args.export, parser.typed(argv), ("ddpm",))
 
     def load(device):
         require_checkpoint(args.ckpt, ("ddpm",))

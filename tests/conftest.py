@@ -10,7 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: small tensors, 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
-from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, call, only_run, run
+from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, PIXEL, call, only_run, run
 
 # these take minutes: they begin first, so that the processes of run.sh end at about the same time
 LONG = ("test_slurm.py", "test_soak.py", "test_choice.py", "test_ranks.py", "test_readme.py")
@@ -85,6 +85,15 @@ def latent_run(tmp_path_factory, tiny_latent) -> Path:
     """The run folder of a latent diffusion: the real script, 2 epochs."""
     outdir = tmp_path_factory.mktemp("latent")
     result = run(LATENT, "train.py", "--epochs", 2, "--generate-images", "--outdir", outdir, "--amp", *tiny_latent)
+    assert result.code == 0, result.text
+    return only_run(outdir)
+
+
+@pytest.fixture(scope="session")
+def pixel_run(tmp_path_factory, tiny) -> Path:
+    """The run folder of a pixel diffusion, 1 epoch."""
+    outdir = tmp_path_factory.mktemp("pixel")
+    result = call(PIXEL, "train.py", *tiny, "--epochs", 1, "--base-ch", 8, "--T", 20, "--outdir", outdir)
     assert result.code == 0, result.text
     return only_run(outdir)
 

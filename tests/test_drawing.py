@@ -8,7 +8,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
-from helpers import AE, LATENT, PIXEL, call, only_run, run
+from helpers import AE, LATENT, PIXEL, call, run
 from PIL import Image
 
 from common import curves, diffusion, record
@@ -21,12 +21,9 @@ from common.run import Run
 
 
 @pytest.fixture(scope="module")
-def runs(latent_run, tiny, tmp_path_factory):
+def runs(latent_run, pixel_run):
     """A trained run of either diffusion experiment, by folder."""
-    outdir = tmp_path_factory.mktemp("pixel")
-    result = call(PIXEL, "train.py", *tiny, "--epochs", 1, "--base-ch", 8, "--T", 20, "--outdir", outdir)
-    assert result.code == 0, result.text
-    return {LATENT: latent_run, PIXEL: only_run(outdir)}
+    return {LATENT: latent_run, PIXEL: pixel_run}
 
 
 def pixels(path):

@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 import torch
-from helpers import PIXEL, REPO, call, environment, finish, only_run, run, start
+from helpers import REPO, environment, finish, run, start
 from PIL import Image
 from tornado.httpclient import HTTPRequest
 from tornado.websocket import websocket_connect
@@ -70,14 +70,6 @@ class Server:
         """Megabytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) // 1024
-
-
-@pytest.fixture(scope="module")
-def pixel_run(tmp_path_factory, tiny) -> Path:
-    outdir = tmp_path_factory.mktemp("pixel")
-    flags = ("--epochs", 1, "--T", 20, "--base-ch", 8, "--outdir", outdir)
-    assert call(PIXEL, "train.py", *tiny, *flags).code == 0
-    return only_run(outdir)
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +275,7 @@ def test_a_newer_wish_cancels_and_a_closed_tab_stops_its_work(server, runs):
 
 
 def test_short_work_comes_between_the_steps_of_long_work(server, runs):
-    slow = {"do": "take", "form": "png", "run": runs["ddpm"].name, "drawing": settings(count=MOST_IMAGES, steps=20)}
+    slow = {"do": "take", "form": "png", "run": runs["ddpm"].name, "drawing": settings(count=64, steps=20)}
     quick = {"do": "draw", "run": runs["lddpm"].name, "drawings": [settings()]}
     _, answers = talk(server, slow, quick, until=2)
     assert [header["id"] for header, _ in answers if "last" in header] == [1, 0]
