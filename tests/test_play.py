@@ -690,7 +690,9 @@ def test_controls_redraw_with_the_same_noise_and_the_scrubber_goes_back(visit, r
     says(page, "#where", "step 5 of 5")
     assert "guidance=2.6" in page.url
     page.wait_for_function("() => document.querySelector('#commands code').textContent.includes('--guidance 2.6')")
-    page.wait_for_timeout(200)
+    page.select_option("[data-side='0'] [name=sampler]", "ddpm")
+    page.wait_for_function("() => document.querySelector('#commands code').textContent.includes('--sampler ddpm')")
+    scrub(page, 1000)
     assert (grids(page)[1] != final).any()
     scrub(page, 0)
     assert (grids(page)[0] == noise).all()
@@ -700,6 +702,10 @@ def test_controls_redraw_with_the_same_noise_and_the_scrubber_goes_back(visit, r
     assert page.locator("#play").get_attribute("aria-label") == "Play the steps"
     page.check("#compare")  # by click; the second setting draws on the same noise
     page.wait_for_function("() => document.querySelectorAll('.command:not([hidden]) code')[1]?.textContent")
+    page.select_option("[data-side='1'] [name=sampler]", "dpm")
+    page.wait_for_function(
+        "() => document.querySelectorAll('#commands code')[1].textContent.includes('--sampler dpm ')"
+    )
     scrub(page, 0)
     assert (grids(page, 1)[0] == noise).all()
     scrub(page, 1000)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ckpt, threads
-from common.args import AUTO, DEFAULT_GUIDANCE, bash_word
+from common.args import AUTO, DEFAULT_GUIDANCE, DEFAULT_RESAMPLE, DEFAULT_STRENGTH, bash_word
 from common.error_codes import USAGE, Exit
 from common.loading import Autoencoder, Diffusion, load
 from common.modules import MODULE_FILES, ROOT
@@ -80,13 +80,9 @@ class Entry:
         """What the browser is told of it. No path is."""
         known = ("T", "only_digit", "latent_dim", "ae_latent_dim", "schedule")
         flags = {key: self.flags[key] for key in known if self.flags.get(key) is not None}
-        return {
-            "id": name,
-            "model": self.model,
-            "kind": KINDS[self.model],
-            "epoch": self.newest(),
-            "time": self.time,
-        } | flags
+        usual = {"strength": DEFAULT_STRENGTH.get(self.model), "passes": DEFAULT_RESAMPLE}  # of a sketch
+        seen = {"id": name, "model": self.model, "kind": KINDS[self.model], "epoch": self.newest(), "time": self.time}
+        return seen | usual | flags
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that are whole."""

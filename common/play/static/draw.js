@@ -161,6 +161,7 @@ class Side {
     this.canvases = [" x\u209C, as the step leaves it", " predicted x\u2080"].map((caption) => {
       const canvas = element("canvas", { className: "grid" });
       canvas.setAttribute("role", "img");
+      canvas.setAttribute("aria-label", "No drawing yet");
       this.figure.append(element("figure", {}, canvas, element("figcaption", {}, this.letter(), caption)));
       return canvas;
     });

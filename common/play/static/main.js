@@ -65,7 +65,7 @@ function show() {
 }
 
 byId("run").onchange = (event) => {
-  set({ run: event.target.value, count: "", sampler: "", steps: "", bsampler: "", bsteps: "", ssampler: "", ssteps: "" });
+  set({ run: event.target.value, count: "", sampler: "", steps: "", bsampler: "", bsteps: "", ssampler: "", ssteps: "", strength: "", passes: "" });
   show();
 };
 

@@ -19,7 +19,8 @@ export class Sketch {
     this.link = link;
     this.paper = new Paper((finished) => this.drawn(finished));
     for (const count of COUNTS) byId("scount").append(new Option(count, count));
-    for (const name of ["strength", "passes", "sguidance"]) byId(name).oninput = () => this.change({ [name]: Number(byId(name).value) });
+    for (const name of ["strength", "passes"]) byId(name).oninput = () => this.change({ [name]: byId(name).value });
+    byId("sguidance").oninput = () => this.change({ sguidance: Number(byId("sguidance").value) });
     byId("ssteps").oninput = () => this.change({ ssteps: String(this.choices[byId("ssteps").value]) });
     byId("ssampler").onchange = () => this.change({ ssampler: byId("ssampler").value });
     byId("scount").onchange = () => this.change({ scount: Number(byId("scount").value) });
@@ -44,6 +45,7 @@ export class Sketch {
   open(run) {
     this.run = run;
     const usual = run.model === "lddpm" ? { ssampler: "dpm", ssteps: "10" } : { ssampler: "ddim", ssteps: "25" };
+    Object.assign(usual, { strength: String(run.strength), passes: String(run.passes) });
     for (const [name, value] of Object.entries(usual)) state[name] = state[name] || value;
     if (run.model === "lddpm") state.mode = "noise";
     set({ run: run.id });
@@ -85,7 +87,7 @@ export class Sketch {
 
   settings() {
     const given = { seed: state.seed, count: Number(state.scount), sampler: state.ssampler, steps: Number(state.ssteps), guidance: state.sguidance };
-    const how = { finish: state.mode === "finish", strength: state.strength, passes: state.passes };
+    const how = { finish: state.mode === "finish", strength: Number(state.strength), passes: Number(state.passes) };
     return { side: 0, digits: state.sdigit === "" ? [] : [Number(state.sdigit)], image: [...this.paper.pixels], ...given, ...how };
   }
 

@@ -4,7 +4,7 @@ const DEFAULTS = {
   tab: "draw", run: "", count: "", seed: 42, compare: 0,
   digits: "0123456789", guidance: 1.1, sampler: "", steps: "",
   bdigits: "0123456789", bguidance: 3, bsampler: "", bsteps: "",
-  sketch: "", mode: "noise", strength: 0.6, passes: 3, sdigit: "", sguidance: 1.5, ssampler: "", ssteps: "", scount: 16,
+  sketch: "", mode: "noise", strength: "", passes: "", sdigit: "", sguidance: 1.5, ssampler: "", ssteps: "", scount: 16,
 };
 
 export const state = { ...DEFAULTS };
