@@ -51,7 +51,7 @@ PYTHON = """#!{python} -SE
 import os, sys
 launcher = ["-m", "torch.distributed.run"] if os.path.basename(sys.argv[0]) == "torchrun" else []
 words, shorter = sys.argv[1:], {shorter!r}
-for name in [name for name in shorter if name in words]:
+for name in [name for name in shorter if name in words and "--export" not in words]:
     words += shorter[name]
     if name == "train.py":
         words += {smaller!r}.get(os.path.basename(os.getcwd()), [])
