@@ -22,6 +22,7 @@ FEW = 64  # images that are drawn to find the fastest number of threads
 KINDS = {"ae-mlp": "autoencoder", "ae-conv": "autoencoder", "lddpm": "latent diffusion", "ddpm": "pixel diffusion"}
 EXPERIMENTS = tuple(dict.fromkeys(file.split("/")[0] for file in MODULE_FILES.values()))
 FULL = ("decoded/mnist-test.pt", "ylecun___mnist")  # what a cache of full MNIST has
+READY = "pretrained.pt"  # in an experiment's folder: weights that came with the repository
 MAKES_ONE = "bash mnist_latent_diffusion/run.sh"
 
 
@@ -116,7 +117,7 @@ def places() -> list[Path]:
 
 
 def find(named: list[str], warn: ckpt.Warn) -> list[Entry]:
-    """The runs that are named (files, runs' folders, or folders of runs), else all in `places`; newest first.
+    """The runs that are named (files, runs' folders, or folders of runs), else all in `places`; newest first, files last.
 
     Raises Exit if a name leads to none, or there is none at all.
     """
@@ -130,9 +131,11 @@ def find(named: list[str], warn: ckpt.Warn) -> list[Entry]:
         found += [Entry(*run) for run in runs]
     if not named:
         found = [Entry(*run) for place in places() for run in recorded_runs(place, warn)]
+        ready = [file for experiment in EXPERIMENTS if (file := ROOT / experiment / READY).is_file()]
+        found += [Entry(file, ckpt.peek_checkpoint(file)) for file in ready]
     if not found:
         raise Exit(USAGE, f"no runs in {' or '.join(map(str, places()))}: `{MAKES_ONE}` makes one, or name one")
-    return sorted(found, key=lambda entry: entry.time, reverse=True)
+    return sorted(found, key=lambda entry: (entry.source.is_dir(), entry.time), reverse=True)
 
 
 class Shelf:
