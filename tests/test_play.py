@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 import torch
-from helpers import REPO, environment, finish, run, start
+from helpers import LATENT, REPO, call, environment, finish, run, start
 from PIL import Image
 from tornado.httpclient import HTTPRequest
 from tornado.websocket import websocket_connect
@@ -30,6 +30,7 @@ from common import classifier, load, picture
 from common.error_codes import BAD_CHECKPOINT, INTERRUPTED, NO_DEVICE, USAGE
 from common.images import to_bytes
 from common.play import judge
+from common.play import runs as play_runs
 from common.play.runs import Shelf, find
 from common.play.server import is_own_name, names_of
 from common.play.space import Space
@@ -182,6 +183,18 @@ def test_it_finds_the_runs_that_the_trainers_leave_newest_first(server, runs, tm
     assert urlopen(other.address).status == 200
     assert {run["id"] for run in talk(other, until=0)[0]["runs"]} >= {"of-a-job", "of-a-trainer"}
     assert other.interrupt()[0] == INTERRUPTED
+
+
+def test_an_exported_file_can_be_played_with(latent_run, tmp_path, monkeypatch):
+    file = tmp_path / "mnist_latent_diffusion" / "pretrained.pt"
+    file.parent.mkdir()
+    assert call(LATENT, "infer.py", "--ckpt", latent_run, "--export", file).code == 0
+    monkeypatch.setattr(play_runs, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for entries in (find([str(file)], print), find([], print), find([str(latent_run), str(file)], print)[1:]):
+        shelf = Shelf(entries, "cpu", 1, None)
+        assert [run["id"] for run in shelf.described()] == ["pretrained"]
+        assert torch.equal(shelf.open("pretrained").diffusion.draw(3, count=2), load(file, "cpu").draw(3, count=2))
 
 
 def test_ctrl_c_ends_it_at_once_even_in_the_middle_of_a_drawing(runs):

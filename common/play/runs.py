@@ -117,8 +117,9 @@ def places() -> list[Path]:
 
 
 def find(named: list[str], warn: ckpt.Warn) -> list[Entry]:
-    """The runs that are named (files, runs' folders, or folders of runs), else all in `places`; newest first, files last.
+    """The runs that are named (files, runs' folders, or folders of runs), else all in `places`.
 
+    The newest come first, single files last.
     Raises Exit if a name leads to none, or there is none at all.
     """
     found: list[Entry] = []
