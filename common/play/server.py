@@ -14,6 +14,7 @@ import json
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -151,8 +152,7 @@ class Tab(WebSocketHandler):
             return
         Tab.open_tabs += 1
         self.counted = True
-        limits = {"images": wishes.MOST_IMAGES, "guidance": wishes.MOST_GUIDANCE}
-        self._write(b"", {"do": "hello", "runs": self.shelf.described(), "limits": limits})
+        self._write(packed({"do": "hello", "runs": self.shelf.described()}))
 
     def on_message(self, message: str | bytes) -> None:
         number, asked = None, {}
@@ -164,7 +164,7 @@ class Tab(WebSocketHandler):
             answer, is_short = ANSWERS[asked["do"]]
 
             def send(pixels: bytes = b"", **header: Any) -> None:  # in the worker's thread
-                self._post(pixels, {"id": number, "do": asked["do"], **header})
+                self._post(packed({"id": number, "do": asked["do"], **header}) + pixels)
 
             wish = Wish(
                 key=(self, ONE_AT_A_TIME.get(asked["do"], asked["do"])),
@@ -173,7 +173,7 @@ class Tab(WebSocketHandler):
                 short=is_short(self.shelf, asked),
             )
         except Refused as refusal:
-            self._write(b"", {"id": number, "do": asked.get("do"), "error": str(refusal), "last": True})
+            self._write(packed({"id": number, "do": asked.get("do"), "error": str(refusal), "last": True}))
             return
         self.worker.ask(wish)
 
@@ -187,24 +187,26 @@ class Tab(WebSocketHandler):
         """Has it read most of what it was sent?"""
         return self.posted - self.sent < MOST_UNSENT
 
-    def _post(self, pixels: bytes, header: dict[str, Any]) -> None:
-        self.posted += len(pixels)
-        self.loop.call_soon_threadsafe(self._write, pixels, header)
+    def _post(self, message: bytes) -> None:
+        self.posted += len(message)
+        self.loop.call_soon_threadsafe(self._write, message, True)
 
-    def _write(self, pixels: bytes, header: dict[str, Any]) -> None:
-        text = json.dumps(header, allow_nan=False).encode()
-
+    def _write(self, message: bytes, posted: bool = False) -> None:
         def sent(future: asyncio.Future) -> None:
             if not future.cancelled():
                 future.exception()  # of a tab that was closed meanwhile
-            self.sent += len(pixels)
-            self.worker.wake()
+            if posted:
+                self.sent += len(message)
+                self.worker.wake()
 
-        try:
-            future = self.write_message(struct.pack("<I", len(text)) + text + pixels, binary=True)
-            asyncio.ensure_future(future).add_done_callback(sent)
-        except WebSocketClosedError:
-            pass
+        with suppress(WebSocketClosedError):
+            asyncio.ensure_future(self.write_message(message, binary=True)).add_done_callback(sent)
+
+
+def packed(header: dict[str, Any]) -> bytes:
+    """The beginning of a message. Raises ValueError for numbers that JSON has not: of a network that went wrong."""
+    text = json.dumps(header, allow_nan=False).encode()
+    return struct.pack("<I", len(text)) + text
 
 
 def application(shelf: Shelf, worker: Worker, host: str) -> Application:

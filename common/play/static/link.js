@@ -4,7 +4,7 @@
 const PATIENCE = [500, 1000, 2000, 4000]; // milliseconds between tries
 
 export class Link {
-  // onHello(header): the server's first words; onLost(lost): whether the connection is gone
+  // onHello(header): the server's first words; onLost(gone, why): whether the connection is gone
   constructor(onHello, onLost) {
     Object.assign(this, { onHello, onLost, wishes: new Map(), number: 0, tries: 0 });
     this.connect();
@@ -15,9 +15,9 @@ export class Link {
     this.socket = new WebSocket(`${scheme}://${location.host}/socket`);
     this.socket.binaryType = "arraybuffer";
     this.socket.onmessage = (event) => this.receive(event.data);
-    this.socket.onclose = () => {
+    this.socket.onclose = (event) => {
       this.ready = false;
-      this.onLost(true);
+      this.onLost(true, event.reason);
       setTimeout(() => this.connect(), PATIENCE[Math.min(this.tries++, PATIENCE.length - 1)]);
     };
   }

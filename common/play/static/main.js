@@ -34,11 +34,10 @@ function named(run) {
   return `${run.kind}${digits}, epoch ${run.epoch}${when && `, ${when}`}`;
 }
 
-function lost(gone) {
-  const banner = byId("lost");
-  banner.hidden = !gone;
-  const text = "The server has stopped, or cannot be reached. Start python -m common.play again with the same port: this page goes on by itself.";
-  if (gone) banner.textContent = text;
+function lost(gone, why) {
+  const stopped = "The server has stopped, or cannot be reached. Start python -m common.play again with the same port: this page goes on by itself.";
+  byId("lost").hidden = !gone;
+  if (gone) byId("lost").textContent = why ? `The server does not answer: ${why}.` : stopped;
 }
 
 // Show the tab and the run of the address.
