@@ -458,7 +458,6 @@ def test_no_path_leads_out_of_the_page(server, runs):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
             try:
                 connection.sendall(request)
-                connection.shutdown(socket.SHUT_WR)
                 return b"".join(iter(lambda: connection.recv(65536), b""))
             except OSError:  # it did not want to hear all of it
                 return b""
@@ -639,7 +638,9 @@ def canvas(page, selector: str) -> np.ndarray:
 
 def grids(page, side: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """x_t and the predicted x_0 of setting A or B."""
-    return tuple(canvas(page, f".two-grids:nth-child({side + 1}) figure:nth-child({n}) .grid") for n in (1, 2))
+    return tuple(
+        canvas(page, f"#pictures .two-grids:nth-child({side + 1}) figure:nth-child({n}) .grid") for n in (1, 2)
+    )
 
 
 def scrub(page, moment: int) -> None:
