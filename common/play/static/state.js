@@ -31,9 +31,8 @@ export function set(changes) {
   Object.assign(state, changes);
   const words = new URLSearchParams();
   for (const [name, value] of Object.entries(state)) {
-    if (value !== "" && (value !== DEFAULTS[name] || name === "seed")) words.set(name, value);
+    if (value !== DEFAULTS[name] || name === "seed") words.set(name, value);
   }
-  if (state.digits === "") words.set("digits", "");
   history.replaceState(null, "", `#${words}`);
 }
 
