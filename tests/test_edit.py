@@ -155,6 +155,18 @@ def test_what_is_drawn_anew_fits_what_is_kept_and_resampling_makes_it_fit_better
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+def test_on_the_way_what_is_kept_is_as_noisy_as_the_rest(sampler):
+    rows, kept, seen = 20_000, 1.5, []
+    x_0, anew = torch.tensor([kept, 7.0]).expand(rows, 2), torch.tensor([False, True]).expand(rows, 2)
+    plan = diffusion.reverse_steps(SCHEDULES, 12, sampler)
+    noise, known = diffusion.noise_source(1, (rows, 2)), (x_0, anew)
+    diffusion.sample(correlated(0.9), noise, plan, lambda left, x: seen.append(x[:, 0]), known=known)
+    for step, x in zip(plan, seen[1:], strict=True):
+        assert x.mean().item() == pytest.approx(step.next_signal * kept, abs=0.03)
+        assert x.std().item() == pytest.approx((1 - step.next_signal**2) ** 0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 9, 10, 25, 40])
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_resampling_goes_every_stretch_again_and_each_step_begins_where_the_last_one_led(sampler, steps, times):

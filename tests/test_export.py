@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import AE, LATENT, PIXEL, call, newest_state, only_run, run
+from helpers import AE, LATENT, PIXEL, REPO, call, newest_state, only_run, run
 from PIL import Image
 
 from common import ckpt, load
@@ -208,3 +208,16 @@ def test_what_cannot_be_exported_is_one_line(files, runs, tmp_path):
     result = call(AE, "infer.py", "--ckpt", runs["ae-mlp"], "--export", tmp_path / "a.pt", "--interpolate")
     assert (result.code, len(result.errors)) == (USAGE, 1), result.text
     assert not (tmp_path / "a.pt").exists()
+
+
+def test_the_pretrained_model_draws_and_says_where_it_comes_from():
+    path = REPO / LATENT / "pretrained.pt"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} has been exported yet")
+    assert path.stat().st_size <= 6_000_000
+    exported = ckpt.read_checkpoint(path)["exported"]
+    assert [command.split()[1] for command in exported["commands"]] == [AE, LATENT]
+    assert {"fid", "fid_labelled"} <= exported["scores"].keys()
+    images = load(path, "cpu").draw(list(range(10)), sampler="dpm")
+    assert 0.05 < images.mean() < 0.25
+    assert images.amax((1, 2, 3)).min() > 0.5
