@@ -70,6 +70,8 @@ def draw(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
 
 
 def _draw(shelf: Shelf, wish: Wish, opened: Opened, drawing: wishes.Drawing, send: Send) -> None:
+    import torch
+
     from common.drawing import wanted_labels
 
     run, steps = opened.diffusion, drawing.all_steps
@@ -82,7 +84,7 @@ def _draw(shelf: Shelf, wish: Wish, opened: Opened, drawing: wishes.Drawing, sen
 
     def watch(left: int, x: torch.Tensor, x_0: torch.Tensor, to_images: Callable) -> None:
         if left in moments:
-            pixels = bytes_of(to_images(x)) + bytes_of(to_images(x_0))
+            pixels = bytes_of(to_images(torch.cat([x, x_0])))
             send(pixels, side=drawing.side, left=left, steps=steps, count=drawing.count)
 
     how = {"guidance": drawing.guidance, "seed": drawing.seed, "sampler": drawing.sampler, "steps": drawing.steps}

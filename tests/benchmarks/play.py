@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         raise Exit(USAGE, "there is no Chromium on this machine")
-    command = [sys.executable, "-m", "common.play", str(Path(args.run).resolve()), "--port", "0"]
+    command = [sys.executable, "-m", "common.play", str(Path(args.run).resolve()), "--port", "0", "--device", "cpu"]
     server = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
     address = re.search(r"http://\S+", server.stdout.readline())[0]
     place = f"{address}#count={args.n}&sampler=dpm&steps={args.steps}"
