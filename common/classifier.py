@@ -129,8 +129,7 @@ def load_classifier(
     source: of the digits it is trained on (see `HF_MNIST`), "hub" or "embedded", or other data, for which it is kept
     by what they are. progress, poll: see `train_classifier`.
     """
-    key = HF_MNIST("test", cache_dir, source=source).fingerprint if is_own(source) else source
-    path = lasting_cache(cache_dir) / "decoded" / f"classifier-{key}-v{VERSION}.pt"
+    path = _path(cache_dir, source)
     if (kept := _kept(path)) is not None:
         return kept
     progress("training the digit classifier that judges the images, once")
@@ -146,6 +145,16 @@ def load_classifier(
     except OSError as error:
         progress(f"the classifier cannot be kept in {path.parent} ({error.strerror or error})")
     return net, accuracy
+
+
+def kept_classifier(cache_dir: str | Path, source: str) -> tuple[DigitClassifier, float] | None:
+    """What `load_classifier` returns, if it need not be trained; else None."""
+    return _kept(_path(cache_dir, source))
+
+
+def _path(cache_dir: str | Path, source: str) -> Path:
+    key = HF_MNIST("test", cache_dir, source=source).fingerprint if is_own(source) else source
+    return lasting_cache(cache_dir) / "decoded" / f"classifier-{key}-v{VERSION}.pt"
 
 
 def _kept(path: Path) -> tuple[DigitClassifier, float] | None:

@@ -27,6 +27,10 @@ STRETCHES = 10  # of the way, that resampling goes several times each
 PART = 256  # rows that go through a net at once when drawing, whoever draws them; more are slower on a CPU
 
 
+# watch(steps_left, x_t, the x_0 that is predicted from it, to_images): to show how a drawing comes about
+Watch = Callable[[int, torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], None]
+
+
 class Schedules(NamedTuple):
     """Float32 tensors of shape (T,)."""
 
@@ -55,6 +59,7 @@ class Drawing(TypedDict, total=False):
     sampler: str
     steps: int | None
     callback: Callable[[int, torch.Tensor], None] | None
+    watch: Watch | None
     frames: dict[int, torch.Tensor] | None
     world: World | None
     from_image: torch.Tensor | None
@@ -294,6 +299,7 @@ def sample(
     plan: list[ReverseStep],
     callback: Callable[[int, torch.Tensor], None] | None = None,
     *,
+    watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
     start: torch.Tensor | None = None,
     known: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
@@ -301,7 +307,8 @@ def sample(
 
     predict_epsilon(x (B, ...), t) -> epsilon (B, ...). noise(0) is x_T, noise(i) the i-th z after it. plan: from
     `reverse_steps`. callback(steps_left, x) is called with x_T and then after every step, x_0 last: for pictures of
-    the process, and to stop (by raising).
+    the process, and to stop (by raising). watch(steps_left, x_t, x_0) is told of every step's prediction, and then
+    (0, x, x).
     start: an x_0 (B, ...) that is noised to the plan's first timestep, instead of pure noise (SDEdit, Meng et al.
     2022, algorithm 1). known: (x_0 (B, ...), which of its values (B, ...) bool are to be drawn anew): after each step
     the others are replaced by x_0's, noised as far as the step leads (RePaint, Lugmayr et al. 2022, algorithm 1).
@@ -316,7 +323,9 @@ def sample(
             callback(len(plan) - done, x)
         with torch.inference_mode():  # a twentieth quicker than no_grad alone, where operations are this small
             epsilon = predict_epsilon(x, step.t)
-            x_0 = (x - step.noise * epsilon) / step.signal if multistep else None
+            x_0 = (x - step.noise * epsilon) / step.signal if multistep or watch else None
+            if watch is not None:
+                watch(len(plan) - done, x, x_0)
             x = step.x_scale * x + step.epsilon_scale * epsilon
             if step.change_scale:
                 x = x + step.change_scale * (x_0 - previous)
@@ -330,6 +339,8 @@ def sample(
             previous = x_0
     if callback is not None:
         callback(0, x)
+    if watch is not None:
+        watch(0, x, x)
     return x.clone()  # an ordinary tensor, which may be changed in place
 
 
@@ -411,6 +422,7 @@ def draw(
     sampler: str = "ddpm",
     steps: int | None = None,
     callback: Callable[[int, torch.Tensor], None] | None = None,
+    watch: Watch | None = None,
     to_images: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
     of_images: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
     frames: dict[int, torch.Tensor] | None = None,
@@ -423,7 +435,7 @@ def draw(
     """Draw x_0 from a net (see `ask`); returns to_images(x_0 (N, *shape)).
 
     labels: the class of each row, or None to draw `count` rows unconditionally. guidance: see `guided`; sampler and
-    steps: see `reverse_steps`; callback: see `sample`. The same seed draws the same rows on every device.
+    steps: see `reverse_steps`; callback, watch: see `sample`. The same seed draws the same rows on every device.
     frames: a dict whose keys count the steps that are left; each gets to_images(x) of its moment as value.
     world: processes that share the work, in groups of PART rows, and all return all of it: bit for bit what one draws.
 
@@ -458,7 +470,7 @@ def draw(
     def predict(x: torch.Tensor, t: int) -> torch.Tensor:
         return _joined([ask(some, t) for ask, some in zip(predictors, x.split(PART), strict=True)])
 
-    def watch(left: int, x: torch.Tensor) -> None:
+    def called(left: int, x: torch.Tensor) -> None:
         if callback is not None:
             callback(left, x)
         if left in moments:
@@ -472,9 +484,10 @@ def draw(
     images = []
     if mine:
         noise = noise_source(seed, (len(labels), *shape), device, slice(None) if world.size == 1 else torch.cat(mine))
+        seen = watch and (lambda left, x, x_0: watch(left, x, x_0, to_images))
         source = None if given is None else _joined([of_images(move(given[rows], device)) for rows in mine])
         known = None if anew is None else (source, move(anew[torch.cat(mine)], device))
-        x_0 = sample(predict, noise, plan, watch, start=source if strength < 1 else None, known=known)
+        x_0 = sample(predict, noise, plan, called, watch=seen, start=source if strength < 1 else None, known=known)
         images = [to_images(some) for some in x_0.split(PART)]
     for left, parts in moments.items():
         frames[left] = _everyones(parts, world)

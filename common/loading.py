@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from common.diffusion import Watch
+
 
 class Loaded:
     """What a checkpoint says of itself: run's name, epoch, path, kind of model, and all flags of its training."""
@@ -41,11 +43,20 @@ class Loaded:
 
 
 class Diffusion(Loaded):
-    """A trained diffusion model, of pixels or of latents."""
+    """A trained diffusion model, of pixels or of latents; `autoencoder` is the one of its latents, else None.
 
-    def __init__(self, path: Path, state: ckpt.State, draw: Callable[..., torch.Tensor]) -> None:
+    `drawer` is what `load_for_drawing` of its experiment returns: see `common.diffusion.draw`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        state: ckpt.State,
+        draw: Callable[..., torch.Tensor],
+        autoencoder: Autoencoder | None = None,
+    ) -> None:
         super().__init__(path, state)
-        self._draw = draw
+        self.drawer, self.autoencoder = draw, autoencoder
 
     def draw(
         self,
@@ -57,6 +68,7 @@ class Diffusion(Loaded):
         sampler: str = "ddpm",
         steps: int | None = None,
         callback: Callable[[int, torch.Tensor], None] | None = None,
+        watch: Watch | None = None,
         from_image: numpy.ndarray | torch.Tensor | None = None,
         strength: float | None = None,
         inpaint: numpy.ndarray | torch.Tensor | None = None,
@@ -66,7 +78,7 @@ class Diffusion(Loaded):
 
         labels: the digit of each image, as a list, an array or a tensor (N,) of 0 to 9; one number means `count` images
         of it, None `count` images of digits drawn from the training data's class shares. guidance: as --guidance
-        (default: as infer.py's). sampler, steps: see `common.diffusion.reverse_steps`; callback: see
+        (default: as infer.py's). sampler, steps: see `common.diffusion.reverse_steps`; callback, watch: see
         `common.diffusion.sample`. The same seed draws the same images.
 
         from_image: an image (28, 28) to begin with, or several (K, 1, 28, 28), each for an equal run of those drawn;
@@ -92,12 +104,13 @@ class Diffusion(Loaded):
                 raise ValueError(complaint)
         if not 0 <= guidance < float("inf"):
             raise ValueError(f"guidance must be at least 0, not {guidance}")
-        how = {"guidance": guidance, "seed": seed, "sampler": sampler, "steps": steps, "callback": callback}
+        how = {"guidance": guidance, "seed": seed, "sampler": sampler, "steps": steps}
+        how |= {"callback": callback, "watch": watch}
         if from_image is not None and strength is None:
             strength = DEFAULT_STRENGTH[self.model] if inpaint is None else 1.0
         how |= {"from_image": from_image, "strength": 1.0 if strength is None else strength, "inpaint": inpaint}
         how["resample"] = (1 if inpaint is None else DEFAULT_RESAMPLE) if resample is None else resample
-        return self._draw(labels=labels, count=count, **how).cpu()
+        return self.drawer(labels=labels, count=count, **how).cpu()
 
 
 class Autoencoder(Loaded):
@@ -148,7 +161,12 @@ def load(path: str | Path, device: str | None = None) -> Diffusion | Autoencoder
         read = ckpt.read_model(Path(path).expanduser(), ckpt.MODEL_TYPES, say)
         model = ckpt.infer_model_from_checkpoint(read[1])
         if model.startswith("ae-"):
-            from common.autoencoder import build_autoencoder, read_autoencoder
+            return _autoencoder(*read, where)
+        inner = _autoencoder(read[0], read[1]["ae_ckpt_data"], where) if model == "lddpm" else None
+        return Diffusion(*read, module_of(model).load_for_drawing(read, where)[0], inner)
 
-            return Autoencoder(*read, build_autoencoder(read_autoencoder(read), where), where)
-        return Diffusion(*read, module_of(model).load_for_drawing(read, where)[0])
+
+def _autoencoder(path: Path, state: ckpt.State, where: torch.device) -> Autoencoder:
+    from common.autoencoder import build_autoencoder
+
+    return Autoencoder(path, state, build_autoencoder(state, where), where)

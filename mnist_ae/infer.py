@@ -23,6 +23,7 @@ from common.device import get_device, memory_in_one_line
 from common.error_codes import run_main
 from common.export import export
 from common.images import over, save_output
+from common.latents import walks_between
 from common.own_data import data_for
 from common.rng import generator
 from common.run import require_checkpoint
@@ -43,19 +44,6 @@ def parse_args(argv=None):
     add_threads_argument(parser)
     add_data_arguments(parser)
     return parser.parse(argv)
-
-
-def walks_between(autoencoder, images, steps: int):
-    """Straight walks through the latent space: images (2N, 1, 28, 28) in [0, 1] -> (N * steps, 1, 28, 28).
-
-    Walk i leads from image i to image N + i.
-    """
-    import torch
-
-    with torch.no_grad():
-        first, last = autoencoder.encode(images).chunk(2)  # (N, D) each
-        way = torch.linspace(0, 1, steps, device=images.device).view(1, -1, 1)  # (1, S, 1)
-        return autoencoder.decode(torch.lerp(first[:, None], last[:, None], way).flatten(0, 1))  # (N * S, 1, 28, 28)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -35,9 +35,9 @@ from common.data import HF_MNIST
 from common.device import get_device
 from common.error_codes import NO_DATA, USAGE, Exit, run_main
 from common.images import check_output, one_line, over, save_output
+from common.latents import PERPLEXITY, encode_digits, tsne_map
 from common.own_data import data_for
 from common.record import write_text
-from common.rng import generator
 from common.run import require_checkpoint
 
 PLAIN_LINE_EVERY = 10.0  # seconds between progress lines
@@ -51,25 +51,6 @@ PROJECTOR = "projector_config.pbtxt"  # where TensorBoard looks for it in a run'
 # Ten colours that stay apart for colour-blind eyes too (Paul Tol's "muted", and black); markers help where they do not
 COLOURS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#000000")
 MARKERS = "osD^v<>PX*"
-
-
-def encode_digits(autoencoder: Any, digits: HF_MNIST, count: int, seed: int, device: Any = "cpu") -> tuple:
-    """(latents (N, D), labels (N,), images (N, 1, 28, 28)) of `count` random digits, fewer if there are fewer."""
-    import torch
-
-    rows = torch.randperm(len(digits), generator=generator(seed, "t-SNE digits"))[:count]
-    images, labels = digits[rows]
-    with torch.no_grad():
-        latents = torch.cat([autoencoder.encode(part.to(device)).cpu() for part in images.split(1000)])
-    return latents.numpy(), labels.numpy(), images
-
-
-def tsne_map(latents: Any, perplexity: float = 30.0) -> Any:
-    """(N, D) latents -> (N, 2) map (van der Maaten & Hinton 2008), begun from the principal components."""
-    from sklearn.manifold import TSNE
-
-    init = "pca" if latents.shape[1] > 1 else "random"
-    return TSNE(2, perplexity=perplexity, init=init, random_state=0).fit_transform(latents)
 
 
 def cluster_metrics(latents: Any, labels: Any) -> dict[str, float]:
@@ -211,7 +192,7 @@ def parse_args(argv: list[str] | None = None) -> Any:
         metavar="N",
         help="test digits, at least 50 (default: 5000)",
     )
-    add("--perplexity", type=number(float, above=0), default=30.0, help="t-SNE's neighbourhood size (default: 30)")
+    add("--perplexity", type=number(float, above=0), default=PERPLEXITY, help="t-SNE's neighbourhood size (30)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="which of the test digits (default: 42)")
     add(
         "--projector", action="store_true", help="also for TensorBoard's projector, in the run's folder of outputs/runs"

@@ -23,7 +23,7 @@ from common.error_codes import (
 
 SCRIPTS = [(folder, script) for folder in (AE, LATENT, PIXEL) for script in ("train.py", "infer.py")]
 SCRIPTS.append((AE, "run_tsne.py"))
-TOOLS = ["common.data", "common.find_best_ckpt", "common.inspect_ckpt", "common.evaluate"]
+TOOLS = ["common.data", "common.find_best_ckpt", "common.inspect_ckpt", "common.evaluate", "common.play"]
 
 WRONG = [
     # (folder, script, flags, exit code, what the line names)

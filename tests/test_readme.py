@@ -19,7 +19,7 @@ from common.error_codes import NO_DATA
 
 PAGES = (
     "README.md",
-    *(f"{folder}/README.md" for folder in (AE, LATENT, PIXEL, "common", "tests/benchmarks")),
+    *(f"{folder}/README.md" for folder in (AE, LATENT, PIXEL, "common", "common/play", "tests/benchmarks")),
     "CLAUDE.md",
 )
 LONGEST = 9000  # characters of README.md
@@ -32,6 +32,8 @@ EXCEPTIONS = {
     "(cd mnist_single_digit && sbatch": "needs a cluster: tests/slurm has one",
     "jupyter notebook": "waits for a browser; test_notebooks.py and test_tsne.py execute the notebooks",
     "tensorboard": "serves until it is stopped",
+    "python -m common.play": "serves until it is stopped; test_play.py opens it in a browser",
+    "ssh -L": "needs a cluster",
     "python tests/benchmarks/": "needs full MNIST and an idle machine, for minutes to hours",
     "python tests/mutants.py": "takes minutes",
 }

@@ -1,0 +1,57 @@
+"""What the digit classifier sees in a sketch and in drawings. It is trained only where somebody asks for that."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from common.play import wishes
+from common.play.runs import Opened, Shelf
+from common.play.wishes import Refused
+from common.play.worker import Wish
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.classifier import DigitClassifier
+
+
+def _classifier(shelf: Shelf, opened: Opened) -> tuple[DigitClassifier, float] | None:
+    """(the classifier of the run's data, its accuracy), if it is kept with the data."""
+    from common.classifier import kept_classifier
+
+    cache, source = shelf.data_of(opened)
+    if source not in shelf.classifiers and (kept := kept_classifier(cache, source)) is not None:
+        shelf.classifiers[source] = kept
+    return shelf.classifiers.get(source)
+
+
+def labels_of(shelf: Shelf, opened: Opened, images: torch.Tensor) -> list[int] | None:
+    """What the classifier takes each image (N, 1, 28, 28) for; None without a classifier."""
+    from common.classifier import judge
+
+    found = _classifier(shelf, opened)
+    return None if found is None else judge(found[0], images)[1].argmax(dim=1).tolist()
+
+
+def judge(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Any) -> None:
+    """The probabilities of the ten digits, as the classifier sees an image; {missing} where it must be trained first.
+
+    "train": train it, and say how far that is.
+    """
+    from common import classifier
+    from common.play.drawings import image_of
+
+    opened = shelf.open(asked.get("run"))
+    image = image_of(wishes.pixels(asked, "image"))
+    found = _classifier(shelf, opened)
+    if found is None and asked.get("train") is not True:
+        send(missing=True, last=True)
+        return
+    if found is None:
+        cache, source = shelf.data_of(opened)
+        found = classifier.load_classifier(cache, source, lambda text: send(progress=text), wish.poll)
+        shelf.classifiers[source] = found
+    if not image.any():
+        raise Refused("There is nothing on the canvas yet.")
+    probabilities = classifier.judge(found[0], image)[1][0]
+    send(probabilities=probabilities.tolist(), accuracy=found[1], last=True)

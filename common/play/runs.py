@@ -1,0 +1,223 @@
+"""Which runs the page offers, and their networks, which are read anew when a run has a newer epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from common import ckpt, threads
+from common.args import AUTO, DEFAULT_GUIDANCE, DEFAULT_RESAMPLE, DEFAULT_STRENGTH, bash_word
+from common.error_codes import USAGE, Exit
+from common.loading import Autoencoder, Diffusion, load
+from common.modules import MODULE_FILES, ROOT
+from common.play.wishes import Refused
+from common.record import METRICS
+from common.run import recorded_runs
+
+KEPT = 4  # networks in memory
+FEW = 64  # images that are drawn to find the fastest number of threads
+KINDS = {"ae-mlp": "autoencoder", "ae-conv": "autoencoder", "lddpm": "latent diffusion", "ddpm": "pixel diffusion"}
+EXPERIMENTS = tuple(dict.fromkeys(file.split("/")[0] for file in MODULE_FILES.values()))
+FULL = ("decoded/mnist-test.pt", "ylecun___mnist")  # what a cache of full MNIST has
+READY = "pretrained.pt"  # in an experiment's folder: weights that came with the repository
+MAKES_ONE = "bash mnist_latent_diffusion/run.sh"
+
+
+class Opened:
+    """A run's networks, as they were at one epoch; the number of threads that suits them; its place in the list."""
+
+    def __init__(self, run: Diffusion | Autoencoder, threads: int, entry: Entry) -> None:
+        self.run, self.threads, self.entry = run, threads, entry
+        self.kept: dict[str, Any] = {}  # what was computed from these networks, by whoever computed it
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The run's own, or that of its latents. Raises Refused if it has none."""
+        found = self.run if isinstance(self.run, Autoencoder) else self.run.autoencoder
+        if found is None:
+            raise Refused("This run works on pixels and has no latent space: choose an autoencoder or a latent run.")
+        return found
+
+    @property
+    def diffusion(self) -> Diffusion:
+        """Raises Refused if it is an autoencoder."""
+        if not isinstance(self.run, Diffusion):
+            raise Refused("An autoencoder draws nothing by itself: choose a run of a diffusion model.")
+        return self.run
+
+
+class Entry:
+    """A run in the list. `source` is what `load` takes: a run's folder, or a checkpoint file outside any run."""
+
+    def __init__(self, source: Path, state: ckpt.State) -> None:
+        self.source, self.name = source, source.name if source.is_dir() else source.stem
+        self.model = ckpt.infer_model_from_checkpoint(state)
+        self.flags, self.epoch, self.time = state["args"], state["epoch"], str(state.get("timestamp"))
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie, and where its latent map is kept."""
+        return self.source if self.source.is_dir() else self.source.parent
+
+    @property
+    def experiment(self) -> str:
+        """The folder of its experiment, in the repository."""
+        return MODULE_FILES[self.model].split("/")[0]
+
+    def stamp(self) -> tuple:
+        """Changes when the run has a newer checkpoint."""
+        found = ckpt.run_checkpoints(self.source)[:1] if self.source.is_dir() else [(0, self.source)]
+        return tuple((path, os.stat(path).st_mtime_ns) for _, path in found)
+
+    def newest(self) -> int:
+        """The epoch of its newest checkpoint."""
+        found = ckpt.run_checkpoints(self.source) if self.source.is_dir() else []
+        return found[0][0] if found else self.epoch
+
+    def described(self, name: str) -> dict[str, Any]:
+        """What the browser is told of it. No path is."""
+        known = ("T", "only_digit", "latent_dim", "ae_latent_dim", "schedule")
+        flags = {key: self.flags[key] for key in known if self.flags.get(key) is not None}
+        usual = {"strength": DEFAULT_STRENGTH.get(self.model), "passes": DEFAULT_RESAMPLE}  # of a sketch
+        seen = {"id": name, "model": self.model, "kind": KINDS[self.model], "epoch": self.newest(), "time": self.time}
+        return seen | usual | flags
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are whole."""
+        rows = []
+        try:
+            for line in (self.folder / METRICS).read_text().splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:  # being written just now
+                    continue
+        except OSError:
+            pass
+        return [row for row in rows if isinstance(row, dict)]
+
+    @property
+    def samples(self) -> Path:
+        return self.folder.parent.parent / "samples" / self.folder.name
+
+    def command(self, words: list[str]) -> str:
+        """infer.py with these words, as it is typed in the repository's folder."""
+        quoted = [word if word.startswith("--") else bash_word(word) for word in words]
+        return f"cd {self.experiment} && python infer.py {' '.join(quoted)}"
+
+
+def places() -> list[Path]:
+    """Where the trainers, the jobs and run.sh leave runs."""
+    scratch = os.environ.get("SCRATCH")
+    outputs = [Path(scratch), Path(scratch) / "ddpm-output"] if scratch else []
+    outputs += [Path("outputs"), *(ROOT / folder / "outputs" for folder in EXPERIMENTS)]
+    return list(dict.fromkeys((folder / ckpt.RUNS).resolve() for folder in outputs))
+
+
+def find(named: list[str], warn: ckpt.Warn) -> list[Entry]:
+    """The runs that are named (files, runs' folders, or folders of runs), else all in `places`.
+
+    The newest come first, single files last.
+    Raises Exit if a name leads to none, or there is none at all.
+    """
+    found: list[Entry] = []
+    for name in named:
+        path = Path(name).expanduser().absolute()
+        runs = [] if ckpt.run_checkpoints(path) or not path.is_dir() else recorded_runs(path, warn)
+        if not runs:
+            file, state = ckpt.open_checkpoint(path, warn, ckpt.peek_checkpoint)
+            runs = [(path if path.is_dir() else file, state)]
+        found += [Entry(*run) for run in runs]
+    if not named:
+        found = [Entry(*run) for place in places() for run in recorded_runs(place, warn)]
+        ready = [file for experiment in EXPERIMENTS if (file := ROOT / experiment / READY).is_file()]
+        found += [Entry(file, ckpt.peek_checkpoint(file)) for file in ready]
+    if not found:
+        raise Exit(USAGE, f"no runs in {' or '.join(map(str, places()))}: `{MAKES_ONE}` makes one, or name one")
+    return sorted(found, key=lambda entry: (entry.source.is_dir(), entry.time), reverse=True)
+
+
+class Shelf:
+    """The runs by the names under which a browser knows them; the networks used last stay in memory.
+
+    Only the worker's thread calls `open`.
+    """
+
+    def __init__(
+        self, entries: list[Entry], device: str | None, asked_threads: int | str, cache_dir: str | None
+    ) -> None:
+        self.entries: dict[str, Entry] = {}
+        for entry in entries:
+            name, count = entry.name, 1
+            while name in self.entries:
+                count += 1
+                name = f"{entry.name}~{count}"
+            self.entries[name] = entry
+        self.device, self.asked_threads, self.cache_dir = device, asked_threads, cache_dir
+        self.classifiers: dict[str, Any] = {}  # by the source of the digits that they learned from
+        self._opened: OrderedDict[str, tuple[tuple, Opened]] = OrderedDict()
+
+    def described(self) -> list[dict[str, Any]]:
+        return [entry.described(name) for name, entry in self.entries.items()]
+
+    def entry(self, name: Any) -> Entry:
+        """Raises Refused for a run that was not listed when the server started."""
+        if not isinstance(name, str) or name not in self.entries:
+            raise Refused("This run is not in the server's list: choose another, or start the server again.")
+        return self.entries[name]
+
+    def open(self, name: Any) -> Opened:
+        """The run's networks, of its newest epoch. Raises Refused if they cannot be read."""
+        entry = self.entry(name)
+        try:
+            stamp = entry.stamp()
+            if name in self._opened and self._opened[name][0] == stamp:
+                self._opened.move_to_end(name)
+                return self._opened[name][1]
+            run = load(entry.source, self.device)
+        except (OSError, ValueError) as error:
+            raise Refused(f"This run cannot be read: {error}") from None
+        entry.epoch, entry.flags = run.epoch, run.flags
+        opened = self._opened[name] = (stamp, Opened(run, self._threads(run), entry))
+        self._opened.move_to_end(name)
+        while len(self._opened) > KEPT:
+            self._opened.popitem(last=False)
+        return opened[1]
+
+    def _threads(self, run: Diffusion | Autoencoder) -> int:
+        """As infer.py chooses them."""
+        import torch
+
+        def fastest() -> int:
+            if isinstance(run, Autoencoder):
+                return threads.recorded(run.flags)
+            if torch.device(self.device or "cpu").type != "cpu":
+                return threads.available()
+            return threads.fastest(lambda: run.draw(count=FEW, steps=1, guidance=DEFAULT_GUIDANCE))[0]
+
+        threads.settle(self.asked_threads, fastest)
+        return torch.get_num_threads()
+
+    def digits(self, opened: Opened) -> Any:
+        """The test digits that the run's autoencoder is looked at with: HF_MNIST, from where its training had them."""
+        from common.data import HF_MNIST
+
+        cache, source = self.data_of(opened)
+        return HF_MNIST("test", cache, opened.run.flags.get("only_digit"), source)
+
+    def data_of(self, opened: Opened) -> tuple[Path, str]:
+        """(cache folder, "hub" or "embedded"), where the run's training had its digits.
+
+        Nothing is downloaded: where full MNIST is not at hand, the embedded digits serve.
+        """
+        flags = opened.run.flags
+        recorded = ROOT / opened.entry.experiment / str(flags.get("cache_dir", "hf_cache"))  # may be absolute
+        places = [self.cache_dir, recorded, *(ROOT / folder / "hf_cache" for folder in EXPERIMENTS)]
+        places = [Path(place) for place in places if place]
+        wanted = flags.get("data", AUTO)
+        full = [place for place in places if any((place / name).exists() for name in FULL)]
+        if wanted != "embedded" and full:
+            return full[0], "hub"
+        return places[0], "embedded"

@@ -1,0 +1,271 @@
+// Drawing: settings A and B on the same noise, the steps as they come, and what can be taken away.
+
+import { paint, SIZE, size } from "./grid.js";
+import { set, state } from "./state.js";
+import { button, byId, copied, element, save } from "./page.js";
+
+export const COUNTS = [1, 4, 9, 16, 25, 36, 49, 64, 81, 100, 144];
+export const STEPS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500, 750, 1000];
+const PLAYING = 4000; // milliseconds from noise to digit
+const END = 1000; // of the scrubber
+const ANY = "any";
+
+export class Draw {
+  constructor(link) {
+    this.link = link;
+    this.sides = [0, 1].map((number) => new Side(number, () => this.changed(number)));
+    for (const count of COUNTS) byId("count").append(new Option(count, count));
+    byId("count").onchange = (event) => this.change({ count: event.target.value });
+    byId("seed").oninput = (event) => event.target.validity.valid && event.target.value !== "" && this.change({ seed: Number(event.target.value) });
+    byId("other").onclick = () => this.change({ seed: Math.floor(Math.random() * 1e6) });
+    byId("compare").onchange = (event) => this.compare(event.target.checked);
+    byId("moment").oninput = () => { this.pause(); this.show(); };
+    byId("play").onclick = () => (this.playing ? this.pause() : this.start());
+    byId("link").onclick = () => copied(byId("link"), location.href);
+    for (const take of document.querySelectorAll("[data-form]")) take.onclick = () => this.take(take);
+  }
+
+  // A run was chosen, or the address was changed: show its settings, and draw.
+  open(run) {
+    this.run = run;
+    const latent = run.model === "lddpm";
+    if (!state.count) state.count = latent ? "64" : "16";
+    const usual = latent ? { sampler: "dpm", steps: "8" } : { sampler: "ddim", steps: "50" };
+    for (const name of ["sampler", "steps"]) {
+      state[name] = state[name] || usual[name];
+      state[`b${name}`] = state[`b${name}`] || state[name];
+    }
+    set({ run: run.id });
+    this.fill();
+    this.ask([0, 1]);
+  }
+
+  fill() {
+    const counts = byId("count");
+    if (!COUNTS.includes(Number(state.count))) counts.append(new Option(state.count, state.count));
+    counts.value = state.count;
+    byId("seed").value = state.seed;
+    byId("compare").checked = Boolean(state.compare);
+    for (const side of this.sides) side.fill(this.run);
+    this.arrange();
+  }
+
+  arrange() {
+    this.sides[1].fieldset.hidden = this.sides[1].figure.hidden = this.sides[1].command.hidden = !state.compare;
+    byId("draw").classList.toggle("two", Boolean(state.compare));
+  }
+
+  compare(wanted) {
+    set({ compare: wanted ? 1 : 0, ...(wanted && { bdigits: state.digits, bsampler: state.sampler, bsteps: state.steps }) });
+    this.fill();
+    this.ask(wanted ? [1] : []);
+  }
+
+  change(settings) {
+    set(settings);
+    this.fill();
+    this.ask([0, 1]);
+  }
+
+  changed(number) {
+    this.ask([number]);
+  }
+
+  // Ask for these sides, and for those that are not finished yet.
+  ask(numbers) {
+    const wanted = this.sides.filter((side) => (side.number === 0 || state.compare) && (numbers.includes(side.number) || !side.done));
+    if (!wanted.length) return;
+    this.pause();
+    byId("moment").value = END;
+    for (const side of wanted) side.begin();
+    const drawings = wanted.map((side) => side.settings());
+    this.link.ask("draw", { run: this.run.id, drawings }, (header, pixels) => this.receive(header, pixels));
+  }
+
+  receive(header, pixels) {
+    if (header.error) return this.say(header.error, true);
+    if (header.last) return;
+    const side = this.sides[header.side];
+    side.receive(header, pixels);
+    if ("progress" in header) this.say(`step ${header.progress} of ${header.steps}`);
+    if (header.done) {
+      this.run.epoch = header.epoch;
+      this.say(`${counted(header.labels.length, "digit")} in ${header.seconds.toFixed(2)} s, epoch ${header.epoch}`);
+    }
+    this.show();
+  }
+
+  say(text, fault = false) {
+    byId("draw-said").textContent = text;
+    byId("draw-said").classList.toggle("fault", fault);
+  }
+
+  // Show the moment of the scrubber, once for each of the screen's frames.
+  show() {
+    this.due ??= requestAnimationFrame(() => {
+      this.due = null;
+      const moment = byId("moment").value / END;
+      const said = this.sides.filter((side) => side.frames.length && !side.figure.hidden).map((side) => side.show(moment));
+      byId("where").textContent = [...new Set(said)].join(" and ");
+    });
+  }
+
+  start() {
+    const slider = byId("moment");
+    const from = slider.value < END ? Number(slider.value) : 0;
+    const began = performance.now() - (from / END) * PLAYING;
+    this.playing = true;
+    this.button();
+    const move = (now) => {
+      if (!this.playing) return;
+      slider.value = Math.min(END, ((now - began) / PLAYING) * END);
+      this.show();
+      if (slider.value < END) requestAnimationFrame(move);
+      else this.pause();
+    };
+    requestAnimationFrame(move);
+  }
+
+  pause() {
+    this.playing = false;
+    this.button();
+  }
+
+  button() {
+    byId("play").textContent = this.playing ? "\u23F8\uFE0E" : "\u25B6\uFE0E";
+    byId("play").setAttribute("aria-label", this.playing ? "Pause" : "Play the steps");
+  }
+
+  take(button) {
+    const name = button.textContent;
+    button.disabled = true;
+    this.link.ask("take", { run: this.run.id, form: button.dataset.form, drawing: this.sides[0].settings() }, (header, pixels) => {
+      if (header.error) this.say(header.error, true);
+      else if (header.last) save(header.name, pixels);
+      else button.textContent = `${Math.round((100 * header.progress) / header.steps)} %`;
+      if (header.last) Object.assign(button, { disabled: false, textContent: name });
+    });
+  }
+}
+
+// One setting: its controls, its two grids, its command.
+class Side {
+  constructor(number, changed) {
+    Object.assign(this, { number, frames: [], done: null });
+    this.prefix = number ? "b" : "";
+    this.fieldset = document.querySelector(`.side[data-side="${number}"]`);
+    this.fieldset.append(byId("side").content.cloneNode(true));
+    this.controls();
+    this.changed = changed;
+    this.figure = element("div", { className: "two-grids" });
+    this.canvases = [" x\u209C, as the step leaves it", " predicted x\u2080"].map((caption) => {
+      const canvas = element("canvas", { className: "grid" });
+      canvas.setAttribute("role", "img");
+      canvas.setAttribute("aria-label", "No drawing yet");
+      this.figure.append(element("figure", {}, canvas, element("figcaption", {}, this.letter(), caption)));
+      return canvas;
+    });
+    byId("pictures").append(this.figure);
+    this.code = element("code");
+    const copy = button("Copy", () => copied(copy, this.code.textContent));
+    const title = element("p", { className: "hint" }, "The command that draws ", this.letter(), ", bit for bit:");
+    this.command = element("div", { className: "command" }, title, element("pre", { tabIndex: 0 }, this.code), copy);
+    byId("commands").append(this.command);
+  }
+
+  letter() {
+    return element("b", { className: "letter", textContent: "AB"[this.number] });
+  }
+
+  controls() {
+    const find = (name) => this.fieldset.querySelector(`[name=${name}]`);
+    Object.assign(this, { guidance: find("guidance"), sampler: find("sampler"), steps: find("steps") });
+    this.guidance.oninput = () => this.set("guidance", Number(this.guidance.value));
+    this.sampler.onchange = () => this.set("sampler", this.sampler.value);
+    this.steps.oninput = () => this.set("steps", String(this.choices[this.steps.value]));
+    this.digits = [..."0123456789", ANY].map((digit) => {
+      const choice = button(digit, () => this.choose(digit));
+      this.fieldset.querySelector(".digits").append(choice);
+      return choice;
+    });
+  }
+
+  choose(digit) {
+    const chosen = new Set(this.get("digits"));
+    if (digit === ANY) chosen.clear();
+    else if (!chosen.delete(digit)) chosen.add(digit);
+    this.set("digits", [...chosen].sort().join(""));
+  }
+
+  get(name) {
+    return state[this.prefix + name];
+  }
+
+  set(name, value) {
+    set({ [this.prefix + name]: value });
+    this.fill(this.run);
+    this.changed();
+  }
+
+  fill(run) {
+    this.run = run;
+    const T = run.T;
+    const only = run.only_digit;
+    if (only !== undefined && this.get("digits") !== "") state[`${this.prefix}digits`] = String(only);
+    this.choices = [...new Set([...STEPS, T, Math.min(T, Number(this.get("steps")))])].filter((n) => n >= 1 && n <= T).sort((a, b) => a - b);
+    state[`${this.prefix}steps`] = String(Math.min(T, Number(this.get("steps"))));
+    this.steps.max = this.choices.length - 1;
+    this.steps.value = this.choices.indexOf(Number(this.get("steps")));
+    this.steps.setAttribute("aria-valuetext", this.get("steps"));
+    this.guidance.value = this.get("guidance");
+    this.sampler.value = this.get("sampler");
+    for (const name of ["guidance", "steps"]) this.fieldset.querySelector(`[data-of=${name}]`).textContent = this.get(name);
+    const chosen = this.get("digits");
+    for (const choice of this.digits) {
+      const digit = choice.textContent;
+      choice.setAttribute("aria-pressed", digit === ANY ? chosen === "" : chosen.includes(digit));
+      choice.disabled = only !== undefined && digit !== ANY && digit !== String(only);
+    }
+    for (const canvas of this.canvases) size(canvas, Number(state.count));
+  }
+
+  settings() {
+    return {
+      side: this.number, digits: [...this.get("digits")].map(Number), count: Number(state.count), seed: state.seed,
+      guidance: this.get("guidance"), sampler: this.get("sampler"), steps: Number(this.get("steps")),
+    };
+  }
+
+  begin() {
+    this.done = null;
+    this.fresh = true; // the old picture stays until the first new one
+  }
+
+  receive(header, pixels) {
+    if ("left" in header) {
+      if (this.fresh) this.frames = [];
+      this.fresh = false;
+      this.frames.push({ ...header, pixels });
+    }
+    if (header.done) {
+      this.done = header;
+      this.code.textContent = header.command;
+    }
+  }
+
+  // Paint the frame nearest to a moment in [0, 1], and say which it is.
+  show(moment) {
+    const away = (frame) => Math.abs((frame.steps - frame.left) / frame.steps - moment);
+    const frame = this.frames.reduce((best, other) => (away(other) <= away(best) ? other : best));
+    this.canvases.forEach((canvas, half) => {
+      paint(canvas, frame.pixels, half * frame.count * SIZE * SIZE, frame.count);
+      const what = half ? "predicted digits" : "noisy digits";
+      canvas.setAttribute("aria-label", `${frame.count} ${what}, step ${frame.steps - frame.left} of ${frame.steps}`);
+    });
+    return `step ${frame.steps - frame.left} of ${frame.steps}`;
+  }
+}
+
+export function counted(number, word) {
+  return `${number} ${word}${number === 1 ? "" : "s"}`;
+}

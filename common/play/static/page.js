@@ -1,0 +1,39 @@
+// Small helpers for the page's elements.
+
+export const byId = (id) => document.getElementById(id);
+
+// element("p", { className: "hint" }, "text", another)
+export function element(name, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+export function button(text, onclick) {
+  return element("button", { type: "button", textContent: text, onclick });
+}
+
+// Copy text to the clipboard, and say so on the button for a moment.
+export async function copied(button, text) {
+  const name = (button.dataset.name ??= button.textContent);
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+  } catch { // no clipboard without https, but on loopback
+    prompt("Copy this:", text);
+  }
+  setTimeout(() => (button.textContent = name), 1500);
+}
+
+// Let the browser save bytes as a file.
+export function save(name, bytes) {
+  const address = URL.createObjectURL(new Blob([bytes]));
+  element("a", { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 10000);
+}
+
+// A word now and then, not for every part of an answer.
+export function say(id, text, fault = false) {
+  byId(id).textContent = text;
+  byId(id).classList.toggle("fault", fault);
+}

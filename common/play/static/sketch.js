@@ -1,0 +1,168 @@
+// A sketch: noised and denoised, or finished by the network; and what the classifier sees in it.
+
+import { COUNTS, counted, STEPS } from "./draw.js";
+import { paint, SIZE, size } from "./grid.js";
+import { button, byId, copied, element, save, say } from "./page.js";
+import { fromWord, Paper, toWord } from "./paper.js";
+import { set, state } from "./state.js";
+
+const ANY = "any";
+const JUDGE_AFTER = 60; // milliseconds
+const SAYS = {
+  noise: "The sketch is noised by this part of the steps, and denoised from there: a little changes little.",
+  finish: "What is drawn stays as it is; the network fills in the black, in each stretch of steps as often as there are passes.",
+};
+const NO_PIXELS = "Finishing keeps pixels, and a latent has none: choose a run of pixel diffusion above for that.";
+
+export class Sketch {
+  constructor(link) {
+    this.link = link;
+    this.paper = new Paper((finished) => this.drawn(finished));
+    for (const count of COUNTS) byId("scount").append(new Option(count, count));
+    for (const name of ["strength", "passes"]) byId(name).oninput = () => this.change({ [name]: byId(name).value });
+    byId("sguidance").oninput = () => this.change({ sguidance: Number(byId("sguidance").value) });
+    byId("ssteps").oninput = () => this.change({ ssteps: String(this.choices[byId("ssteps").value]) });
+    byId("ssampler").onchange = () => this.change({ ssampler: byId("ssampler").value });
+    byId("scount").onchange = () => this.change({ scount: Number(byId("scount").value) });
+    byId("sseed").oninput = () => byId("sseed").validity.valid && byId("sseed").value !== "" && this.change({ seed: Number(byId("sseed").value) });
+    byId("sother").onclick = () => this.change({ seed: Math.floor(Math.random() * 1e6) });
+    for (const mode of ["noise", "finish"]) byId(`mode-${mode}`).onclick = () => this.change({ mode });
+    this.digits = [...Array(10).keys(), ANY].map((digit) => button(String(digit), () => this.change({ sdigit: digit === ANY ? "" : String(digit) })));
+    byId("sketch-digits").append(...this.digits);
+    byId("slink").onclick = () => copied(byId("slink"), location.href);
+    byId("scopy").onclick = () => copied(byId("scopy"), byId("scommand").textContent);
+    byId("sfile").onclick = () => this.file("sketch.png", this.paper.pixels);
+    byId("mfile").onclick = () => this.file("mask.png", this.paper.pixels.map((value) => (value ? 0 : 255)));
+    byId("teach").onclick = () => this.judge(true);
+    for (const take of document.querySelectorAll("[data-sketch]")) take.onclick = () => this.take(take);
+    this.bars = [...Array(10).keys()].map((digit) => {
+      const bar = element("i");
+      byId("bars").append(element("div", {}, bar, element("span", { textContent: digit })));
+      return bar;
+    });
+  }
+
+  open(run) {
+    this.run = run;
+    const usual = run.model === "lddpm" ? { ssampler: "dpm", ssteps: "10" } : { ssampler: "ddim", ssteps: "25" };
+    Object.assign(usual, { strength: String(run.strength), passes: String(run.passes) });
+    for (const [name, value] of Object.entries(usual)) state[name] = state[name] || value;
+    if (run.model === "lddpm") state.mode = "noise";
+    set({ run: run.id });
+    this.paper.show(fromWord(state.sketch) ?? new Uint8Array(SIZE * SIZE));
+    this.change({});
+    if (!this.paper.empty) this.judge();
+  }
+
+  change(settings) {
+    set(settings);
+    this.fill();
+    this.ask();
+  }
+
+  fill() {
+    const { run } = this;
+    const finish = state.mode === "finish";
+    this.choices = [...new Set([...STEPS, run.T, Math.min(run.T, Number(state.ssteps))])].filter((n) => n >= 1 && n <= run.T).sort((a, b) => a - b);
+    byId("ssteps").max = this.choices.length - 1;
+    byId("ssteps").value = this.choices.indexOf(Math.min(run.T, Number(state.ssteps)));
+    byId("ssteps").setAttribute("aria-valuetext", state.ssteps);
+    for (const name of ["strength", "passes", "sguidance", "ssampler", "scount"]) byId(name).value = state[name];
+    byId("sseed").value = state.seed;
+    for (const id of ["noised", "denoised"]) size(byId(id), Number(state.scount));
+    for (const name of ["strength", "passes", "sguidance", "ssteps"]) byId(`${name}-said`).textContent = state[name];
+    for (const mode of ["noise", "finish"]) byId(`mode-${mode}`).setAttribute("aria-pressed", state.mode === mode);
+    byId("mode-finish").disabled = run.model === "lddpm";
+    byId("mode-said").textContent = run.model === "lddpm" ? `${SAYS.noise} ${NO_PIXELS}` : SAYS[state.mode];
+    byId("strength-label").hidden = finish;
+    byId("passes-label").hidden = byId("mfile").hidden = !finish;
+    byId("sguidance").disabled = state.sdigit === "";
+    byId("noised-said").textContent = finish ? "as the steps leave it" : "the sketch with noise";
+    for (const choice of this.digits) {
+      const digit = choice.textContent;
+      choice.setAttribute("aria-pressed", state.sdigit === (digit === ANY ? "" : digit));
+      choice.disabled = run.only_digit !== undefined && digit !== ANY && digit !== String(run.only_digit);
+    }
+  }
+
+  settings() {
+    const given = { seed: state.seed, count: Number(state.scount), sampler: state.ssampler, steps: Number(state.ssteps), guidance: state.sguidance };
+    const how = { finish: state.mode === "finish", strength: Number(state.strength), passes: Number(state.passes) };
+    return { side: 0, digits: state.sdigit === "" ? [] : [Number(state.sdigit)], image: [...this.paper.pixels], ...given, ...how };
+  }
+
+  drawn(finished) {
+    if (finished) this.change({ sketch: toWord(this.paper.pixels) });
+    this.waiting ??= setTimeout(() => {
+      this.waiting = null;
+      this.judge();
+    }, JUDGE_AFTER);
+  }
+
+  ask() {
+    if (this.paper.empty) return say("sketch-said", "Draw something first.");
+    this.first = true;
+    this.link.ask("sketch", { run: this.run.id, drawings: [this.settings()] }, (header, pixels) => this.receive(header, pixels));
+  }
+
+  receive(header, pixels) {
+    if (header.error) return say("sketch-said", header.error, true);
+    if ("progress" in header) say("sketch-said", `step ${header.progress} of ${header.steps}`);
+    if ("left" in header) {
+      const half = header.count * SIZE * SIZE;
+      if (this.first || (state.mode === "finish" && header.left)) paint(byId("noised"), pixels, 0, header.count);
+      paint(byId("denoised"), pixels, half, header.count);
+      this.first = false;
+    }
+    if (header.done) {
+      byId("scommand").textContent = header.command;
+      say("sketch-said", `${counted(Number(state.scount), "image")} in ${header.seconds.toFixed(2)} s, epoch ${header.epoch}. ${readings(header.seen)}`);
+    }
+  }
+
+  // Ask the classifier; train: let it be trained first.
+  judge(train = false) {
+    if (this.teaching) return;
+    this.teaching = train;
+    byId("teach").disabled = train;
+    this.link.ask("judge", { run: this.run.id, image: [...this.paper.pixels], train }, (header) => {
+      if (header.last) this.teaching = byId("teach").disabled = false;
+      if (header.error) return say("judge-said", header.error, header.error !== "There is nothing on the canvas yet.");
+      if (header.progress) return say("judge-said", header.progress);
+      byId("teach").hidden = !header.missing;
+      if (header.missing) return say("judge-said", "There is no classifier yet for this data. To train it takes about half a minute, once.");
+      this.bars.forEach((bar, digit) => (bar.style.height = `${100 * header.probabilities[digit]}%`));
+      const best = header.probabilities.indexOf(Math.max(...header.probabilities));
+      const said = `A ${best}, it says, by ${(100 * header.probabilities[best]).toFixed(0)} %.`;
+      byId("bars").setAttribute("aria-label", said);
+      say("judge-said", said);
+    });
+  }
+
+  async file(name, pixels) {
+    const canvas = element("canvas");
+    paint(canvas, pixels, 0, 1, 1, 0);
+    const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
+    save(name, new Uint8Array(await blob.arrayBuffer()));
+  }
+
+  take(button) {
+    const name = (button.dataset.name ??= button.textContent);
+    button.disabled = true;
+    this.link.ask("take", { run: this.run.id, form: button.dataset.sketch, drawing: this.settings() }, (header, pixels) => {
+      if (header.error) say("sketch-said", header.error, true);
+      else if (header.last) save(header.name, pixels);
+      else button.textContent = `${Math.round((100 * header.progress) / header.steps)} %`;
+      if (header.last) Object.assign(button, { disabled: false, textContent: name });
+    });
+  }
+}
+
+// "The classifier takes 12 of them for a 3, 4 for an 8."
+function readings(seen) {
+  if (!seen) return "";
+  const counts = new Map();
+  for (const label of seen) counts.set(label, (counts.get(label) ?? 0) + 1);
+  const words = [...counts].sort((a, b) => b[1] - a[1]).map(([label, count]) => `${count} for ${label === 8 ? "an" : "a"} ${label}`);
+  return `The classifier takes ${words.join(", ")}.`;
+}

@@ -1,0 +1,887 @@
+"""`python -m common.play`: the server as a process, spoken to as a browser does, and the page in a real Chromium."""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+import torch
+from helpers import LATENT, REPO, call, environment, finish, run, start
+from PIL import Image
+from tornado.httpclient import HTTPRequest
+from tornado.websocket import websocket_connect
+
+from common import classifier, load, picture
+from common.error_codes import BAD_CHECKPOINT, INTERRUPTED, NO_DEVICE, USAGE
+from common.images import to_bytes
+from common.play import judge
+from common.play import runs as play_runs
+from common.play.runs import Shelf, find
+from common.play.server import is_own_name, names_of
+from common.play.space import Space
+from common.play.wishes import MOST_BYTES, MOST_IMAGES, Refused, drawing, parsed
+from common.play.worker import Wish
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PLAY = "-m common.play"
+PATIENCE = 60_000  # milliseconds, on a busy machine
+
+
+class Server:
+    """`python -m common.play` on a free port; `address` ends with a slash."""
+
+    def __init__(self, *words: object, port: int = 0, env: dict | None = None) -> None:
+        self.process = start(".", PLAY, *words, "--port", port, "--device", "cpu", env=env)
+        self.said = []
+        while True:
+            line = self.process.stdout.readline()
+            assert line, "".join(self.said)
+            self.said.append(line)
+            if found := re.search(r"(http://\S+/) ", line):
+                self.address = found[1]
+                return
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rstrip("/").rsplit(":")[-1])
+
+    def interrupt(self) -> tuple[int, float]:
+        """Ctrl-C; (exit code, seconds until the end)."""
+        began = time.monotonic()
+        self.process.send_signal(signal.SIGINT)
+        code = finish(self.process).code
+        return code, time.monotonic() - began
+
+    def memory(self) -> int:
+        """Megabytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) // 1024
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, latent_run, pixel_run, ae_run) -> dict[str, Path]:
+    """Copies of a run of each kind, in one folder of runs, by their models' names."""
+    outdir = tmp_path_factory.mktemp("play")
+    for one in (latent_run, pixel_run, ae_run):
+        shutil.copytree(one.parent.parent, outdir, symlinks=True, dirs_exist_ok=True)
+    names = {"lddpm": latent_run, "ddpm": pixel_run, "ae-mlp": ae_run}
+    return {model: outdir / "checkpoints" / run.name for model, run in names.items()}
+
+
+@pytest.fixture(scope="module")
+def server(runs, cache):
+    server = Server(runs["lddpm"].parent, "--cache-dir", cache)
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+def settings(**changed) -> dict:
+    """A drawing that takes no time."""
+    usual = {"side": 0, "digits": [3], "count": 4, "guidance": 2.0, "sampler": "ddim", "steps": 5, "seed": 7}
+    return usual | changed
+
+
+def talk(
+    server: Server, *asked: dict | str | bytes, until: int = 1, host: str | None = None, origin: str | None = None
+):
+    """Ask over one connection; (hello, [(header, pixels)] until so many answers have ended)."""
+
+    async def conversation() -> tuple[dict, list]:
+        own = server.address.rstrip("/")
+        headers = {"Origin": origin or own, "Host": host or own.removeprefix("http://")}
+        url = f"ws://127.0.0.1:{server.port}/socket"
+        socket = await websocket_connect(HTTPRequest(url, headers=headers))
+        hello, _ = parts_of(await socket.read_message())
+        answers, ended = [], 0
+        for number, wish in enumerate(asked):
+            text = json.dumps({"id": number, **wish}) if isinstance(wish, dict) else wish
+            await socket.write_message(text)
+        while ended < until:
+            message = await asyncio.wait_for(socket.read_message(), 60)
+            if message is None:
+                answers.append(({"closed": True}, b""))
+                break
+            answers.append(parts_of(message))
+            ended += "last" in answers[-1][0]
+        socket.close()
+        return hello, answers
+
+    return waited(conversation())
+
+
+def waited(conversation):
+    """The result of a coroutine, in a thread of its own: Playwright keeps a loop in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, conversation).result()
+
+
+def parts_of(message: bytes) -> tuple[dict, bytes]:
+    length = struct.unpack("<I", message[:4])[0]
+    return json.loads(message[4 : 4 + length]), message[4 + length :]
+
+
+def last_pictures(answers: list) -> bytes:
+    """The predicted x_0 of the last frame."""
+    pixels = next(pixels for header, pixels in reversed(answers) if "left" in header)
+    return pixels[len(pixels) // 2 :]
+
+
+# --- the command ---
+
+
+def test_what_cannot_be_served_is_one_line(tmp_path, server, runs):
+    nothing = {"SCRATCH": str(tmp_path / "scratch"), "PYTHONPATH": str(REPO)}
+    for words, code, said in (
+        ((tmp_path / "nothing.pt",), BAD_CHECKPOINT, "nothing.pt"),
+        ((tmp_path,), BAD_CHECKPOINT, str(tmp_path)),
+        ((runs["lddpm"], "--port", server.port), USAGE, f"--port {server.port}: another program listens there"),
+        ((runs["lddpm"], "--port", 70000), USAGE, "--port"),
+        ((runs["lddpm"], "--host", "nowhere.invalid", "--port", 0), USAGE, "--host nowhere.invalid"),
+        ((runs["lddpm"], "--device", "cuda:7", "--port", 0), NO_DEVICE, "cuda:7"),
+    ):
+        result = run(".", PLAY, *words)
+        assert (result.code, len(result.errors)) == (code, 1), result.text
+        assert said in result.errors[0]
+        assert "Traceback" not in result.text
+    copy = tmp_path / "copy"  # of the repository, in which nobody has trained anything
+    shutil.copytree(REPO / "common", copy / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    result = subprocess.run(
+        [sys.executable, "-m", "common.play"], cwd=copy, capture_output=True, text=True, env=environment(**nothing)
+    )
+    assert result.returncode == USAGE
+    assert len(result.stderr.splitlines()) == 1
+    assert "bash mnist_latent_diffusion/run.sh" in result.stderr
+
+
+def test_it_finds_the_runs_that_the_trainers_leave_newest_first(server, runs, tmp_path):
+    hello, _ = talk(server, until=0)
+    assert {run["id"]: run["model"] for run in hello["runs"]} == {path.name: model for model, path in runs.items()}
+    times = [run["time"] for run in hello["runs"]]
+    assert times == sorted(times, reverse=True)
+    assert "3 runs" in server.said[-1]
+    scratch = tmp_path / "scratch"  # where the jobs leave them
+    shutil.copytree(runs["ae-mlp"], scratch / "ddpm-output" / "checkpoints" / "of-a-job", symlinks=True)
+    shutil.copytree(runs["ae-mlp"], scratch / "checkpoints" / "of-a-trainer", symlinks=True)
+    other = Server("--host", "0.0.0.0", env={"SCRATCH": str(scratch)})
+    assert sum("nothing asks for a password" in line for line in other.said) == 1
+    assert urlopen(other.address).status == 200
+    assert {run["id"] for run in talk(other, until=0)[0]["runs"]} >= {"of-a-job", "of-a-trainer"}
+    assert other.interrupt()[0] == INTERRUPTED
+
+
+def test_an_exported_file_can_be_played_with(latent_run, tmp_path, monkeypatch):
+    file = tmp_path / "mnist_latent_diffusion" / "pretrained.pt"
+    file.parent.mkdir()
+    assert call(LATENT, "infer.py", "--ckpt", latent_run, "--export", file).code == 0
+    monkeypatch.setattr(play_runs, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for entries in (find([str(file)], print), find([], print), find([str(latent_run), str(file)], print)[1:]):
+        shelf = Shelf(entries, "cpu", 1, None)
+        assert [run["id"] for run in shelf.described()] == ["pretrained"]
+        assert torch.equal(shelf.open("pretrained").diffusion.draw(3, count=2), load(file, "cpu").draw(3, count=2))
+
+
+def test_ctrl_c_ends_it_at_once_even_in_the_middle_of_a_drawing(runs):
+    other = Server(runs["ddpm"])
+    many = settings(count=MOST_IMAGES, sampler="ddpm", steps=20)
+
+    async def ask_and_interrupt() -> tuple[int, float]:
+        headers = {"Origin": other.address.rstrip("/")}
+        socket = await websocket_connect(HTTPRequest(f"ws://127.0.0.1:{other.port}/socket", headers=headers))
+        hello, _ = parts_of(await socket.read_message())
+        wish = {"do": "draw", "id": 1, "run": hello["runs"][0]["id"], "drawings": [many, many | {"side": 1}]}
+        await socket.write_message(json.dumps(wish))
+        await socket.read_message()
+        return other.interrupt()
+
+    code, seconds = waited(ask_and_interrupt())
+    assert code == INTERRUPTED
+    assert seconds < 2
+
+
+# --- what it answers ---
+
+
+@pytest.mark.parametrize("kind", ["lddpm", "ddpm"])
+def test_a_drawing_is_what_load_draws_bit_for_bit(server, runs, kind):
+    name = runs[kind].name
+    sides = [settings(), settings(side=1, digits=[], sampler="ddpm", guidance=1.0, seed=2**32 - 1)]
+    _, answers = talk(server, {"do": "draw", "run": name, "drawings": sides})
+    images = load(runs[kind], "cpu")
+    for side, how in ((0, {"labels": 3, "guidance": 2.0, "seed": 7}), (1, {"sampler": "ddpm", "seed": 2**32 - 1})):
+        own = [part for part in answers if part[0].get("side") == side]
+        mine = images.draw(**{"count": 4, "steps": 5, "sampler": "ddim"} | how)
+        assert last_pictures(own) == to_bytes(mine).numpy().tobytes()
+        assert [header["left"] for header, _ in own if "left" in header] == [5, 4, 3, 2, 1, 0]
+        assert own[-1][0]["labels"] == [3] * 4
+        assert own[-1][0]["epoch"] == images.epoch
+
+
+def test_frames_are_x_t_and_the_x_0_predicted_from_it(server, runs):
+    _, answers = talk(server, {"do": "draw", "run": runs["ddpm"].name, "drawings": [settings()]})
+    seen = {}
+    load(runs["ddpm"], "cpu").draw(
+        3,
+        count=4,
+        guidance=2.0,
+        seed=7,
+        sampler="ddim",
+        steps=5,
+        watch=lambda left, x, x_0, to: seen.update({left: to(x_0)}),
+    )
+    for header, pixels in answers:
+        if "left" in header:
+            assert pixels[len(pixels) // 2 :] == to_bytes(seen[header["left"]]).numpy().tobytes()
+    first, final = answers[0][1], answers[-3][1]
+    assert first[: len(first) // 2] != first[len(first) // 2 :]
+    assert final[: len(final) // 2] == final[len(final) // 2 :]
+
+
+def test_a_newer_epoch_is_picked_up(server, runs):
+    newest = sorted(runs["lddpm"].glob("checkpoint_epoch_*.pt"))[-1]
+    state = torch.load(newest, weights_only=True)
+    state["epoch"] = 3
+    for value in state["ema"].values():
+        if value.is_floating_point():
+            value.mul_(1.5)
+    asked = {"do": "draw", "run": runs["lddpm"].name, "drawings": [settings()]}
+    _, before = talk(server, asked)
+    later = newest.with_name("checkpoint_epoch_000003.pt")
+    torch.save(state, later)
+    try:
+        _, after = talk(server, asked)
+        assert (before[-2][0]["epoch"], after[-2][0]["epoch"]) == (2, 3)
+        assert last_pictures(before) != last_pictures(after)
+    finally:
+        later.unlink()
+    assert last_pictures(talk(server, asked)[1]) == last_pictures(before)
+
+
+def test_a_newer_wish_cancels_and_a_closed_tab_stops_its_work(server, runs):
+    slow = {"do": "draw", "run": runs["ddpm"].name, "drawings": [settings(count=MOST_IMAGES, steps=20, sampler="ddpm")]}
+    quick = {"do": "draw", "run": runs["ddpm"].name, "drawings": [settings(count=1, steps=1)]}
+    began = time.monotonic()
+    _, answers = talk(server, slow)
+    whole = time.monotonic() - began
+    _, answers = talk(server, slow, slow, slow, quick)
+    assert [header["id"] for header, _ in answers if "last" in header] == [3]  # the others never end
+    talk(server, slow, slow, until=0)  # leaves at once
+    began = time.monotonic()
+    talk(server, quick)
+    assert time.monotonic() - began < max(whole / 2, 0.5)
+
+
+def test_short_work_comes_between_the_steps_of_long_work(server, runs):
+    slow = {"do": "take", "form": "png", "run": runs["ddpm"].name, "drawing": settings(count=64, steps=20)}
+    quick = {"do": "draw", "run": runs["lddpm"].name, "drawings": [settings()]}
+    _, answers = talk(server, slow, quick, until=2)
+    assert [header["id"] for header, _ in answers if "last" in header] == [1, 0]
+    alone = talk(server, slow)[1][-1][1]
+    assert answers[-1][1] == alone  # and changes none of its bits
+
+
+def test_the_look_into_a_run(server, runs):
+    _, answers = talk(server, {"do": "look", "run": runs["lddpm"].name})
+    header = answers[0][0]
+    assert [row["epoch"] for row in header["rows"]] == [1, 2]
+    assert header["pictures"] == [1, 2]
+    assert header["flags"]["hidden_dim"] == "16"
+    picture = urlopen(f"{server.address}picture?run={runs['lddpm'].name}&epoch=2").read()
+    outdir = runs["lddpm"].parent.parent
+    assert picture == (outdir / "samples" / runs["lddpm"].name / "epoch_000002.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["lddpm", "ae-mlp"])
+def test_the_latent_space(server, runs, kind, cache):
+    name, found = runs[kind].name, load(runs[kind], "cpu")
+    autoencoder = found.autoencoder if kind == "lddpm" else found
+    _, (*_, (header, _)) = talk(server, {"do": "map", "run": name})
+    assert len(header["points"]) == len(header["labels"]) == 50  # the threes among the embedded test digits
+    assert set(header["labels"]) == {3}
+    assert (runs[kind] / "latent_map.npz").is_file()
+    assert talk(server, {"do": "map", "run": name})[1][-1][0]["points"] == header["points"]
+    _, ((digit, pixels),) = talk(server, {"do": "digit", "run": name, "index": 5})
+    image = torch.tensor(list(pixels[:784])).view(1, 1, 28, 28) / 255
+    assert torch.allclose(autoencoder.encode(image)[0], torch.tensor(digit["latent"]), atol=1e-5)
+    assert pixels[784:] == to_bytes(autoencoder.decode(torch.tensor([digit["latent"]]))).numpy().tobytes()
+    _, ((walk, strip),) = talk(server, {"do": "walk", "run": name, "from": 5, "to": 6})
+    ends = to_bytes(autoencoder.decode(torch.tensor(walk["latents"]))).numpy().tobytes()
+    assert (len(strip), strip[:784], strip[-784:]) == (11 * 784, ends[:784], ends[784:])
+    middle = [(a + b) / 2 for a, b in zip(*walk["latents"], strict=True)]
+    _, ((_, pixels),) = talk(server, {"do": "decode", "run": name, "latent": middle})
+    near = np.frombuffer(pixels, np.uint8).astype(int) - np.frombuffer(strip[5 * 784 : 6 * 784], np.uint8)
+    assert abs(near).max() <= 1
+
+
+def test_a_kept_map_of_other_weights_is_not_taken(runs, copy_of, cache):
+    copy = copy_of(runs["ae-mlp"])
+    shelf = Shelf(find([str(copy)], print), "cpu", 1, str(cache))
+    first = Space(shelf, shelf.open(copy.name))
+    first.begin()
+    while first.points is None:
+        time.sleep(0.01)
+    assert np.array_equal(Space(shelf, shelf.open(copy.name)).points, first.points)
+    with np.load(copy / "latent_map.npz") as kept:
+        arrays = dict(kept)
+    np.savez(copy / "latent_map.npz", **arrays | {"digest": np.array("another")})
+    assert Space(shelf, shelf.open(copy.name)).points is None
+    (copy / "latent_map.npz").write_bytes(b"damaged")
+    assert Space(shelf, shelf.open(copy.name)).points is None
+
+
+def test_a_sketch_is_what_load_makes_of_it(server, runs):
+    sketch = np.zeros((28, 28), np.uint8)
+    sketch[6:14, 10:13] = 200
+    image = torch.tensor(sketch) / 255
+    asked = settings(image=sketch.flatten().tolist(), strength=0.5, finish=False, steps=20)
+    for kind in ("lddpm", "ddpm"):
+        _, answers = talk(server, {"do": "sketch", "run": runs[kind].name, "drawings": [asked]})
+        how = {"count": 4, "guidance": 2.0, "seed": 7, "sampler": "ddim", "from_image": image}
+        mine = load(runs[kind], "cpu").draw(3, **how, strength=0.5, steps=10)  # half of T = 20 are left
+        assert last_pictures(answers) == to_bytes(mine).numpy().tobytes()
+    _, answers = talk(
+        server, {"do": "sketch", "run": runs["ddpm"].name, "drawings": [asked | {"finish": True, "passes": 2}]}
+    )
+    mine = load(runs["ddpm"], "cpu").draw(3, **how, inpaint=image == 0, resample=2, steps=20)
+    assert last_pictures(answers) == to_bytes(mine).numpy().tobytes()
+    drawn = np.frombuffer(last_pictures(answers), np.uint8).reshape(4, 28, 28)
+    assert (drawn[:, sketch > 0] == 200).all()
+    assert (drawn[:, sketch == 0] > 0).any()
+    _, answers = talk(
+        server, {"do": "sketch", "run": runs["lddpm"].name, "drawings": [asked | {"finish": True, "passes": 1}]}
+    )
+    assert "only a model of pixels" in answers[-1][0]["error"]
+
+
+def test_the_classifier_is_trained_only_where_somebody_asks(runs, cache, tmp_path, monkeypatch):
+    def quickly(digits, progress, poll):
+        trained.append(len(digits))
+        progress("classifier: step 100/600")
+        poll()
+        return classifier.DigitClassifier().eval()
+
+    trained, said = [], []
+    monkeypatch.setattr(classifier, "train_classifier", quickly)
+    copy = Path(shutil.copytree(cache, tmp_path / "cache"))
+    for kept in copy.glob("decoded/classifier-*"):
+        kept.unlink()
+    shelf = Shelf(find([str(runs["ddpm"])], print), "cpu", 1, str(copy))
+    asked = {"do": "judge", "run": runs["ddpm"].name, "image": [0] * 300 + [255] * 30 + [0] * 454}
+    wish = Wish((None, "judge"), print, print, short=False)
+    send = lambda **header: said.append(header)  # noqa: E731
+    judge.judge(shelf, wish, asked, send)
+    assert (said, trained) == ([{"missing": True, "last": True}], [])
+    judge.judge(shelf, wish, asked | {"train": True}, send)
+    assert trained == [4500]
+    assert {"progress": "classifier: step 100/600"} in said
+    assert sum(said[-1]["probabilities"]) == pytest.approx(1, abs=1e-5)
+    judge.judge(Shelf(find([str(runs["ddpm"])], print), "cpu", 1, str(copy)), wish, asked, send)  # another server
+    assert said[-1] == said[-2]
+    assert trained == [4500]
+    with pytest.raises(Refused, match="nothing on the canvas"):
+        judge.judge(shelf, wish, asked | {"image": [0] * 784}, send)
+
+
+# --- hostile requests ---
+
+
+def test_foreign_hosts_and_origins_are_refused(server):
+    def status(path: str = "", **headers: str) -> int:
+        try:
+            return urlopen(Request(server.address + path, headers=headers)).status
+        except HTTPError as error:
+            return error.code
+
+    assert (
+        status()
+        == status(Host=f"localhost:{server.port}")
+        == status(Host="localhost:1234")
+        == status(Host="[::1]:8")
+        == 200
+    )
+    for host in (
+        "evil.example",
+        f"evil.example:{server.port}",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "10.0.0.1",
+        "[",
+        "",
+    ):
+        assert status(Host=host) == 403, host
+    own = server.address.rstrip("/")
+    for origin in (
+        "http://evil.example",
+        "null",
+        f"http://127.0.0.1:{server.port + 1}",
+        f"http://localhost:{server.port}",
+    ):
+        with pytest.raises(Exception, match="403"):
+            talk(server, until=0, origin=origin)
+    with pytest.raises(Exception, match="403"):
+        talk(server, until=0, host="evil.example", origin="http://evil.example")  # a name that leads here
+    assert talk(server, until=0, origin=own)[0]["runs"]
+    upgrade = {
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Key": "x" * 22 + "==",
+        "Sec-WebSocket-Version": "13",
+    }
+    assert status("socket", **upgrade) == 403  # no Origin at all
+
+
+def test_own_names():
+    assert is_own_name("cluster-7:8000", names_of("cluster-7"))
+    assert not is_own_name("cluster-8:8000", names_of("cluster-7"))
+    assert is_own_name("192.168.1.7:80", names_of("0.0.0.0"))
+    assert not is_own_name("evil.example:80", names_of("0.0.0.0"))
+
+
+def test_no_path_leads_out_of_the_page(server, runs):
+    def raw(request: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            try:
+                connection.sendall(request)
+                return b"".join(iter(lambda: connection.recv(65536), b""))
+            except OSError:  # it did not want to hear all of it
+                return b""
+
+    host = f"Host: localhost:{server.port}\r\nConnection: close\r\n"
+    run = f"/picture?run={runs['lddpm'].name}"
+    for path in (
+        "/../server.py", "/..%2fserver.py", "/%2e%2e/server.py", "/static/../../server.py", "//etc/passwd",
+        "/server.py", "/picture", "/picture?run=../../etc&epoch=1", "/picture?run=x&epoch=1",
+        f"{run}&epoch=../1", f"{run}&epoch=99", f"{run}&epoch=1e999",
+    ):  # fmt: skip
+        assert raw(f"GET {path} HTTP/1.1\r\n{host}\r\n".encode()).startswith(b"HTTP/1.1 404"), path
+    assert raw(f"POST / HTTP/1.1\r\n{host}Content-Length: 3\r\n\r\nabc".encode()).startswith(b"HTTP/1.1 405")
+    big = f"POST / HTTP/1.1\r\n{host}Content-Length: {2**33}\r\n\r\n".encode()
+    assert not raw(big).startswith(b"HTTP/1.1 200")
+    assert not raw(f"GET / HTTP/1.1\r\n{host}X: {'y' * 10 * MOST_BYTES}\r\n\r\n".encode()).startswith(b"HTTP/1.1 200")
+    reply = raw(f"GET / HTTP/1.1\r\n{host}\r\n".encode())
+    assert b"default-src 'none'" in reply
+    assert b"frame-ancestors 'none'" in reply
+    assert b"\r\nServer:" not in reply
+
+
+WRONG = [
+    # (what is sent, what the sentence names)
+    ("{", "JSON"),
+    ("[" * 50_000, "JSON"),
+    ('{"do": "draw", "id": NaN}', "JSON"),
+    ("[]", "object"),
+    ('{"do": ["draw"], "id": 1}', "object"),
+    ('{"do": "draw"}', "Id"),
+    ({"do": "__class__"}, "nothing of this name"),
+    ({"do": "draw", "run": "../../etc"}, "not in the server's list"),
+    ({"do": "draw", "run": ["x"]}, "not in the server's list"),
+    ({"do": "draw", "drawings": []}, "one or two"),
+    ({"do": "draw", "drawings": [1]}, "object"),
+    ({"do": "draw", "drawings": [settings(count=10**9)]}, "Count"),
+    ({"do": "draw", "drawings": [settings(count=0)]}, "Count"),
+    ({"do": "draw", "drawings": [settings(count=True)]}, "Count"),
+    ({"do": "draw", "drawings": [settings(steps=21)]}, "Steps must be a whole number from 1 to 20"),
+    ({"do": "draw", "drawings": [settings(steps="5")]}, "Steps"),
+    ({"do": "draw", "drawings": [settings(guidance=1e308)]}, "Guidance"),
+    ({"do": "draw", "drawings": [settings(guidance=None)]}, "Guidance"),
+    ({"do": "draw", "drawings": [settings(seed=-1)]}, "Seed"),
+    ({"do": "draw", "drawings": [settings(seed=2**32)]}, "Seed"),
+    ({"do": "draw", "drawings": [settings(sampler="; rm -rf /")]}, "sampler"),
+    ({"do": "draw", "drawings": [settings(digits=[3, 3])]}, "Digits"),
+    ({"do": "draw", "drawings": [settings(digits=[10])]}, "Digits"),
+    ({"do": "draw", "drawings": [settings(digits=[4])]}, "trained on 3s only"),
+    ({"do": "draw", "drawings": [settings(image=[0] * 783, strength=0.5)]}, "784"),
+    ({"do": "draw", "drawings": [settings(image=[256] * 784, strength=0.5)]}, "784"),
+    ({"do": "draw", "drawings": [settings(image=[0] * 784, strength=0)]}, "Strength"),
+    ({"do": "draw", "drawings": [settings(image=[9] * 784, finish=True)]}, "left to be filled"),
+    ({"do": "take", "form": "../x", "drawing": settings()}, "form"),
+    ({"do": "take", "form": "png"}, "object"),
+    ({"do": "decode", "latent": [0] * 15}, "list of 16"),
+    ({"do": "decode", "latent": [1e9] * 16}, "Latent"),
+    ({"do": "digit", "index": 5000}, "Index"),
+    ({"do": "judge", "image": "x"}, "784"),
+]  # fmt: skip
+
+
+def test_wrong_wishes_are_answered_with_a_sentence(server, runs):
+    wishes = [{"run": runs["lddpm"].name, **wish} if isinstance(wish, dict) else wish for wish, _ in WRONG]
+    for wish, (_, said) in zip(wishes, WRONG, strict=True):
+        _, answers = talk(server, wish)
+        assert said in answers[-1][0]["error"], (wish, answers)
+    _, answers = talk(server, {"do": "draw", "run": runs["ae-mlp"].name, "drawings": [settings()]})
+    assert "draws nothing by itself" in answers[-1][0]["error"]
+    _, answers = talk(server, {"do": "map", "run": runs["ddpm"].name})
+    assert "no latent space" in answers[-1][0]["error"]
+    with pytest.raises(Refused):
+        parsed('{"do": "draw", "x": Infinity}')
+    with pytest.raises(Refused):
+        drawing(settings(guidance=float("nan")), 20)
+
+
+def test_an_oversized_message_closes_the_connection(server, runs):
+    assert talk(server, "x" * (2 * MOST_BYTES))[1] == [({"closed": True}, b"")]
+    assert talk(server, {"do": "look", "run": runs["lddpm"].name})[1]  # the server lives
+
+
+def test_twenty_tabs_at_once(server, runs, request):
+    """Every answer is right, and memory stays bounded; --tab-seconds 60 for a minute."""
+    until = time.monotonic() + request.config.getoption("--tab-seconds")
+    right = {}
+    for seed in range(5):
+        _, answers = talk(server, {"do": "draw", "run": runs["lddpm"].name, "drawings": [settings(seed=seed)]})
+        right[seed] = last_pictures(answers)
+    before = server.memory()
+
+    async def tab(number: int) -> int:
+        headers = {"Origin": server.address.rstrip("/")}
+        socket = await websocket_connect(HTTPRequest(f"ws://127.0.0.1:{server.port}/socket", headers=headers))
+        await socket.read_message()
+        count = 0
+        while time.monotonic() < until or not count:
+            count += 1
+            seed, final = (number + count) % 5, b""
+            wish = {"do": "draw", "id": count, "run": runs["lddpm"].name, "drawings": [settings(seed=seed)]}
+            if count % 3 == 0:  # one that is replaced at once
+                await socket.write_message(json.dumps(wish | {"id": -count + 10**6, "drawings": [settings(seed=99)]}))
+            await socket.write_message(json.dumps(wish))
+            while True:
+                header, pixels = parts_of(await asyncio.wait_for(socket.read_message(), 60))
+                if header["id"] != count:
+                    continue
+                final = pixels if "left" in header else final
+                if "last" in header:
+                    break
+            assert final[len(final) // 2 :] == right[seed]
+        socket.close()
+        return count
+
+    async def all_of_them() -> list[int]:
+        return await asyncio.gather(*map(tab, range(20)))
+
+    counts = waited(all_of_them())
+    print(f"{sum(counts)} drawings for 20 tabs, {before} MB before, {server.memory()} MB after")
+    assert min(counts) >= 1
+    assert server.memory() < before + 150
+
+
+# --- the page, in a browser ---
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if BROWSER is None:
+        pytest.skip("there is no Chromium on this machine")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium, server):
+    """visit(hash, width=, strict=, of=) -> a page; it may write nothing to its console, and ask no other host.
+
+    strict: under the page's own security policy, which keeps this test from running scripts in it.
+    """
+    heard, contexts = [], []
+
+    def visit(place: str = "", width: int = 1024, strict: bool = False, of: Server = server, quiet: bool = True):
+        may = {"bypass_csp": not strict, "has_touch": True, "permissions": ["clipboard-read", "clipboard-write"]}
+        context = chromium.new_context(viewport={"width": width, "height": 800}, **may)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        if quiet:
+            page.on("console", lambda message: heard.append(message.text))
+        page.on("pageerror", lambda error: heard.append(str(error)))
+        own = (of.address, "blob:", "data:")
+        page.on("request", lambda request: request.url.startswith(own) or heard.append(request.url))
+        page.goto(of.address + place)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert heard == []
+
+
+def says(page, selector: str, text: str) -> None:
+    """Wait until an element of the page says that."""
+    from playwright.sync_api import expect
+
+    expect(page.locator(selector)).to_contain_text(re.compile(text), timeout=PATIENCE)
+
+
+def canvas(page, selector: str) -> np.ndarray:
+    """What is on a canvas: (H, W) grey."""
+    address = page.locator(selector).evaluate("canvas => canvas.toDataURL()")
+    with Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))) as picture:
+        return np.asarray(picture.convert("L"))
+
+
+def grids(page, side: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """x_t and the predicted x_0 of setting A or B."""
+    return tuple(
+        canvas(page, f"#pictures .two-grids:nth-child({side + 1}) figure:nth-child({n}) .grid") for n in (1, 2)
+    )
+
+
+def scrub(page, moment: int) -> None:
+    page.locator("#moment").fill(str(moment))
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def typed(command: str, *more: object) -> None:
+    """Type a command that the page shows, in the repository's folder."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    line = " ".join([command, *map(str, more)])
+    done = subprocess.run(["bash", "-c", line], cwd=REPO, env=environment(PATH=path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def taken(page, selector: str) -> bytes:
+    with page.expect_download() as download:
+        page.click(selector)
+    return Path(download.value.path()).read_bytes()
+
+
+def test_the_page_draws_what_its_command_draws_and_gives_the_same_files(visit, runs, tmp_path):
+    page = visit(f"#run={runs['lddpm'].name}&count=9&seed=5&digits=3&guidance=2&steps=6&sampler=dpm-sde")
+    says(page, "#draw-said", "9 digits in .* s, epoch 2")
+    typed(
+        page.inner_text("#commands code"),
+        "--output",
+        tmp_path / "a.png",
+        "--show-process",
+        "--save-npz",
+        tmp_path / "a.npz",
+    )
+    with Image.open(tmp_path / "a.png") as picture:
+        assert (grids(page)[1] == np.asarray(picture.convert("L"))).all()
+    assert taken(page, "[data-form=png]") == (tmp_path / "a.png").read_bytes()
+    assert taken(page, "[data-form=gif]") == (tmp_path / "a_process.gif").read_bytes()
+    with np.load(io.BytesIO(taken(page, "[data-form=npz]"))) as mine, np.load(tmp_path / "a.npz") as other:
+        assert dict(mine).keys() == dict(other).keys()
+        assert all((mine[name] == other[name]).all() for name in mine)
+    page.click("#link")
+    says(page, "#link", "Copied")
+    again = visit(page.evaluate("() => navigator.clipboard.readText()").removeprefix(page.url.split("#")[0]))
+    says(again, "#draw-said", "9 digits")
+    assert (grids(again)[1] == grids(page)[1]).all()
+
+
+def test_controls_redraw_with_the_same_noise_and_the_scrubber_goes_back(visit, runs):
+    page = visit(f"#run={runs['lddpm'].name}&count=4&steps=5&sampler=ddim")
+    says(page, "#draw-said", "4 digits")
+    final = grids(page)[1]
+    says(page, "#where", "step 5 of 5")
+    scrub(page, 0)
+    says(page, "#where", "step 0 of 5")
+    noise, guess = grids(page)
+    assert (noise != guess).any()
+    assert (guess != final).any()
+    page.focus("[data-side='0'] [name=guidance]")
+    for _ in range(15):
+        page.keyboard.press("ArrowRight")
+    says(page, "[data-side='0'] [data-of=guidance]", "2.6")
+    says(page, "#where", "step 5 of 5")
+    assert "guidance=2.6" in page.url
+    page.wait_for_function("() => document.querySelector('#commands code').textContent.includes('--guidance 2.6')")
+    page.select_option("[data-side='0'] [name=sampler]", "ddpm")
+    page.wait_for_function("() => document.querySelector('#commands code').textContent.includes('--sampler ddpm')")
+    scrub(page, 1000)
+    assert (grids(page)[1] != final).any()
+    scrub(page, 0)
+    assert (grids(page)[0] == noise).all()
+    page.click("#play")
+    says(page, "#where", "step [1-4] of 5")
+    page.click("#play")
+    assert page.locator("#play").get_attribute("aria-label") == "Play the steps"
+    page.check("#compare")  # by click; the second setting draws on the same noise
+    page.wait_for_function("() => document.querySelectorAll('.command:not([hidden]) code')[1]?.textContent")
+    page.select_option("[data-side='1'] [name=sampler]", "dpm")
+    page.wait_for_function(
+        "() => document.querySelectorAll('#commands code')[1].textContent.includes('--sampler dpm ')"
+    )
+    scrub(page, 0)
+    assert (grids(page, 1)[0] == noise).all()
+    scrub(page, 1000)
+    assert (grids(page, 1)[1] != grids(page)[1]).any()
+    page.tap("#other")
+    page.wait_for_function("() => !document.querySelector('#commands code').textContent.includes('--seed 42 ')")
+    scrub(page, 0)
+    assert (grids(page)[0] != noise).any()
+
+
+def test_a_sketch_by_mouse_finger_and_keys_is_what_its_command_draws(visit, runs, tmp_path):
+    page = visit(f"#tab=sketch&run={runs['ddpm'].name}&mode=finish&passes=2&ssteps=20&scount=4")
+    says(page, "#sketch-said", "Draw something")
+    box = page.locator("#paper").bounding_box()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.3 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.3 * box["height"], steps=4)
+    page.mouse.up()
+    says(page, "#sketch-said", "4 images in")
+    by_mouse = canvas(page, "#paper")
+    assert by_mouse[8].max() == 255
+    page.touchscreen.tap(box["x"] + 0.5 * box["width"], box["y"] + 0.7 * box["height"])
+    by_finger = canvas(page, "#paper")
+    assert (by_finger > by_mouse).sum() > 3
+    page.focus("#paper")
+    for key in (" ", "ArrowRight", "ArrowRight", " "):
+        page.keyboard.press(key)
+    assert (canvas(page, "#paper") > by_finger).sum() > 3
+    page.click("#undo")
+    assert (canvas(page, "#paper") == by_finger).all()
+    says(page, "#sketch-said", "4 images in")
+    page.click("#sketch-digits button:nth-child(4)")
+    page.wait_for_function("() => document.getElementById('scommand').textContent.includes('--digit 3')")
+    names = {}
+    for name, selector in (("sketch.png", "#sfile"), ("mask.png", "#mfile")):
+        (tmp_path / name).write_bytes(taken(page, selector))
+        names[name] = str(tmp_path / name)
+    command = page.inner_text("#scommand")
+    for name, path in names.items():
+        command = command.replace(name, path)
+    typed(command, "--output", tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert (canvas(page, "#denoised") == np.asarray(picture.convert("L"))).all()
+    assert taken(page, "[data-sketch=png]") == (tmp_path / "a.png").read_bytes()
+    again = visit(page.url.removeprefix(page.url.split("#")[0]))  # the address holds the sketch
+    says(again, "#sketch-said", "4 images in")
+    assert (canvas(again, "#denoised") == canvas(page, "#denoised")).all()
+    says(again, "#judge-said", "no classifier yet")
+
+
+def test_the_latent_space_under_pointer_and_keys(visit, runs, server):
+    page = visit(f"#tab=space&run={runs['lddpm'].name}")
+    says(page, "#space-said", "t-SNE of the latents of 50 test digits")
+    says(page, "#pointed", "A 3")
+    page.wait_for_function("() => document.querySelectorAll('#sliders input').length === 16")
+    page.wait_for_timeout(300)
+    first, walk, decoded = canvas(page, "#original"), canvas(page, "#walk"), canvas(page, "#decoded")
+    assert first.any()
+    assert canvas(page, "#again").any()
+    assert decoded.any()
+    page.focus("#map")
+    for key in ("ArrowDown", "ArrowUp", "ArrowRight", "ArrowLeft"):
+        page.keyboard.press(key)
+    page.wait_for_timeout(300)
+    assert (canvas(page, "#original") != first).any()
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(300)
+    assert (canvas(page, "#walk") != walk).any()
+    walk = canvas(page, "#walk")
+    _, (*_, (header, _)) = talk(server, {"do": "map", "run": runs["lddpm"].name})
+    size = page.locator("#map").bounding_box()
+    x, y = header["points"][7]
+    page.mouse.move(size["x"] + 14 + x * (size["width"] - 28), size["y"] + 14 + y * (size["height"] - 28))
+    page.wait_for_timeout(300)
+    _, ((_, pixels),) = talk(server, {"do": "digit", "run": runs["lddpm"].name, "index": 7})
+    assert canvas(page, "#original").tobytes() == pixels[:784]
+    assert canvas(page, "#again").tobytes() == pixels[784:]
+    page.mouse.down()
+    page.mouse.up()
+    page.wait_for_timeout(300)
+    assert (canvas(page, "#walk") != walk).any()
+    page.locator("#place").fill("100")
+    page.wait_for_timeout(300)
+    at_the_end = canvas(page, "#decoded")
+    assert (at_the_end != decoded).any()
+    page.focus("#sliders label:nth-child(3) input")
+    for _ in range(10):
+        page.keyboard.press("PageUp")
+    page.wait_for_timeout(300)
+    assert (canvas(page, "#decoded") != at_the_end).any()
+
+
+def test_the_training_of_a_run(visit, runs):
+    page = visit(f"#tab=look&run={runs['lddpm'].name}")
+    says(
+        page,
+        "#look-said",
+        "2 epochs; lowest validation loss .* after epoch . newest checkpoint: epoch 2|2 epochs; lowest",
+    )
+    assert page.locator("#curves polyline").count() == 2
+    says(page, "#flags", "hidden_dim")
+    says(page, "#epoch-said", "epoch 2")
+    page.focus("#epoch")
+    page.keyboard.press("ArrowLeft")
+    says(page, "#epoch-said", "epoch 1")
+    page.wait_for_function("() => document.getElementById('epoch-picture').naturalWidth > 28")
+    page.select_option("#run", runs["ddpm"].name)
+    says(page, "#no-epochs", "--generate-images")
+
+
+def test_two_tabs_do_not_disturb_each_other(visit, runs):
+    pages = [
+        visit(f"#run={runs['lddpm'].name}&count=4&seed={seed}&digits=3&guidance=1.1&sampler=ddim&steps=9")
+        for seed in (1, 2)
+    ]
+    for page, seed in zip(pages, (1, 2), strict=True):
+        says(page, "#draw-said", "4 digits")
+        mine = load(runs["lddpm"], "cpu").draw(3, count=4, seed=seed, sampler="ddim", steps=9)
+        assert (grids(page)[1] == np.asarray(picture(mine, scale=1))).all()
+
+
+def test_a_server_that_stopped_is_said_and_reconnected(visit, runs):
+    first = Server(runs["lddpm"])
+    page = visit("#count=4&steps=3", of=first, quiet=False)
+    says(page, "#draw-said", "4 digits")
+    first.interrupt()
+    says(page, "#lost", "server has stopped")
+    page.click("#other")  # a wish that waits
+    second = Server(runs["lddpm"], port=first.port)
+    page.wait_for_function("() => document.getElementById('lost').hidden")
+    seed = re.search(r"seed=(\d+)", page.url)[1]
+    page.wait_for_function(
+        "seed => document.querySelector('#commands code').textContent.includes(`--seed ${seed} `)", arg=seed
+    )
+    second.process.kill()
+    second.process.wait()
+
+
+def test_every_tab_under_the_pages_own_policy_is_silent(visit, runs):
+    for kind, folder in runs.items():
+        page = visit(f"#run={folder.name}", strict=True)
+        for tab in ("draw", "sketch", "space", "look"):
+            page.click(f"#tab-{tab}")
+            fits = (
+                (tab in ("draw", "sketch") and kind != "ae-mlp") or (tab == "space" and kind != "ddpm") or tab == "look"
+            )
+            says(page, f"#{tab}" if fits else "#unfit", ".")
+            assert page.locator(f"#{tab}").is_visible() == fits
+        page.keyboard.press("ArrowRight")  # from the last tab to the first
+        says(page, "[role=tab][aria-selected=true]", "Draw")
+
+
+@pytest.mark.parametrize("width", [360, 1024, 1920])
+def test_it_fits_and_everything_has_a_name(visit, runs, width):
+    page = visit(f"#run={runs['lddpm'].name}&compare=1&count=4&steps=3", width=width)
+    for tab in ("draw", "sketch", "space", "look"):
+        page.click(f"#tab-{tab}")
+        page.wait_for_timeout(200)
+        assert page.evaluate("() => document.scrollingElement.scrollWidth") <= width, tab
+        nameless = page.evaluate(
+            """() => [...document.querySelectorAll("button, input, select, [role=img], [role=application]")]
+                .filter((e) => !(e.getAttribute("aria-label") || e.labels?.length || e.textContent.trim()))
+                .map((e) => e.outerHTML)"""
+        )
+        assert nameless == []
