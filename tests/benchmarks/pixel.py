@@ -40,13 +40,13 @@ from common.modules import module_of
 from common.rng import generator
 
 STEPS = 100  # of T = 1000 ancestral ones, for everybody: at 1,000 the peers would draw for an hour
-GRID = ("--base-ch", 48, "--lr", 1e-3, "--lr-scheduler", "cosine", "--epochs", 20)  # README.md's, of all digits
+GRID = ("--base-ch", 32, "--lr", 1e-3, "--lr-scheduler", "cosine", "--epochs", 20)  # README.md's, of all digits
 TRAINING, SAMPLING = "training images/s", "16 samples, T = 1000, seconds"
 
 
-def ours(width: int) -> nn.Module:
+def ours(width: int = 24, fine: int = 8) -> nn.Module:
     """The network of mnist_single_digit."""
-    return module_of("ddpm").Denoiser(width, schedules=precompute_schedules())
+    return module_of("ddpm").Denoiser(width, schedules=precompute_schedules(), fine_ch=fine)
 
 
 class Contestant(NamedTuple):
@@ -58,9 +58,10 @@ class Contestant(NamedTuple):
 
 
 NETWORKS = {
-    "ours": Contestant(lambda: ours(16)),
+    "ours": Contestant(ours),
+    "ours-16": Contestant(lambda: ours(16)),
     "ours-32": Contestant(lambda: ours(32)),
-    "ours-48": Contestant(lambda: ours(48)),
+    "ours-24-coarse": Contestant(lambda: ours(24, fine=0)),
     "plain": Contestant(lambda: PlainDenoiser(pixels=True)),
     "diffusers-32": Contestant(lambda: diffusers_unet((32, 64, 64))),
     "diffusers-16": Contestant(lambda: diffusers_unet((16, 32, 32))),
