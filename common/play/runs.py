@@ -135,7 +135,9 @@ def find(named: list[str], warn: ckpt.Warn) -> list[Entry]:
         ready = [file for experiment in EXPERIMENTS if (file := ROOT / experiment / READY).is_file()]
         found += [Entry(file, ckpt.peek_checkpoint(file)) for file in ready]
     if not found:
-        raise Exit(USAGE, f"no runs in {' or '.join(map(str, places()))}: `{MAKES_ONE}` makes one, or name one")
+        raise Exit(
+            USAGE, f"no runs in {' or '.join(map(str, places()))}: `{MAKES_ONE}` makes one in some minutes, or name one"
+        )
     return sorted(found, key=lambda entry: (entry.source.is_dir(), entry.time), reverse=True)
 
 
