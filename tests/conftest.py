@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="SIGKILLs per run in the soak tests (default: 3)")
+    parser.addoption("--kills", type=int, default=2, help="SIGKILLs per run in the soak tests (default: 2)")
     parser.addoption("--tab-seconds", type=int, default=3, help="how long twenty tabs ask at once (default: 3)")
     parser.addoption("--write-losses", action="store_true", help="test_losses.py writes what it finds to losses.json")
 
