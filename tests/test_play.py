@@ -32,7 +32,7 @@ from common.images import to_bytes
 from common.play import judge
 from common.play import runs as play_runs
 from common.play.runs import Shelf, find
-from common.play.server import is_own_name, names_of
+from common.play.server import MOST_TABS, is_own_name, names_of
 from common.play.space import Space
 from common.play.wishes import MOST_BYTES, MOST_IMAGES, Refused, drawing, parsed
 from common.play.worker import Wish
@@ -86,6 +86,18 @@ def runs(tmp_path_factory, latent_run, pixel_run, ae_run) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def server(runs, cache):
     server = Server(runs["lddpm"].parent, "--cache-dir", cache)
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def elsewhere(runs, tmp_path_factory):
+    """A server that was told of no runs, where jobs and trainers left some in $SCRATCH; not on loopback only."""
+    scratch = tmp_path_factory.mktemp("scratch")
+    shutil.copytree(runs["ae-mlp"], scratch / "ddpm-output" / "checkpoints" / "of-a-job", symlinks=True)
+    shutil.copytree(runs["ddpm"], scratch / "checkpoints" / "of-a-trainer", symlinks=True)
+    server = Server("--host", "0.0.0.0", env={"SCRATCH": str(scratch)})
     yield server
     server.process.kill()
     server.process.wait()
@@ -169,20 +181,15 @@ def test_what_cannot_be_served_is_one_line(tmp_path, server, runs):
     assert "bash mnist_latent_diffusion/run.sh" in result.stderr
 
 
-def test_it_finds_the_runs_that_the_trainers_leave_newest_first(server, runs, tmp_path):
+def test_it_finds_the_runs_that_the_trainers_leave_newest_first(server, elsewhere, runs):
     hello, _ = talk(server, until=0)
     assert {run["id"]: run["model"] for run in hello["runs"]} == {path.name: model for model, path in runs.items()}
     times = [run["time"] for run in hello["runs"]]
     assert times == sorted(times, reverse=True)
     assert "3 runs" in server.said[-1]
-    scratch = tmp_path / "scratch"  # where the jobs leave them
-    shutil.copytree(runs["ae-mlp"], scratch / "ddpm-output" / "checkpoints" / "of-a-job", symlinks=True)
-    shutil.copytree(runs["ae-mlp"], scratch / "checkpoints" / "of-a-trainer", symlinks=True)
-    other = Server("--host", "0.0.0.0", env={"SCRATCH": str(scratch)})
-    assert sum("nothing asks for a password" in line for line in other.said) == 1
-    assert urlopen(other.address).status == 200
-    assert {run["id"] for run in talk(other, until=0)[0]["runs"]} >= {"of-a-job", "of-a-trainer"}
-    assert other.interrupt()[0] == INTERRUPTED
+    assert {run["id"] for run in talk(elsewhere, until=0)[0]["runs"]} >= {"of-a-job", "of-a-trainer"}
+    assert sum("nothing asks for a password" in line for line in elsewhere.said) == 1
+    assert urlopen(elsewhere.address).status == 200
 
 
 def test_an_exported_file_can_be_played_with(latent_run, tmp_path, monkeypatch):
@@ -197,18 +204,19 @@ def test_an_exported_file_can_be_played_with(latent_run, tmp_path, monkeypatch):
         assert torch.equal(shelf.open("pretrained").diffusion.draw(3, count=2), load(file, "cpu").draw(3, count=2))
 
 
-def test_ctrl_c_ends_it_at_once_even_in_the_middle_of_a_drawing(runs):
-    other = Server(runs["ddpm"])
+def test_ctrl_c_ends_it_at_once_even_in_the_middle_of_a_drawing(elsewhere):
     many = settings(count=MOST_IMAGES, sampler="ddpm", steps=20)
 
     async def ask_and_interrupt() -> tuple[int, float]:
-        headers = {"Origin": other.address.rstrip("/")}
-        socket = await websocket_connect(HTTPRequest(f"ws://127.0.0.1:{other.port}/socket", headers=headers))
-        hello, _ = parts_of(await socket.read_message())
-        wish = {"do": "draw", "id": 1, "run": hello["runs"][0]["id"], "drawings": [many, many | {"side": 1}]}
+        headers = {"Origin": elsewhere.address.rstrip("/")}
+        socket = await websocket_connect(
+            HTTPRequest(f"{elsewhere.address.replace('http', 'ws')}socket", headers=headers)
+        )
+        wish = {"do": "draw", "id": 1, "run": "of-a-trainer", "drawings": [many, many | {"side": 1}]}
         await socket.write_message(json.dumps(wish))
-        await socket.read_message()
-        return other.interrupt()
+        for _ in range(2):  # the server's greeting, and the first steps
+            await socket.read_message()
+        return elsewhere.interrupt()
 
     code, seconds = waited(ask_and_interrupt())
     assert code == INTERRUPTED
@@ -537,6 +545,23 @@ def test_wrong_wishes_are_answered_with_a_sentence(server, runs):
 def test_an_oversized_message_closes_the_connection(server, runs):
     assert talk(server, "x" * (2 * MOST_BYTES))[1] == [({"closed": True}, b"")]
     assert talk(server, {"do": "look", "run": runs["lddpm"].name})[1]  # the server lives
+
+
+def test_more_tabs_than_it_serves_are_told_so(server):
+    async def conversation() -> tuple[int, str]:
+        address, headers = f"ws://127.0.0.1:{server.port}/socket", {"Origin": server.address.rstrip("/")}
+        tabs = [await websocket_connect(HTTPRequest(address, headers=headers)) for _ in range(MOST_TABS + 1)]
+        greetings = [await tab.read_message() for tab in tabs]
+        reason = tabs[-1].close_reason
+        for tab in tabs:
+            tab.close()
+        return sum(greeting is not None for greeting in greetings), reason
+
+    served, reason = waited(conversation())
+    assert served <= MOST_TABS
+    assert reason == "too many tabs are open"
+    time.sleep(0.5)
+    assert talk(server, until=0)[0]["runs"]  # there is room again
 
 
 def test_twenty_tabs_at_once(server, runs, request):
