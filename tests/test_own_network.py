@@ -243,9 +243,11 @@ def test_what_is_wrong_with_a_network_is_one_line(text, more, code, said, write,
     assert not list(tmp_path.glob("out/checkpoints/*"))
 
 
-@pytest.mark.parametrize("name", ["../mine", "a/b", "", "/tmp/mine"])
+@pytest.mark.parametrize("name", ["../outside", "", "{tmp}/outside"])
 def test_a_checkpoint_names_only_files_beside_model_py(name, write, flags, tmp_path):
     write(PIXEL, "mine", text_of(LABELLED, PIXEL))
+    (tmp_path / "outside.py").write_text(text_of(LABELLED, PIXEL))
+    name = name.format(tmp=tmp_path)
     result = call(PIXEL, "train.py", *flags(PIXEL), "--network", name)
     assert (result.code, len(result.text.splitlines())) == (NO_MODEL_SPECIFIED, 1), result.text
     assert call(PIXEL, "train.py", *flags(PIXEL), "--network", "mine").code == OK
