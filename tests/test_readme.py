@@ -70,13 +70,13 @@ def typed(block: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory, cache) -> Path:
+def copy(tmp_path_factory, cache, judged) -> Path:
     """A fresh copy of the repository, and beside it a `python` that is quick."""
     folder = tmp_path_factory.mktemp("readme")
     left = ("outputs", "hf_cache", ".git", "__pycache__", ".*_cache", ".venv", "venv", "tsne", "*.npz", "digits")
     copy = Path(shutil.copytree(REPO, folder / "ddpm", ignore=shutil.ignore_patterns(*left)))
     for experiment in (AE, LATENT, PIXEL):
-        shutil.copytree(cache, copy / experiment / "hf_cache")  # with a classifier, if test_evaluate.py has trained it
+        shutil.copytree(cache, copy / experiment / "hf_cache")  # with a classifier
     (folder / "bin").mkdir()
     for name in ("python", "torchrun"):
         (folder / "bin" / name).write_text(PYTHON.format(python=sys.executable, shorter=SHORTER, smaller=SMALLER))
