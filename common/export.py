@@ -83,7 +83,8 @@ def _without_places(flags: dict[str, Any]) -> dict[str, Any]:
 
 def _in_half(weights: dict[str, Any], path: Path) -> dict[str, Any]:
     """Matrices and filters in float16; vectors, which are few, and whole numbers as they are."""
-    halves = {key: value.half() if value.ndim > 1 else value for key, value in weights.items()}
+    large = {key for key, value in weights.items() if value.ndim > 1 and value.is_floating_point()}
+    halves = {key: value.half() if key in large else value for key, value in weights.items()}
     if not all(value.isfinite().all() for value in halves.values()):
         raise Exit(BAD_CHECKPOINT, f"{path}: its weights are not finite, or too large for float16")
     return halves

@@ -89,7 +89,7 @@ def read_images(path: str | Path, mask: bool = False) -> tuple[torch.Tensor, tup
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can raise anything; the reason goes to the user
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0] or type(error).__name__
+        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
         raise Exit(BAD_IMAGE, f"{path} cannot be read as a picture, or as an .npz of images: {reason}") from None
 
 

@@ -1,7 +1,10 @@
 """Drawing that begins with an image: SDEdit (--from-image, --strength) and inpainting (--inpaint, --resample)."""
 
+import io
 import json
 import os
+import struct
+import zipfile
 from itertools import pairwise
 
 import numpy as np
@@ -473,6 +476,21 @@ def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path):
     Image.new("1", (20_000, 10_000)).save(tmp_path / "a.png")
     with pytest.raises(Exit, match="exceeds limit") as raised:
         read_images(tmp_path / "a.png")
+    assert raised.value.code == BAD_IMAGE
+
+
+def test_a_fault_without_words_is_one_line_too(tmp_path):
+    """An archive that says it holds more than it does: Python's EOFError has no text."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (500, 28, 28)})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", header.getvalue() + bytes(100))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    at = content.index(b"PK\x01\x02") + 20  # both sizes, in the archive's directory
+    content[at : at + 8] = struct.pack("<II", 500_000, 500_000)
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(Exit, match="cannot be read as a picture") as raised:
+        read_images(tmp_path / "a.npz")
     assert raised.value.code == BAD_IMAGE
 
 

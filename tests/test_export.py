@@ -9,7 +9,7 @@ from PIL import Image
 
 from common import ckpt, load
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE
-from common.export import PLACES
+from common.export import PLACES, reduced
 from common.run import recorded_runs
 
 
@@ -207,6 +207,18 @@ def test_what_cannot_be_exported_is_one_line(files, runs, tmp_path):
     result = call(AE, "infer.py", "--ckpt", runs["ae-mlp"], "--export", tmp_path / "a.pt", "--interpolate")
     assert (result.code, len(result.errors)) == (USAGE, 1), result.text
     assert not (tmp_path / "a.pt").exists()
+
+
+def test_whole_numbers_stay_as_they_are(tmp_path):
+    """float16 would round a table of places, as some networks keep one, from 2,048 on."""
+    weights = {"places": torch.arange(3000, 3004).view(2, 2), "mask": torch.ones(2, 2, dtype=torch.bool)}
+    args = {"model": "ddpm", "network": "mine"}
+    state = {"model": weights | {"w": torch.ones(2, 2)}, "args": args, "epoch": 1, "exp_name": "x", "format": 1}
+    made = reduced(tmp_path / "a.pt", state)["model"]
+    for name, tensor in weights.items():
+        assert made[name].dtype == tensor.dtype
+        assert torch.equal(made[name], tensor)
+    assert made["w"].dtype == torch.float16
 
 
 def test_the_pretrained_model_draws_and_says_where_it_comes_from():
