@@ -110,13 +110,15 @@ def _try(net: nn.Module, shape: tuple[int, ...], schedules: Schedules, path: Pat
     where = schedules.beta.device
     x, t = torch.zeros(2, *shape, device=where), torch.tensor([0, schedules.T - 1], device=where)
     net.eval()
-    with torch.no_grad():
+    with torch.enable_grad():
         epsilon = ask(net, x, t, torch.tensor([0, NULL_LABEL], device=where))
     net.train()
     if getattr(epsilon, "shape", None) != x.shape:
         given = getattr(epsilon, "shape", None)
         given = type(epsilon).__name__ if given is None else tuple(given)
         raise _wrong(f"{_short(path)}: for x of shape {tuple(x.shape)} it returns {given}; the noise has x's shape")
+    if not (epsilon.requires_grad or torch.is_inference_mode_enabled()):
+        raise _wrong(f"{_short(path)}: what it returns depends on no parameter of it, so there is nothing to train")
 
 
 def _short(path: Path) -> str:

@@ -106,10 +106,14 @@ def _of_file(path: Path) -> dict[str, numpy.ndarray]:
         raise Exit(NO_DATA, f"{path} is damaged, or no .npz file: {data.first_line(error)}") from None
 
 
+def hub_file(name: str, cache_dir: Path) -> Path:
+    """Where a data set of the hub is kept, decoded."""
+    return data.decoded_path(cache_dir, "hub-" + name.replace("/", "--"))
+
+
 def _of_hub(name: str, cache_dir: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     """The arrays of a data set of the hub: from our decoded cache, the `datasets` cache, or a download."""
-    key = "hub-" + name.replace("/", "--")
-    path = data.decoded_path(cache_dir, key)
+    path = hub_file(name, cache_dir)
     try:
         content = read_file(path)
         return {part: content[part].numpy() for part in NAMES if part in content}

@@ -11,6 +11,9 @@ from helpers import AE, LATENT, PIXEL, assert_same_training, call, newest_state,
 from common import ckpt, classifier, data, load, own_data
 from common.data import HF_MNIST
 from common.error_codes import MODEL_MISMATCH, NO_AE_CHECKPOINT, NO_DATA, OK, USAGE
+from common.play import judge
+from common.play.runs import Shelf, find
+from common.play.wishes import Refused
 
 CLASSES = 3
 
@@ -88,6 +91,26 @@ def test_it_is_looked_at_and_drawn(autoencoder, latent, file, quick, tmp_path):
     assert "seen nothing of class 7: --digit can be 0, 1, 2" in result.text
     with pytest.raises(ValueError, match="seen nothing of class 7"):
         load(latent, "cpu").draw([1, 7])
+
+
+def test_the_page_looks_at_a_run_with_its_own_data(autoencoder, latent, file, tmp_path):
+    shelf = Shelf(find([str(autoencoder), str(latent)], print), "cpu", 1, str(tmp_path))
+    described = {run["model"]: run for run in shelf.described()}
+    assert described["lddpm"]["digits"] == [0, 1, 2]
+    assert "digits" not in described["ae-mlp"]
+    own = HF_MNIST("test", source=str(file))
+    opened = shelf.open(described["ae-mlp"]["id"])
+    assert torch.equal(shelf.digits(opened).images, own.images)
+    assert shelf.data_of(opened) == (tmp_path, str(file)), "by which its classifier is chosen"
+    opened.run.flags["dataset"] = "other"
+    with pytest.raises(Refused, match="has changed since"):
+        shelf.digits(opened)
+    opened.run.flags |= {"data": "hub:a/shapes", "dataset": own.fingerprint}
+    with pytest.raises(Refused, match=r"fetch it with python -m common.data --data hub:a/shapes"):
+        shelf.digits(opened)
+    assert judge.labels_of(shelf, opened, own.images[:2]) is None
+    data.keep(own_data.hub_file("a/shapes", tmp_path), shapes(600))
+    assert torch.equal(shelf.digits(opened).images, own.images)
 
 
 def test_it_is_scored_by_a_classifier_of_its_own(autoencoder, latent, file, quick, tmp_path, monkeypatch):

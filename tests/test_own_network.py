@@ -10,6 +10,9 @@ from helpers import AE, LATENT, PIXEL, REPO, assert_same_training, call, finish,
 from common import ckpt, classifier, diffusion, load, modules
 from common.error_codes import MODEL_MISMATCH, NO_MODEL_SPECIFIED, OK, USAGE
 from common.modules import module_of
+from common.play import drawings as play
+from common.play.runs import Shelf, find
+from common.play.worker import Wish
 
 KINDS = {PIXEL: ("ddpm", "Denoiser", (1, 28, 28)), LATENT: ("lddpm", "LatentDenoiser", (16,))}
 LABELLED = """
@@ -176,6 +179,25 @@ def test_of_the_only_digit_a_network_without_labels_can_be_asked(write, flags, t
         assert call(PIXEL, "infer.py", *draw, *more).code == code
         pictures.add((tmp_path / "a.png").read_bytes())
     assert len(pictures) == 1
+    # and by the page, whose link may have a guidance
+    shelf, said = Shelf(find([str(draw[1])], print), "cpu", 1, None), []
+    (described,) = shelf.described()
+    assert described["digits"] == [3]
+    asked = {"side": 0, "digits": [3], "count": 2, "guidance": 2.0, "sampler": "ddpm", "steps": 20, "seed": 42}
+    wish = Wish((None, "draw"), print, print, short=False)
+    send = lambda pixels=b"", **header: said.append((header, pixels))  # noqa: E731
+    play.draw(shelf, wish, {"run": described["id"], "drawings": [asked]}, send)
+    assert "--guidance" not in said[-2][0]["command"]
+    play.take(shelf, wish, {"run": described["id"], "drawing": asked, "form": "png"}, send)
+    assert {said[-1][1]} == pictures
+
+
+def test_the_page_offers_no_digit_to_a_network_without_labels(write, flags, tmp_path):
+    write(PIXEL, "plain", text_of(UNLABELLED, PIXEL))
+    words = [*flags(PIXEL), "--network", "plain", "--only-digit", "all", "--batch-size", 500]
+    assert call(PIXEL, "train.py", *words).code == OK
+    (entry,) = find([str(only_run(tmp_path / "out"))], print)
+    assert entry.described("x")["digits"] == []
 
 
 def test_labels_are_hidden_and_shown_to_a_network_that_takes_them():
@@ -225,6 +247,7 @@ FAULTS = [
     ("", (), NO_MODEL_SPECIFIED, f"{PIXEL}/mine.py defines no class Denoiser"),
     (SHAPES.format("x[:, :, 1:]"), (), NO_MODEL_SPECIFIED, "it returns (2, 1, 27, 28); the noise has x's shape"),
     (SHAPES.format("(x, t)"), (), NO_MODEL_SPECIFIED, "it returns tuple"),
+    (SHAPES.format("x"), (), NO_MODEL_SPECIFIED, "mine.py: what it returns depends on no parameter of it"),
     (SHAPES.format("torch.nn.Embedding(10, 1)(labels)"), (), NO_MODEL_SPECIFIED, "mine.py, line 4: IndexError"),
     (SHAPES.format("x +"), (), NO_MODEL_SPECIFIED, "mine.py, line 4: SyntaxError: invalid syntax"),
     ("import no_such_module", (), NO_MODEL_SPECIFIED, "mine.py, line 1: ModuleNotFoundError: No module named"),

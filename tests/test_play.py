@@ -519,6 +519,7 @@ WRONG = [
     ({"do": "draw", "drawings": [settings(image=[0] * 784, strength=0)]}, "Strength"),
     ({"do": "draw", "drawings": [settings(image=[9] * 784, finish=True)]}, "left to be filled"),
     ({"do": "take", "form": "../x", "drawing": settings()}, "form"),
+    ({"do": "take", "form": [], "drawing": settings()}, "form"),
     ({"do": "take", "form": "png"}, "object"),
     ({"do": "decode", "latent": [0] * 15}, "list of 16"),
     ({"do": "decode", "latent": [1e9] * 16}, "Latent"),

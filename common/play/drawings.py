@@ -45,25 +45,30 @@ def threads_of(opened: Opened) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def sides_of(asked: dict[str, Any], T: int) -> list[wishes.Drawing]:
-    """The one or two drawings that a wish asks for, checked. Raises Refused."""
+def _drawing(wish: Any, flags: dict[str, Any]) -> wishes.Drawing:
+    """A drawing, checked, from a run with these flags. Raises Refused."""
+    return wishes.drawing(wish, flags["T"], flags.get("labelled", True))
+
+
+def sides_of(asked: dict[str, Any], flags: dict[str, Any]) -> list[wishes.Drawing]:
+    """The one or two drawings that a wish asks of a run with these flags, checked. Raises Refused."""
     sides = asked.get("drawings")
     if not isinstance(sides, list) or not 1 <= len(sides) <= wishes.MOST_SIDES:
         raise Refused("A wish has one or two drawings.")
-    return [wishes.drawing(side, T) for side in sides]
+    return [_drawing(side, flags) for side in sides]
 
 
 def is_short(shelf: Shelf, asked: dict[str, Any]) -> bool:
     """Is this a drawing that takes so little time that it may come between the steps of another?"""
     entry = shelf.entry(asked.get("run"))
     latent = entry.model == "lddpm"
-    return latent and all(side.steps <= SHORT_STEPS for side in sides_of(asked, entry.flags["T"]))
+    return latent and all(side.steps <= SHORT_STEPS for side in sides_of(asked, entry.flags))
 
 
 def draw(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
     """One or two drawings: of up to FRAMES moments x_t and the x_0 predicted from it, and then what made them."""
     opened = shelf.open(asked.get("run"))
-    sides = sides_of(asked, opened.diffusion.flags["T"])
+    sides = sides_of(asked, opened.diffusion.flags)
     for drawing in sides:
         _draw(shelf, wish, opened, drawing, send)
     send(last=True)
@@ -142,8 +147,8 @@ def take(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
     from common.drawing import draw_to_file, drawing_parser
 
     opened = shelf.open(asked.get("run"))
-    run, drawing = opened.diffusion, wishes.drawing(asked.get("drawing"), opened.diffusion.flags["T"])
-    if asked.get("form") not in FORMS:
+    run, drawing = opened.diffusion, _drawing(asked.get("drawing"), opened.diffusion.flags)
+    if asked.get("form") not in [*FORMS]:  # a list: what was asked for may be anything
         raise Refused(f"The form must be one of {', '.join(FORMS)}.")
     tell = _telling(wish, send, drawing.all_steps)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from common.error_codes import Exit
 from common.play import wishes
 from common.play.runs import Opened, Shelf
 from common.play.wishes import Refused
@@ -29,7 +30,10 @@ def labels_of(shelf: Shelf, opened: Opened, images: torch.Tensor) -> list[int] |
     """What the classifier takes each image (N, 1, 28, 28) for; None without a classifier."""
     from common.classifier import judge
 
-    found = _classifier(shelf, opened)
+    try:
+        found = _classifier(shelf, opened)
+    except (Exit, Refused):  # its data are no longer where they were; the drawing is good without
+        return None
     return None if found is None else judge(found[0], images)[1].argmax(dim=1).tolist()
 
 

@@ -9,10 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from common import ckpt, threads
-from common.args import AUTO, DEFAULT_GUIDANCE, DEFAULT_RESAMPLE, DEFAULT_STRENGTH, bash_word
+from common.args import (
+    AUTO,
+    DEFAULT_GUIDANCE,
+    DEFAULT_RESAMPLE,
+    DEFAULT_STRENGTH,
+    HUB,
+    bash_word,
+    is_own,
+    why_not_drawn,
+)
+from common.device import get_device
 from common.error_codes import USAGE, Exit
 from common.loading import Autoencoder, Diffusion, load
 from common.modules import MODULE_FILES, ROOT
+from common.own_data import dataset_of, hub_file
 from common.play.wishes import Refused
 from common.record import METRICS
 from common.run import recorded_runs
@@ -83,6 +94,8 @@ class Entry:
         flags = {key: self.flags[key] for key in known if self.flags.get(key) is not None}
         usual = {"strength": DEFAULT_STRENGTH.get(self.model), "passes": DEFAULT_RESAMPLE}  # of a sketch
         seen = {"id": name, "model": self.model, "kind": KINDS[self.model], "epoch": self.newest(), "time": self.time}
+        if self.model in DEFAULT_STRENGTH:  # which digits can be asked for
+            seen["digits"] = [digit for digit in range(10) if not why_not_drawn([digit], self.flags, "")]
         return seen | usual | flags
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -195,7 +208,7 @@ class Shelf:
         def fastest() -> int:
             if isinstance(run, Autoencoder):
                 return threads.recorded(run.flags)
-            if torch.device(self.device or "cpu").type != "cpu":
+            if get_device(self.device).type != "cpu":
                 return threads.available()
             return threads.fastest(lambda: run.draw(count=FEW, steps=1, guidance=DEFAULT_GUIDANCE))[0]
 
@@ -207,18 +220,28 @@ class Shelf:
         from common.data import HF_MNIST
 
         cache, source = self.data_of(opened)
-        return HF_MNIST("test", cache, opened.run.flags.get("only_digit"), source)
+        digits = HF_MNIST("test", cache, opened.run.flags.get("only_digit"), source)
+        if digits.fingerprint != dataset_of(opened.run.flags):
+            raise Refused("The file with this run's data has changed since: there are no images to look at it with.")
+        return digits
 
     def data_of(self, opened: Opened) -> tuple[Path, str]:
-        """(cache folder, "hub" or "embedded"), where the run's training had its digits.
+        """(cache folder, "hub", "embedded" or what --data named), where the run's training had its digits.
 
-        Nothing is downloaded: where full MNIST is not at hand, the embedded digits serve.
+        Nothing is downloaded: where full MNIST is not at hand, the embedded digits serve. Raises Refused for other data
+        that are not at hand.
         """
         flags = opened.run.flags
         recorded = ROOT / opened.entry.experiment / str(flags.get("cache_dir", "hf_cache"))  # may be absolute
         places = [self.cache_dir, recorded, *(ROOT / folder / "hf_cache" for folder in EXPERIMENTS)]
         places = [Path(place) for place in places if place]
         wanted = flags.get("data", AUTO)
+        if is_own(wanted):
+            name = wanted.removeprefix(HUB)
+            kept = [place for place in places if name == wanted or hub_file(name, place).is_file()]
+            if not kept:
+                raise Refused(f"{name} is in no cache here: fetch it with python -m common.data --data {wanted}.")
+            return kept[0], wanted
         full = [place for place in places if any((place / name).exists() for name in FULL)]
         if wanted != "embedded" and full:
             return full[0], "hub"

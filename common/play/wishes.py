@@ -101,14 +101,15 @@ class Drawing(NamedTuple):
     steps: int
     seed: int
     sketch: Sketch | None = None
+    labelled: bool = True  # does the network take labels?
 
     @property
     def all_steps(self) -> int:
         return self.steps * (self.sketch.passes if self.sketch else 1)
 
 
-def drawing(wish: Any, T: int) -> Drawing:
-    """The settings of a drawing from a model with T steps. Raises Refused."""
+def drawing(wish: Any, T: int, labelled: bool = True) -> Drawing:
+    """The settings of a drawing from a model with T steps, which takes labels or not. Raises Refused."""
     if not isinstance(wish, dict):
         raise Refused("A drawing is an object.")
     if wish.get("sampler") not in SAMPLERS:
@@ -128,6 +129,7 @@ def drawing(wish: Any, T: int) -> Drawing:
         steps=steps,
         seed=whole(wish, "seed", 0, 2**32 - 1),
         sketch=sketch,
+        labelled=labelled,
     )
 
 
@@ -146,7 +148,7 @@ def words_of(drawing: Drawing) -> list[str]:
     """The flags by which infer.py draws it; a sketch lies in SKETCH, what is to be drawn anew of it in MASK."""
     words = ["--num-images", drawing.count, "--sampler", drawing.sampler, "--steps", drawing.steps]
     words += ["--seed", drawing.seed]
-    if drawing.digits or not drawing.sketch:
+    if drawing.labelled and (drawing.digits or not drawing.sketch):
         words += ["--guidance", drawing.guidance]
     if drawing.digits:
         words += ["--digit", *drawing.digits]

@@ -210,8 +210,9 @@ class Side {
   fill(run) {
     this.run = run;
     const T = run.T;
-    const only = run.only_digit;
-    if (only !== undefined && this.get("digits") !== "") state[`${this.prefix}digits`] = String(only);
+    const able = run.digits.map(String); // none: a network without labels
+    const kept = able.filter((digit) => this.get("digits").includes(digit));
+    if (this.get("digits") !== "") state[`${this.prefix}digits`] = (kept.length ? kept : able).join("");
     this.choices = [...new Set([...STEPS, T, Math.min(T, Number(this.get("steps")))])].filter((n) => n >= 1 && n <= T).sort((a, b) => a - b);
     state[`${this.prefix}steps`] = String(Math.min(T, Number(this.get("steps"))));
     this.steps.max = this.choices.length - 1;
@@ -224,7 +225,7 @@ class Side {
     for (const choice of this.digits) {
       const digit = choice.textContent;
       choice.setAttribute("aria-pressed", digit === ANY ? chosen === "" : chosen.includes(digit));
-      choice.disabled = only !== undefined && digit !== ANY && digit !== String(only);
+      choice.disabled = digit !== ANY && !able.includes(digit);
     }
     for (const canvas of this.canvases) size(canvas, Number(state.count));
   }

@@ -63,6 +63,8 @@ export class Sketch {
   fill() {
     const { run } = this;
     const finish = state.mode === "finish";
+    const able = run.digits.map(String); // none: a network without labels
+    if (!able.includes(state.sdigit)) state.sdigit = "";
     this.choices = [...new Set([...STEPS, run.T, Math.min(run.T, Number(state.ssteps))])].filter((n) => n >= 1 && n <= run.T).sort((a, b) => a - b);
     byId("ssteps").max = this.choices.length - 1;
     byId("ssteps").value = this.choices.indexOf(Math.min(run.T, Number(state.ssteps)));
@@ -81,7 +83,7 @@ export class Sketch {
     for (const choice of this.digits) {
       const digit = choice.textContent;
       choice.setAttribute("aria-pressed", state.sdigit === (digit === ANY ? "" : digit));
-      choice.disabled = run.only_digit !== undefined && digit !== ANY && digit !== String(run.only_digit);
+      choice.disabled = digit !== ANY && !able.includes(digit);
     }
   }
 

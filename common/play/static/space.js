@@ -42,8 +42,8 @@ export class Space {
       return say("space-said", `Computing the map of ${header.digits} digits, once for this run: ${header.seconds.toFixed(0)} s so far, some ten in all.`);
     }
     this.space = header;
-    const source = header.source === "hub" ? "" : ", of the 5,000 embedded ones";
-    say("space-said", `t-SNE of the latents of ${header.labels.length} test digits${source}. Near means alike; distances across the map mean little.`);
+    const source = { hub: "digits", embedded: "digits, of the 5,000 embedded ones" }[header.source] ?? "images, of the run's own data";
+    say("space-said", `t-SNE of the latents of ${header.labels.length} test ${source}. Near means alike; distances across the map mean little.`);
     this.sliders();
     this.draw();
     const first = header.labels.indexOf(3) < 0 ? 0 : header.labels.indexOf(3);
