@@ -518,7 +518,7 @@ def check_sampling(args: argparse.Namespace, trained: dict[str, Any], strength: 
     if args.guidance is None:
         args.guidance = DEFAULT_GUIDANCE if args.digit and labelled else 1.0
     elif args.digit == [] or not labelled:
-        why = "leave out --digit none" if labelled else "and this model's network takes none"
+        why = "name a digit by --digit" if labelled else "and this model's network takes none"
         raise Exit(USAGE, f"--guidance has an effect only on labels; {why}")
     if complaint := why_not_drawn(args.digit or [], trained, "--digit"):
         raise Exit(MODEL_MISMATCH, complaint)

@@ -73,9 +73,9 @@ def read_images(path: str | Path, mask: bool = False) -> tuple[torch.Tensor, tup
     """(images (K, 1, 28, 28) float32 in [0, 1], their width and height in the file) of a file that the user named.
 
     A picture in any format that Pillow reads is made grey and shrunk or enlarged to 28 x 28, with black beside it where
-    it is no square. One that is light at its edge is taken for ink on paper and inverted, as digits are white on black;
-    not a mask. An .npz has (K, 28, 28) or (K, 1, 28, 28), uint8 or from 0 to 1, as `images` or as its only array.
-    Raises Exit(BAD_IMAGE).
+    it is no square. One of another size that is light at its edge is taken for ink on paper and inverted, as digits are
+    white on black; not a mask. An .npz has (K, 28, 28) or (K, 1, 28, 28), uint8 or from 0 to 1, as `images` or as its
+    only array. Raises Exit(BAD_IMAGE).
     """
     path = Path(path)
     try:
@@ -121,7 +121,7 @@ def _picture(path: Path, mask: bool) -> tuple[torch.Tensor, tuple[int, int]]:
         grey = picture.convert("L")
     levels = numpy.asarray(grey)
     edge = numpy.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
-    if not mask and edge.mean() > 127.5:
+    if not mask and grey.size != (SIDE, SIDE) and edge.mean() > 127.5:
         grey = ImageOps.invert(grey)
     fitted = ImageOps.pad(grey, (SIDE, SIDE), Image.Resampling.BOX)  # black around it
     return torch.from_numpy(numpy.array(fitted)).float().div_(255)[None, None], grey.size

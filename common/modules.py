@@ -31,12 +31,16 @@ MODULE_FILES = {
 NETWORKS = {"lddpm": "LatentDenoiser", "ddpm": "Denoiser"}  # the class that a network's module defines
 
 
-@cache
 def module_of(model: str, network: str = OUR_NETWORK) -> ModuleType:
     """The module that defines the networks of a model type (a key of `MODULE_FILES`), under a name of its own.
 
     network: another module beside it, whose faults become an Exit of one line.
     """
+    return _module(model, network)
+
+
+@cache
+def _module(model: str, network: str) -> ModuleType:
     name = f"{model.replace('-', '_')}_module" + (f"_{network}" if network != OUR_NETWORK else "")
     path = network_file(model, network)
     spec = importlib.util.spec_from_file_location(name, path)

@@ -472,6 +472,14 @@ def test_a_small_picture_is_enlarged_and_a_mask_is_never_inverted(tmp_path):
     assert read_images(tmp_path / "b.png", mask=True)[0].mean() == pytest.approx(12 / 14)
 
 
+def test_one_of_the_right_size_is_never_inverted(tmp_path):
+    """The page's sketches are of it, however much of their edge is white."""
+    levels = np.full((28, 28), 255, dtype=np.uint8)
+    levels[20:] = 0
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    assert (read_images(tmp_path / "a.png")[0][0, 0].numpy() == levels / 255).all()
+
+
 def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path):
     Image.new("1", (20_000, 10_000)).save(tmp_path / "a.png")
     with pytest.raises(Exit, match="exceeds limit") as raised:

@@ -33,6 +33,10 @@ def grid_size(count: int, columns: int | None = None) -> tuple[int, int]:
 # --- networks ---
 
 
+def test_a_module_is_read_once_however_it_is_asked_for():
+    assert module_of("lddpm") is module_of("lddpm", "model") is module_of("lddpm", network="model")
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("latent_dim", [16, 5])
 def test_an_autoencoder(model, latent_dim):

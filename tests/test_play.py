@@ -202,6 +202,12 @@ def test_an_exported_file_can_be_played_with(latent_run, tmp_path, monkeypatch):
         shelf = Shelf(entries, "cpu", 1, None)
         assert [run["id"] for run in shelf.described()] == ["pretrained"]
         assert torch.equal(shelf.open("pretrained").diffusion.draw(3, count=2), load(file, "cpu").draw(3, count=2))
+    file.write_bytes(b"damaged")
+    warned = []
+    monkeypatch.setenv("SCRATCH", str(latent_run.parent.parent))
+    assert [entry.source for entry in find([], warned.append)] == [latent_run]
+    assert str(file) in warned[0]
+    assert [entry.source for entry in find(["latest"], print)] == [latent_run]
 
 
 def test_ctrl_c_ends_it_at_once_even_in_the_middle_of_a_drawing(elsewhere):

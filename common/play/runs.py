@@ -138,6 +138,8 @@ def find(named: list[str], warn: ckpt.Warn) -> list[Entry]:
     found: list[Entry] = []
     for name in named:
         path = Path(name).expanduser().absolute()
+        if name == "latest" and not path.exists():  # as everywhere
+            path = ckpt.read_model(name, ckpt.MODEL_TYPES, warn)[0].parent.absolute()
         runs = [] if ckpt.run_checkpoints(path) or not path.is_dir() else recorded_runs(path, warn)
         if not runs:
             file, state = ckpt.open_checkpoint(path, warn, ckpt.peek_checkpoint)
@@ -146,7 +148,11 @@ def find(named: list[str], warn: ckpt.Warn) -> list[Entry]:
     if not named:
         found = [Entry(*run) for place in places() for run in recorded_runs(place, warn)]
         ready = [file for experiment in EXPERIMENTS if (file := ROOT / experiment / READY).is_file()]
-        found += [Entry(file, ckpt.peek_checkpoint(file)) for file in ready]
+        for file in ready:
+            try:
+                found.append(Entry(file, ckpt.peek_checkpoint(file)))
+            except ckpt.UnreadableCheckpoint as error:
+                warn(f"passing over {error}")
     if not found:
         raise Exit(
             USAGE, f"no runs in {' or '.join(map(str, places()))}: `{MAKES_ONE}` makes one in some minutes, or name one"
