@@ -33,6 +33,7 @@ from common.images import (
     one_line,
     read_images,
     read_mask,
+    row_names,
     save_gif,
     save_output,
     to_bytes,
@@ -61,6 +62,7 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
         "--show-process", action="store_true", help=f"also write a filmstrip of the first {ROWS}, and a GIF of the grid"
     )
     add_scale_argument(parser)
+    add("--row-labels", action="store_true", help="write each row's digit beside it")
     frames = f"pictures in the filmstrip, from noise to digit (default: {FRAMES}, or all if there are fewer)"
     add("--process-steps", type=number(int, 2), metavar="N", help=frames)
     add("--save-npz", metavar="FILE", help="also save the images, labels, seed and settings as numpy arrays")
@@ -118,6 +120,8 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
         if edit and args.digit is None and trained["only_digit"] is None:
             args.digit = []  # nobody knows what is in the picture
         check_sampling(args, trained, edit.get("strength", 1.0))
+        if args.row_labels and not any(_row_names(args, trained)):
+            raise Exit(USAGE, "--row-labels: no row has a single digit: name some by --digit, a row's number of each")
         return vars(args), edit
 
     flags, edit = world.first(check)
@@ -146,7 +150,8 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
         return
     seconds = time.perf_counter() - started
     origin, output = f"{state['exp_name']}, epoch {state['epoch']}", Path(args.output)
-    save_output(images, output, scale=args.scale)
+    names = _row_names(args, state["args"]) if args.row_labels else None
+    save_output(images, output, scale=args.scale, names=names)
     print(f"{emoji.ok} {counted(args.num_images, 'image')} from {origin}, in {seconds:.2f} s: {output}")
     if args.show_process:
         _save_process([frames[moment].cpu() for moment in moments], output, args.scale)
@@ -154,6 +159,11 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
         _save_npz(images, labels, args, state, Path(args.save_npz))
     if args.save_dir:
         _save_singly(images, labels, Path(args.save_dir))
+
+
+def _row_names(args: Any, trained: dict[str, Any]) -> list[str]:
+    """By --digit; "" for a row of several."""
+    return row_names(wanted_labels(args.digit, args.num_images, args.seed, trained) or [])
 
 
 def _edit(args: Any, model: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ SIDE = 28
 
 
 def _columns(count: int) -> int:
+    """How many images stand in a row of a grid of so many."""
     return math.ceil(math.sqrt(count))
 
 
@@ -36,12 +37,33 @@ def make_image_grid(images: torch.Tensor, nrow: int | None = None, scale: int = 
     return make_grid(large, nrow=nrow or _columns(len(images)), padding=PADDING * scale)
 
 
-def save_image_grid(images: torch.Tensor, path: str | Path, nrow: int | None = None, scale: int = 1) -> None:
-    """Write (N, C, H, W) images in [0, 1] as one PNG, a `make_image_grid`. Raises OSError if it cannot."""
+def save_image_grid(
+    images: torch.Tensor, path: str | Path, nrow: int | None = None, scale: int = 1, names: list[str] | None = None
+) -> None:
+    """Write (N, C, H, W) images in [0, 1] as one PNG, a `make_image_grid`. Raises OSError if it cannot.
+
+    names: of the rows, written to the left of them.
+    """
+    import torch
     from torchvision.utils import save_image
 
     grid = make_image_grid(images, nrow, scale)
+    if names:
+        grid = torch.cat([_margin(names, grid.shape[1], scale).to(grid), grid], dim=2)
     atomic_write(path, lambda file: save_image(grid, file, padding=0, format="PNG"))
+
+
+def _margin(names: list[str], height: int, scale: int) -> torch.Tensor:
+    """(3, height, W) in [0, 1]: the names of a grid's rows."""
+    from PIL import Image, ImageDraw, ImageFont
+    from torchvision.transforms.functional import to_tensor
+
+    row, margin = (SIDE + PADDING) * scale, Image.new("L", (18 * scale, height))
+    text, font = ImageDraw.Draw(margin), ImageFont.load_default(16 * scale)
+    for number, name in enumerate(names):
+        middle = (margin.width / 2, number * row + (row + PADDING * scale) / 2)
+        text.text(middle, name, fill=160, font=font, anchor="mm")
+    return to_tensor(margin).expand(3, -1, -1)
 
 
 def picture(images: torch.Tensor, nrow: int | None = None, scale: int = 2) -> Image:
@@ -50,6 +72,13 @@ def picture(images: torch.Tensor, nrow: int | None = None, scale: int = 2) -> Im
 
     grid = make_image_grid(images if images.ndim == 4 else images[None], nrow, scale)
     return Image.fromarray(to_bytes(grid[0]).cpu().numpy())
+
+
+def row_names(labels: list[int]) -> list[str]:
+    """What stands in each row of a grid of images with these labels: "" where several digits do."""
+    columns = _columns(len(labels)) or 1
+    rows = [set(labels[start : start + columns]) for start in range(0, len(labels), columns)]
+    return [str(*row) if len(row) == 1 else "" for row in rows]
 
 
 def over(originals: torch.Tensor, reconstructions: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -171,10 +200,12 @@ def check_output(path: str | Path, suffix: str) -> Path:
     return path
 
 
-def save_output(images: torch.Tensor, path: str | Path, nrow: int | None = None, scale: int = 1) -> None:
+def save_output(
+    images: torch.Tensor, path: str | Path, nrow: int | None = None, scale: int = 1, names: list[str] | None = None
+) -> None:
     """`save_image_grid` for a file that the user named. Raises Exit(BAD_OUTPUT) if it cannot be written."""
     with one_line(check_output(path, ".png")):
-        save_image_grid(images, path, nrow, scale)
+        save_image_grid(images, path, nrow, scale, names)
 
 
 @contextmanager

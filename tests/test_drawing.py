@@ -15,7 +15,7 @@ from common import curves, diffusion, record
 from common.ckpt import read_checkpoint, save_checkpoint
 from common.curves import draw_curves
 from common.error_codes import BAD_OUTPUT, USAGE
-from common.images import save_gif, to_bytes
+from common.images import row_names, save_gif, to_bytes
 from common.modules import module_of
 from common.run import Run
 
@@ -228,6 +228,22 @@ def test_scale_makes_the_pixels_of_pictures_larger(scale, runs, ae_run, cache, t
         for name in names:
             small, large = (pixels(tmp_path / where / f"{name}.png") for where in ("small", "large"))
             assert (large == small.repeat(scale, 0).repeat(scale, 1)).all(), (folder, name)
+
+
+def test_rows_say_their_digit(runs, tmp_path):
+    """Beside the very same grid; a row of several digits has no name."""
+    drawn = ("--ckpt", runs[LATENT], "--num-images", 9, "--digit", 3, "--steps", 2)
+    for name, flags in (("plain", ()), ("named", ("--row-labels",))):
+        assert call(LATENT, "infer.py", *drawn, *flags, "--output", tmp_path / f"{name}.png").code == 0
+    plain, named = (pixels(tmp_path / f"{name}.png") for name in ("plain", "named"))
+    assert (named[:, 18:] == plain).all()
+    rows = [named[2 + 30 * row : 30 + 30 * row, :18] for row in range(3)]
+    assert rows[0].max() > 100
+    assert all((row == rows[0]).all() for row in rows)
+    assert row_names([1, 1, 1, 2, 3, 3, 7, 7, 7]) == ["1", "", "7"]
+    assert row_names([4, 4, 5]) == ["4", "5"]
+    result = call(LATENT, "infer.py", *drawn[:4], "--digit", "none", "--row-labels", "--output", tmp_path / "x.png")
+    assert (result.code, len(result.errors)) == (USAGE, 1), result.text
 
 
 def test_every_run_leaves_its_curves(runs, ae_run):
