@@ -17,11 +17,16 @@ from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, PIXEL, call, only_run, 
 LONG = ("test_slurm.py", "test_soak.py", "test_choice.py", "test_ranks.py", "test_readme.py")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run with --all"))
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also the tests marked slow: minutes for the rarer cases")
     parser.addoption("--kills", type=int, default=2, help="SIGKILLs per run in the soak tests (default: 2)")
     parser.addoption("--tab-seconds", type=int, default=3, help="how long twenty tabs ask at once (default: 3)")
     parser.addoption("--write-losses", action="store_true", help="test_losses.py writes what it finds to losses.json")

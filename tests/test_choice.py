@@ -207,6 +207,7 @@ def test_a_sweep_killed_and_started_again_in_random_order(tiny, tmp_path, pytest
 # --- autoencoders ---
 
 
+@pytest.mark.slow
 def test_an_autoencoder_is_its_weights_however_it_is_spelled(ae_run, copy_of, tiny, tmp_path):
     source = copy_of(ae_run)
     outdir = tmp_path / "out"
@@ -383,6 +384,7 @@ def test_what_was_switched_on_can_be_switched_off_on_resume(tiny, tmp_path):
     assert not newest_state(folder)["scores"].keys() & {"fid"}
 
 
+@pytest.mark.slow
 def test_a_run_that_keeps_one_checkpoint_can_always_be_read(tiny, tmp_path):
     given = ("--model", "mlp", *tiny, "--batch-size", 405, "--epochs", 150, "--keep-ckpts", 1)
     process = start(AE, "train.py", *given, "--outdir", tmp_path)

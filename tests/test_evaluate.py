@@ -211,6 +211,7 @@ def _missing():
     raise Exit(NO_DATA, "no test digits")
 
 
+@pytest.mark.slow
 def test_the_classifier_outlives_a_job(judged, cache, tmp_path, latent_run):
     """Trained in a job, it is kept in $SCRATCH/hf_cache; the next job, with another $SLURM_TMPDIR, finds it."""
     scratch = tmp_path / "scratch" / "hf_cache" / "decoded"

@@ -247,6 +247,7 @@ exec {python} "$@"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
 def test_a_job_whose_limit_always_comes_too_soon_gives_up(job, tmp_path):
     """Three starts without a step end it; a start that trains begins the count anew, and another job has its own.

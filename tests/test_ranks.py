@@ -457,6 +457,7 @@ def test_a_wrong_drawing_is_one_line(latent_run, tmp_path):
     assert [len(result.errors) for result in results] == [1, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("judged")
 def test_processes_score_together_as_one_does(latent_run, cache, tmp_path):
     flags = ("--ckpt", latent_run, "--n", 300, "--data", "embedded", "--cache-dir", cache, "--device", "cpu")

@@ -320,7 +320,7 @@ def test_a_signal_while_workers_start_kills_none_of_them(flags, tmp_path):
     assert "and saved" in stopped.text
 
 
-@pytest.mark.parametrize("folder", [AE, LATENT, PIXEL])
+@pytest.mark.parametrize("folder", [*(pytest.param(other, marks=pytest.mark.slow) for other in (AE, LATENT)), PIXEL])
 def test_two_threads_and_the_default_widths(folder, tiny, ae_run, tmp_path):
     """The other tests run small networks on one thread; sums that threads share must come out the same too."""
     own = {AE: ("--model", "conv"), LATENT: ("--ae-ckpt", ae_run), PIXEL: ()}[folder]

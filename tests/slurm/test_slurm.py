@@ -13,7 +13,19 @@ import pytest
 from helpers import AE, FULL_MNIST, LATENT, PIXEL, REPO, assert_same_training, finish, only_run, run, start
 
 SMALL = {
-    PIXEL: ("--base-ch", 8, "--T", 20, "--batch-size", 32, "--samples-per-epoch", 4, "--generate-images"),
+    PIXEL: (
+        "--base-ch",
+        8,
+        "--fine-ch",
+        0,
+        "--T",
+        20,
+        "--batch-size",
+        32,
+        "--samples-per-epoch",
+        4,
+        "--generate-images",
+    ),
     LATENT: ("--hidden-dim", 32, "--T", 20, "--batch-size", 16, "--samples-per-epoch", 4, "--generate-images"),
 }
 SECONDS = 45  # of training, for a job whose allocations train for 20 at the most
@@ -58,7 +70,7 @@ def test_jobs_go_on_through_time_limits_until_they_are_done(cluster, data, ae_ru
         for process in untouched.values():
             os.setpriority(os.PRIO_PROCESS, process.pid, 19)
         cluster.wait_for_end(",".join(jobs.values()), patience=900)
-        results = {folder: finish(process, timeout=300) for folder, process in untouched.items()}
+        results = {folder: finish(process, timeout=600) for folder, process in untouched.items()}
     finally:
         for process in untouched.values():
             process.kill()
