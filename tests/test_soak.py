@@ -1,6 +1,6 @@
 """Runs that are killed again and again, many at once, or in the middle of a save: nothing of them is lost.
 
-`tests/run.sh -k soak --kills 25` kills each run 25 times.
+`tests/run.sh --all -k soak --kills 25` kills each run 25 times.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def flags_of(folder, tiny, ae_run, epochs):
     return (*own[folder], *tiny, "--batch-size", 32, "--epochs", epochs, "--lr-scheduler", "cosine", *often)
 
 
-@pytest.mark.parametrize("folder", [AE, LATENT, PIXEL])
+@pytest.mark.parametrize("folder", [pytest.param(AE, marks=pytest.mark.slow), LATENT, PIXEL])
 def test_soak(folder, tiny, ae_run, tmp_path, pytestconfig):
     """SIGKILL at random instants of a real run: around its restoring, or after it saved; each start goes on."""
     kills = pytestconfig.getoption("--kills")
@@ -123,6 +123,7 @@ def test_killed_in_the_middle_of_a_save(when, at, tiny, ae_run, latent_run, tmp_
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_ten_array_tasks_share_a_folder_are_killed_and_resumed_together(cache, tmp_path):
     base = ("--data", "embedded", "--cache-dir", cache, "--device", "cpu", "--T", 10, "--base-ch", 8)
     base = (*base, "--batch-size", 32, "--epochs", 3, "--outdir", tmp_path, "--auto-resume")
