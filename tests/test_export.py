@@ -65,7 +65,7 @@ def test_it_holds_what_drawing_needs_and_nothing_of_the_place_it_comes_from(kind
 @pytest.mark.parametrize("how", [{}, {"sampler": "dpm"}, {"labels": 3, "guidance": 2.0}])
 def test_it_draws_nearly_what_its_run_draws_in_float32(kind, how, files, runs):
     one, other = load(runs[kind], "cpu"), load(files[kind], "cpu")
-    assert {parameter.dtype for parameter in other._draw.args[0].parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in other.drawer.args[0].parameters()} == {torch.float32}
     drawn, wanted = other.draw(seed=1, **how), one.draw(seed=1, **how)
     assert drawn.dtype == torch.float32
     difference = (drawn - wanted).abs()

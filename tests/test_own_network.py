@@ -51,7 +51,7 @@ def text_of(source: str, folder: str) -> str:
 @pytest.fixture
 def write(tmp_path, monkeypatch):
     """write(folder, name, text): a module beside a copy of that experiment's model.py, which this process takes."""
-    modules.module_of.cache_clear()
+    modules._module.cache_clear()
 
     def write(folder, name, text):
         model, _, _ = KINDS[folder]
@@ -60,10 +60,10 @@ def write(tmp_path, monkeypatch):
         shutil.copy(REPO / folder / "model.py", place)
         (place / f"{name}.py").write_text(text)
         monkeypatch.setitem(modules.MODULE_FILES, model, str(place / "model.py"))
-        modules.module_of.cache_clear()
+        modules._module.cache_clear()
 
     yield write
-    modules.module_of.cache_clear()
+    modules._module.cache_clear()
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def test_epsilon_is_mixed_from_v_and_x(model):
     alpha_bar = (1 - torch.linspace(1e-4, 2e-2, 1000).double()).cumprod(0)[t].view(-1, *[1] * (x.ndim - 1))
     with torch.no_grad():
         torch.testing.assert_close(net(x, t, labels), (x * (1 - alpha_bar).sqrt()).float(), rtol=1e-4, atol=1e-5)
-        (net.leave if model == "lddpm" else net.head[2]).layer.bias.fill_(1)
+        (net.leave if model == "lddpm" else net.finish.out[2]).layer.bias.fill_(1)
         wanted = alpha_bar.sqrt() + x * (1 - alpha_bar).sqrt()
         torch.testing.assert_close(net(x, t, labels), wanted.float(), rtol=1e-4, atol=1e-5)
 
@@ -208,7 +208,7 @@ def test_an_autoencoders_validation_loss_is_its_squared_error(ae_run, cache):
 
 
 def test_drawn_latents_are_decoded_at_their_own_scale(latent_run, monkeypatch):
-    monkeypatch.setattr(diffusion, "sample", lambda *_: torch.stack([torch.zeros(16), torch.ones(16)]))
+    monkeypatch.setattr(diffusion, "sample", lambda *_, **__: torch.stack([torch.zeros(16), torch.ones(16)]))
     draw, state = module_of("lddpm").load_for_drawing(latent_run)
     mean, std = state["model"]["latent_mean"], state["model"]["latent_std"]
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_equal_runs_of_labels_go_with_the_images_into_every_file(tmp_path):
     assert drawing.wanted_labels([], 7, 42, {}) is None
     images = torch.linspace(0, 1, 3).view(3, 1, 1, 1).expand(-1, -1, 28, 28)
     state = {"exp_name": "x", "epoch": 1, "args": {"T": 5}}
-    drawing._save_npz(images, [3, 8, 5], SimpleNamespace(seed=7), state, tmp_path / "a.npz")
+    drawing._save_npz(images, [3, 8, 5], SimpleNamespace(seed=7, from_image=None), state, tmp_path / "a.npz")
     arrays = np.load(tmp_path / "a.npz")
     assert arrays["labels"].tolist() == [3, 8, 5]
     assert arrays["images"][:, 0, 0].tolist() == [0, 128, 255]
