@@ -86,6 +86,7 @@ def test_two_widths_in_one_folder_are_stopped_and_each_goes_on_with_its_own(tiny
     assert done == {width: reached[width] + 1 for width in widths}
 
 
+@pytest.mark.slow
 def test_a_flag_that_is_not_in_the_name_makes_another_run(tiny, tmp_path):
     given = ("--model", "mlp", *tiny, "--epochs", 1, "--outdir", tmp_path, "--auto-resume")
     assert run(AE, "train.py", *given).code == 0
@@ -131,6 +132,7 @@ def test_a_copy_with_auto_resume_goes_on_with_the_run_that_it_began(ae_run, tiny
     assert "is newer than" in result.text
 
 
+@pytest.mark.slow
 def test_a_copy_that_cannot_go_on_leaves_no_empty_run(ae_run, tiny, tmp_path):
     """It is finished; a flag contradicts it; its data are missing."""
     copied = shutil.copy(ae_run / "latest.pt", tmp_path / "mine.pt")

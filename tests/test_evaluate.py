@@ -74,6 +74,7 @@ def test_the_classifier_is_a_function_of_its_seed(cache):
     assert fingerprint(a) == fingerprint(b) != fingerprint(c)
 
 
+@pytest.mark.slow
 def test_the_classifier_on_full_mnist(full_mnist):
     """After a fifth of its training 98.9 % of the 10,000 test digits; after all of it (a minute) 99.49 %."""
     learned, test = (HF_MNIST(split, full_mnist, source="hub") for split in ("train", "test"))

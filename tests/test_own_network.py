@@ -105,6 +105,7 @@ def test_a_file_beside_model_py_is_all_it_takes(tiny, copy, tmp_path):
     assert "[2, 1, 28, 28]" in run(".", str(tmp_path / "program.py"))
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_network_and_data_of_ones_own(copy, tmp_path):
     """And end with the weights of one; what is wrong is said once."""
     (copy / PIXEL / "mine.py").write_text(text_of(LABELLED, PIXEL))
