@@ -29,7 +29,7 @@ from common.drawing import choose_threads, draw_with_progress, wanted_labels
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit, run_main
 from common.images import check_output
 from common.modules import module_of
-from common.own_data import data_for, dataset_of
+from common.own_data import held_out
 from common.ranks import World, identity, joined
 from common.record import write_text
 from common.run import require_checkpoint
@@ -209,14 +209,8 @@ def _judges(
     Raises Exit(MODEL_MISMATCH) if it learned from other data, Exit(NO_DATA) if too few are held out.
     """
     from common.classifier import load_classifier
-    from common.data import HF_MNIST
 
-    real = HF_MNIST("test", args.cache_dir, source=data_for(args.data, trained))
-    if real.fingerprint != dataset_of(trained):
-        theirs = trained.get("data", "hub")
-        raise Exit(
-            MODEL_MISMATCH, f"this run learned from {theirs} ({dataset_of(trained)}), and {real.source} is other data"
-        )
+    real = held_out(args.data, args.cache_dir, trained)
     some = _only(real, digits)
     if len(some) < FEWEST_REAL:
         raise Exit(NO_DATA, f"{real.source} has too few {real.noun} for tests, {len(some)}, to compare with")

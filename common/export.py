@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ckpt, emoji
-from common.args import bash_word, flag_of
+from common.args import HUB, bash_word, flag_of, is_own
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE, Exit
 from common.images import check_output, one_line
 from common.modules import MODULE_FILES
@@ -59,7 +59,7 @@ def _is_exported(path: Path) -> bool:
 
 
 def reduced(path: Path, state: ckpt.State) -> ckpt.State:
-    """What is exported of the checkpoint's state in `path`. Raises Exit for weights that float16 cannot hold."""
+    """What is exported of the checkpoint's state in `path`. Raises Exit for weights that are no numbers."""
     from common.evaluate import read_scores, scores_file
 
     commands = _commands(path.parent, ckpt.infer_model_from_checkpoint(state))
@@ -78,16 +78,27 @@ def reduced(path: Path, state: ckpt.State) -> ckpt.State:
 
 
 def _without_places(flags: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flags.items() if name not in PLACES}
+    kept = {name: value for name, value in flags.items() if name not in PLACES}
+    return kept | ({"data": _file_name(kept["data"])} if "data" in kept else {})
+
+
+def _file_name(source: str) -> str:
+    """Of --data FILE.npz the name alone; where it lies now, whoever looks at the file must say."""
+    return source if source.startswith(HUB) or not is_own(source) else Path(source).name
 
 
 def _in_half(weights: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Matrices and filters in float16; vectors, which are few, and whole numbers as they are."""
-    large = {key for key, value in weights.items() if value.ndim > 1 and value.is_floating_point()}
-    halves = {key: value.half() if key in large else value for key, value in weights.items()}
-    if not all(value.isfinite().all() for value in halves.values()):
-        raise Exit(BAD_CHECKPOINT, f"{path}: its weights are not finite, or too large for float16")
-    return halves
+    """Matrices and filters in float16; vectors, which are few, whole numbers, and what is too large for it as it is."""
+
+    def smaller(value: Any) -> Any:
+        if value.ndim < 2 or not value.is_floating_point():
+            return value
+        half = value.half()
+        return half if (half.isfinite() == value.isfinite()).all() else value
+
+    if any(value.isnan().any() for value in weights.values()):
+        raise Exit(BAD_CHECKPOINT, f"{path}: some of its weights are no numbers (NaN)")
+    return {key: smaller(value) for key, value in weights.items()}
 
 
 def _commands(run: Path, model: str) -> list[str]:
@@ -103,8 +114,13 @@ def _commands(run: Path, model: str) -> list[str]:
         kept: list[str] = []
         skipping = False
         for word in words:
+            flag, equals, value = word.partition("=")
             if word.startswith("--"):
-                skipping = word.partition("=")[0] in places
+                skipping = flag in places
+            if kept[-1:] == ["--data"]:
+                word = _file_name(word)
+            elif flag == "--data" and equals:
+                word = f"--data={_file_name(value)}"
             if not skipping:
                 kept.append(bash_word(word) if not word.startswith("--") else word)
         commands.append(" ".join([f"cd {Path(MODULE_FILES[model]).parent} && python train.py", *kept]))

@@ -106,12 +106,15 @@ def read_images(path: str | Path, mask: bool = False) -> tuple[torch.Tensor, tup
     white on black; not a mask. An .npz has (K, 28, 28) or (K, 1, 28, 28), uint8 or from 0 to 1, as `images` or as its
     only array. Raises Exit(BAD_IMAGE).
     """
+    from PIL import Image
+
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise ValueError("not a file")
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Pillow's, of pictures that would fill the memory
+            warnings.simplefilter("ignore")  # of a picture's ill-formed notes, for example
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # it would fill the memory
             return _arrays(path) if path.suffix.lower() == ".npz" else _picture(path, mask)
     except FileNotFoundError:
         raise Exit(BAD_IMAGE, f"{path}: no such file") from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
+import logging
 import sys
 import traceback
 from collections.abc import Collection, Iterator
@@ -80,13 +82,15 @@ def build_network(
     schedules: Schedules,
     *,
     typed: Collection[str] = (),
+    recorded: str | None = None,
     **offered: Any,
 ) -> nn.Module:
     """The network of a diffusion run: the class `NETWORKS[model]` of the module `network` beside model.py.
 
     Its constructor gets `schedules`, and those of `offered`, that it has parameters for; `typed` are those that the
     user typed as flags. One that is not ours is tried on two rows: x (2, *shape), t (2,) from 0 to T - 1 and labels
-    (2,) from 0 to 10, "not told"; or only x and t. It must return epsilon, of x's shape.
+    (2,) from 0 to 10, "not told"; or only x and t. It must return epsilon, of x's shape. `recorded` is the run's
+    `network_digest`: that the file has changed since is logged as a warning.
     Raises Exit(NO_MODEL_SPECIFIED) if it is not as wanted, Exit(USAGE) if it has no use for what was typed.
     """
     module, path = module_of(model, network), network_file(model, network)
@@ -103,7 +107,15 @@ def build_network(
         net = kind(**{name: value for name, value in offered.items() if name in names})
         net.to(schedules.beta.device)
         _try(net, shape, schedules, path)
+    if recorded not in (None, network_digest(model, network)):
+        changed = f"{_short(path)} has changed since this run was trained with it"
+        logging.getLogger("train").warning(f"{changed}: its weights fit still, but may mean something else")
     return net
+
+
+def network_digest(model: str, network: str) -> str:
+    """12 hex digits of the SHA-256 of the file of --network."""
+    return hashlib.sha256(network_file(model, network).read_bytes()).hexdigest()[:12]
 
 
 def _try(net: nn.Module, shape: tuple[int, ...], schedules: Schedules, path: Path) -> None:
@@ -140,7 +152,7 @@ def _in_one_line(path: Path) -> Iterator[None]:
         yield
     except Exit:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         if isinstance(error, SyntaxError) and error.filename == str(path):
             lines = [error.lineno]

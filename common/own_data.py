@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common import data
 from common.args import AUTO, HUB, MNIST, Args, is_own
 from common.ckpt import UnreadableCheckpoint, read_file
-from common.error_codes import NO_DATA, Exit
+from common.error_codes import MODEL_MISMATCH, NO_DATA, Exit
 from common.rng import generator
 
 if TYPE_CHECKING:
@@ -222,7 +222,15 @@ def dataset_of(flags: dict[str, Any]) -> str:
     return flags.get("dataset", MNIST)
 
 
-def data_for(asked: str, trained: dict[str, Any]) -> str:
-    """--data of a tool that looks at a run with the flags `trained`: unless it was given, the run's own other data."""
+def held_out(asked: str, cache_dir: str | Path, trained: dict[str, Any], digit: int | None = None) -> data.HF_MNIST:
+    """The images for tests, perhaps of one digit, with which a tool looks at a run with the flags `trained`.
+
+    asked: the tool's --data; unless it was given, the run's own other data are taken.
+    Raises Exit(MODEL_MISMATCH) if the run learned from other data than these.
+    """
     own = trained.get("data", AUTO)
-    return own if asked == AUTO and is_own(own) else asked
+    real = data.HF_MNIST("test", cache_dir, digit, own if asked == AUTO and is_own(own) else asked)
+    if real.fingerprint != dataset_of(trained):
+        theirs = f"{trained.get('data', 'hub')} ({dataset_of(trained)})"
+        raise Exit(MODEL_MISMATCH, f"this run learned from {theirs}, and {real.source} is other data")
+    return real

@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt, device, emoji, ranks, slurm, threads
-from common.args import AUTO, MNIST, Args
+from common.args import AUTO, MNIST, OUR_NETWORK, Args
 from common.console import patient
 from common.error_codes import (
     BAD_CHECKPOINT,
@@ -45,6 +45,7 @@ from common.error_codes import (
 )
 from common.learner import DrawsFn, Learner, LossFn, learning_rate
 from common.logger_utils import close_handlers, log_args_rich, setup_component_logger
+from common.modules import network_digest
 from common.own_data import identify_data
 from common.progress import counted, progress
 from common.record import NoRecord, Record
@@ -253,6 +254,8 @@ class Session:
         if self.args.threads != AUTO and self.args.threads > (cores := threads.available()):
             wanted = f"the run takes {self.args.threads} threads, and here are {cores} cores"
             self.log.warning(f"{wanted}: its last bits may differ")
+        if getattr(self.args, "network", OUR_NETWORK) != OUR_NETWORK:
+            self.args.derive(network_digest=network_digest(self.args.model, self.args.network))
         self.record.start(self.args, self.device)  # here, because the recipe has settled its flags
         args, total = self.args, self.args.epochs * steps_per_epoch
         self.steps_per_epoch = steps_per_epoch

@@ -18,13 +18,13 @@ from common.args import (
     number,
 )
 from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
-from common.data import HF_MNIST, make_mnist_loader
+from common.data import make_mnist_loader
 from common.device import get_device, memory_in_one_line
 from common.error_codes import run_main
 from common.export import export
 from common.images import over, save_output
 from common.latents import walks_between
-from common.own_data import data_for
+from common.own_data import held_out
 from common.rng import generator
 from common.run import require_checkpoint
 
@@ -60,8 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     data = read_autoencoder(args.ckpt)
     threads.settle(args.threads, lambda: threads.recorded(data["args"]))
     autoencoder = build_autoencoder(data, device)
-    source = data_for(args.data, data["args"])
-    digits = HF_MNIST("test", args.cache_dir, data["args"]["only_digit"], source)
+    digits = held_out(args.data, args.cache_dir, data["args"], data["args"]["only_digit"])
     order = torch.randperm(len(digits), generator=generator(args.seed, "test digits"))
 
     with torch.no_grad(), memory_in_one_line(f"ask for fewer than --num-images {args.num_images}"):

@@ -31,12 +31,11 @@ from common.args import (
 )
 from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
 from common.ckpt import RUNS, atomic_write
-from common.data import HF_MNIST
 from common.device import get_device
 from common.error_codes import NO_DATA, USAGE, Exit, run_main
 from common.images import check_output, one_line, over, save_output
 from common.latents import PERPLEXITY, encode_digits, tsne_map
-from common.own_data import data_for
+from common.own_data import held_out
 from common.record import write_text
 from common.run import require_checkpoint
 
@@ -213,8 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     files = outputs(args.output)
     projector = check_output(projector_folder(data["path"]) / PROJECTOR, ".pbtxt").parent if args.projector else None
     autoencoder = build_autoencoder(data, device)
-    source = data_for(args.data, data["args"])
-    digits = HF_MNIST("test", args.cache_dir, data["args"]["only_digit"], source)
+    digits = held_out(args.data, args.cache_dir, data["args"], data["args"]["only_digit"])
     latents, labels, images = encode_digits(autoencoder, digits, args.n_samples, args.seed, device)
     if args.perplexity >= len(latents):
         raise Exit(USAGE, f"--perplexity {args.perplexity:g} must be below the number of digits, {len(latents)}")

@@ -143,7 +143,8 @@ def build(flags: Mapping[str, Any], schedules: Schedules, typed: Collection[str]
     """The network of a run with these flags: `LatentDenoiser`, or --network's. typed: see `build_network`."""
     network, latent_dim = flags.get("network", OUR_NETWORK), flags["ae_latent_dim"]
     offered = {"latent_dim": latent_dim, "hidden_dim": flags["hidden_dim"]}
-    net = build_network("lddpm", network, (latent_dim,), schedules, typed=typed, **offered)
+    known = {"typed": typed, "recorded": flags.get("network_digest")}
+    net = build_network("lddpm", network, (latent_dim,), schedules, **known, **offered)
     return net if network == OUR_NETWORK else Own(net, latent_dim).to(schedules.beta.device)
 
 

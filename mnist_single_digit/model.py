@@ -164,7 +164,8 @@ def build(flags: Mapping[str, Any], schedules: Schedules, typed: Collection[str]
     """The network of a run with these flags: `Denoiser`, or --network's. typed: see `build_network`."""
     network = flags.get("network", OUR_NETWORK)
     widths = {name: flags[name] for name in ("base_ch", "fine_ch")}
-    return build_network("ddpm", network, SHAPE, schedules, typed=typed, **widths)
+    known = {"typed": typed, "recorded": flags.get("network_digest")}
+    return build_network("ddpm", network, SHAPE, schedules, **known, **widths)
 
 
 def load_for_drawing(

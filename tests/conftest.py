@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, PIXEL, call, only_run, 
 
 # these take minutes: they begin first, so that the processes of run.sh end at about the same time
 LONG = ("test_slurm.py", "test_soak.py", "test_choice.py", "test_ranks.py", "test_readme.py")
+
+
+def pytest_configure():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background is told to ignore it
 
 
 def pytest_collection_modifyitems(config, items):

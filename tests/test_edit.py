@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import warnings
 import zipfile
 from itertools import pairwise
 
@@ -485,6 +486,17 @@ def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path):
     with pytest.raises(Exit, match="exceeds limit") as raised:
         read_images(tmp_path / "a.png")
     assert raised.value.code == BAD_IMAGE
+
+
+def test_what_pillow_only_warns_of_is_no_fault(tmp_path):
+    Image.new("L", (28, 28)).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0")  # its notes are cut off
+    with warnings.catch_warnings(record=True) as said:
+        with Image.open(tmp_path / "a.png") as file:
+            file.getexif()
+        assert said
+        said.clear()
+        assert read_images(tmp_path / "a.png")[0].shape == (1, 1, 28, 28)
+        assert not said
 
 
 def test_a_fault_without_words_is_one_line_too(tmp_path):

@@ -192,13 +192,13 @@ def test_a_wrong_export_is_one_line_and_overwrites_nothing(flags, code, said, la
 
 def test_what_cannot_be_exported_is_one_line(files, runs, tmp_path):
     state = newest_state(runs["ddpm"])
-    state["ema"]["module.stem.1.layer.weight"][0] = 1e6
-    ckpt.save_checkpoint(tmp_path / "large.pt", state)
+    state["ema"]["module.stem.1.layer.weight"][0] = float("nan")
+    ckpt.save_checkpoint(tmp_path / "nan.pt", state)
     for folder, source, code, said in (
         (LATENT, files["lddpm"], MODEL_MISMATCH, "was exported for drawing"),
         (LATENT, runs["ae-mlp"], MODEL_MISMATCH, "lddpm is needed"),
         (AE, runs["ddpm"], MODEL_MISMATCH, "is needed"),
-        (PIXEL, tmp_path / "large.pt", BAD_CHECKPOINT, "too large for float16"),
+        (PIXEL, tmp_path / "nan.pt", BAD_CHECKPOINT, "no numbers"),
         (PIXEL, tmp_path / "nothing.pt", BAD_CHECKPOINT, "no such file"),
     ):
         result = call(folder, "infer.py", "--ckpt", source, "--export", tmp_path / "a.pt")
@@ -209,9 +209,10 @@ def test_what_cannot_be_exported_is_one_line(files, runs, tmp_path):
     assert not (tmp_path / "a.pt").exists()
 
 
-def test_whole_numbers_stay_as_they_are(tmp_path):
-    """float16 would round a table of places, as some networks keep one, from 2,048 on."""
+def test_what_float16_cannot_hold_stays_as_it_is(tmp_path):
+    """It would round a table of places, as some networks keep one, from 2,048 on; and nothing above 65,504 fits."""
     weights = {"places": torch.arange(3000, 3004).view(2, 2), "mask": torch.ones(2, 2, dtype=torch.bool)}
+    weights["large"] = torch.tensor([[1e6, 1.0]])
     args = {"model": "ddpm", "network": "mine"}
     state = {"model": weights | {"w": torch.ones(2, 2)}, "args": args, "epoch": 1, "exp_name": "x", "format": 1}
     made = reduced(tmp_path / "a.pt", state)["model"]
@@ -219,6 +220,24 @@ def test_whole_numbers_stay_as_they_are(tmp_path):
         assert made[name].dtype == tensor.dtype
         assert torch.equal(made[name], tensor)
     assert made["w"].dtype == torch.float16
+    causal = torch.full((2, 2), float("-inf")).triu(1)  # a buffer of attention's
+    state["model"] = {"causal": causal}
+    assert torch.equal(reduced(tmp_path / "a.pt", state)["model"]["causal"], causal.half())
+
+
+def test_a_file_of_data_is_named_and_its_place_is_not(tmp_path):
+    run = tmp_path / "checkpoints" / "x"
+    run.mkdir(parents=True)
+    place = str(tmp_path / "mine.npz")
+    words = ([f"--data={place}"], ["--data", place], ["--data", "hub:a/b", "--lr", "0.1"])
+    starts = [{"command": ["train.py", *some]} for some in words]
+    (run / "config.json").write_text(json.dumps({"starts": starts}))
+    args = {"model": "ddpm", "data": place, "dataset": "0123456789ab"}
+    state = {"model": {"w": torch.ones(2, 2)}, "args": args, "epoch": 1, "exp_name": "x", "format": 1}
+    made = reduced(run / "a.pt", state)
+    assert (made["args"]["data"], made["args"]["dataset"]) == ("mine.npz", "0123456789ab")
+    typed = [command.split("train.py ")[1] for command in made["exported"]["commands"]]
+    assert typed == ["--data=mine.npz", "--data mine.npz", "--data hub:a/b --lr 0.1"]
 
 
 def test_the_pretrained_model_draws_and_says_where_it_comes_from():

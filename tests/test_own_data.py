@@ -82,6 +82,11 @@ def test_it_is_looked_at_and_drawn(autoencoder, latent, file, quick, tmp_path):
     assert f"60 test images ({file})" in result.text
     tsne = ("--n-samples", 60, "--perplexity", 5, "--output", tmp_path / "tsne")
     assert call(AE, "run_tsne.py", "--ckpt", autoencoder, *place, *tsne).code == OK
+    for script, more in (("infer.py", ("--output", tmp_path / "other.png")), ("run_tsne.py", tsne)):
+        result = call(AE, script, "--ckpt", autoencoder, *place, *more, "--data", "embedded")
+        assert (result.code, len(result.text.splitlines())) == (MODEL_MISMATCH, 1), result.text
+        assert "embedded is other data" in result.text
+    assert not (tmp_path / "other.png").exists()
     draw = ("--ckpt", latent, "--n", 9, "--output", tmp_path / "b.png", "--save-npz", tmp_path / "b.npz")
     assert call(LATENT, "infer.py", *draw).code == OK
     assert set(np.load(tmp_path / "b.npz")["labels"]) <= {0, 1, 2}
@@ -97,6 +102,7 @@ def test_the_page_looks_at_a_run_with_its_own_data(autoencoder, latent, file, tm
     shelf = Shelf(find([str(autoencoder), str(latent)], print), "cpu", 1, str(tmp_path))
     described = {run["model"]: run for run in shelf.described()}
     assert described["lddpm"]["digits"] == [0, 1, 2]
+    assert described["lddpm"]["data"] == "shapes", "and no path"
     assert "digits" not in described["ae-mlp"]
     own = HF_MNIST("test", source=str(file))
     opened = shelf.open(described["ae-mlp"]["id"])

@@ -183,7 +183,7 @@ def test_of_the_only_digit_a_network_without_labels_can_be_asked(write, flags, t
     # and by the page, whose link may have a guidance
     shelf, said = Shelf(find([str(draw[1])], print), "cpu", 1, None), []
     (described,) = shelf.described()
-    assert described["digits"] == [3]
+    assert (described["digits"], described["network"]) == ([3], "plain")
     asked = {"side": 0, "digits": [3], "count": 2, "guidance": 2.0, "sampler": "ddpm", "steps": 20, "seed": 42}
     wish = Wish((None, "draw"), print, print, short=False)
     send = lambda pixels=b"", **header: said.append((header, pixels))  # noqa: E731
@@ -252,6 +252,7 @@ FAULTS = [
     (SHAPES.format("torch.nn.Embedding(10, 1)(labels)"), (), NO_MODEL_SPECIFIED, "mine.py, line 4: IndexError"),
     (SHAPES.format("x +"), (), NO_MODEL_SPECIFIED, "mine.py, line 4: SyntaxError: invalid syntax"),
     ("import no_such_module", (), NO_MODEL_SPECIFIED, "mine.py, line 1: ModuleNotFoundError: No module named"),
+    ("import sys\nsys.exit(3)", (), NO_MODEL_SPECIFIED, "mine.py, line 2: SystemExit: 3"),
     ("class Denoiser:\n    def __init__(self, depth): ...", (), NO_MODEL_SPECIFIED, "argument: 'depth'"),
     (SHAPES.format("x"), ("--base-ch", 16), USAGE, "--base-ch has no effect on --network mine: drop it"),
 ]
@@ -310,6 +311,22 @@ def test_networks_are_not_taken_for_one_another(write, flags, tmp_path):
         assert f"--network {network} contradicts the run to be resumed, which has {other}" in result.text
     result = call(PIXEL, "infer.py", "--ckpt", ours, "--n", 2, "--output", tmp_path / "a.png")
     assert result.code == OK, result.text
+
+
+@pytest.mark.parametrize("folder", [PIXEL, LATENT])
+def test_a_file_that_was_edited_is_said_and_goes_on(folder, write, flags, tmp_path):
+    """Its weights fit, so only the file's content tells."""
+    write(folder, "mine", text_of(LABELLED, folder))
+    assert call(folder, "train.py", *flags(folder), "--network", "mine").code == OK
+    run, said = only_run(tmp_path / "out"), f"{folder}/mine.py has changed since this run was trained with it"
+    draw = ("infer.py", "--ckpt", run, "--n", 2, "--output", tmp_path / "a.png")
+    more = ("train.py", "--resume", run, "--epochs")
+    assert said not in call(folder, *more, 2).text + call(folder, *draw).text
+    write(folder, "mine", text_of(LABELLED, folder).replace("SiLU", "ReLU"))
+    for words in (draw, (*more, 3)):
+        result = call(folder, *words)
+        assert (result.code, result.text.count(said)) == (OK, 1), result.text
+    assert said not in call(folder, *draw).text, "the newest epoch is of the file as it is"
 
 
 def test_weights_of_another_network_are_one_line(write, flags, tmp_path):

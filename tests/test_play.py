@@ -21,20 +21,20 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 import torch
-from helpers import LATENT, REPO, call, environment, finish, run, start
+from helpers import AE, LATENT, REPO, call, environment, finish, run, start
 from PIL import Image
 from tornado.httpclient import HTTPRequest
 from tornado.websocket import websocket_connect
 
 from common import classifier, load, picture
-from common.error_codes import BAD_CHECKPOINT, INTERRUPTED, NO_DEVICE, USAGE
+from common.error_codes import BAD_CHECKPOINT, INTERRUPTED, NO_DEVICE, USAGE, Exit
 from common.images import to_bytes
 from common.play import judge
 from common.play import runs as play_runs
 from common.play.runs import Shelf, find
 from common.play.server import MOST_TABS, is_own_name, names_of
 from common.play.space import Space
-from common.play.wishes import MOST_BYTES, MOST_IMAGES, Refused, drawing, parsed
+from common.play.wishes import MOST_BYTES, MOST_IMAGES, MOST_PASSES, Refused, drawing, parsed
 from common.play.worker import Wish
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -84,8 +84,11 @@ def runs(tmp_path_factory, latent_run, pixel_run, ae_run) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def server(runs, cache):
-    server = Server(runs["lddpm"].parent, "--cache-dir", cache)
+def server(runs, cache, tmp_path_factory):
+    copy = shutil.copytree(cache, tmp_path_factory.mktemp("page") / "cache")
+    for kept in copy.glob("decoded/classifier-*"):  # another file's tests may have needed it
+        kept.unlink()
+    server = Server(runs["lddpm"].parent, "--cache-dir", copy)
     yield server
     server.process.kill()
     server.process.wait()
@@ -208,6 +211,33 @@ def test_an_exported_file_can_be_played_with(latent_run, tmp_path, monkeypatch):
     assert [entry.source for entry in find([], warned.append)] == [latent_run]
     assert str(file) in warned[0]
     assert [entry.source for entry in find(["latest"], print)] == [latent_run]
+
+
+def test_a_run_of_an_unknown_kind_keeps_no_other_from_the_list(latent_run, copy_of):
+    copy = copy_of(latent_run)
+    other = Path(shutil.copytree(copy, copy.with_name("other"), symlinks=True))
+    for file in other.glob("checkpoint_epoch_*.pt"):
+        state = torch.load(file, weights_only=True)
+        state["args"]["model"] = "transformer"
+        torch.save(state, file)
+    warned = []
+    assert [entry.source for entry in find([str(copy.parent)], warned.append)] == [copy]
+    assert len(warned) == 1
+    assert "unknown model type 'transformer'" in warned[0]
+    with pytest.raises(Exit, match="unknown model type"):
+        find([str(other)], warned.append)
+
+
+def test_files_in_one_folder_keep_a_map_each(ae_run, conv_run, cache, tmp_path):
+    for run_folder, name in ((ae_run, "a.pt"), (conv_run, "b.pt")):
+        assert call(AE, "infer.py", "--ckpt", run_folder, "--export", tmp_path / name).code == 0
+    shelf = Shelf(find([str(tmp_path / "a.pt"), str(tmp_path / "b.pt")], print), "cpu", 1, str(cache))
+    for name in ("a", "b"):
+        space = Space(shelf, shelf.open(name))
+        space.begin()
+        while space.points is None:
+            time.sleep(0.01)
+    assert all(Space(shelf, shelf.open(name)).points is not None for name in ("a", "b"))
 
 
 def test_ctrl_c_ends_it_at_once_even_in_the_middle_of_a_drawing(elsewhere):
@@ -547,6 +577,10 @@ def test_wrong_wishes_are_answered_with_a_sentence(server, runs):
         parsed('{"do": "draw", "x": Infinity}')
     with pytest.raises(Refused):
         drawing(settings(guidance=float("nan")), 20)
+    paper = {"image": [0] * 783 + [1], "finish": True, "passes": MOST_PASSES}
+    assert drawing(settings(count=MOST_IMAGES, steps=1000, sampler="ddpm"), 1000).all_steps == 1000
+    with pytest.raises(Refused, match="2,880,000 images times steps, and at most 300,000"):
+        drawing(settings(count=MOST_IMAGES, steps=1000, **paper), 1000)
 
 
 def test_an_oversized_message_closes_the_connection(server, runs):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,16 @@ from common.args import (
     DEFAULT_RESAMPLE,
     DEFAULT_STRENGTH,
     HUB,
+    OUR_NETWORK,
     bash_word,
     is_own,
     why_not_drawn,
 )
 from common.device import get_device
-from common.error_codes import USAGE, Exit
+from common.error_codes import MODEL_MISMATCH, USAGE, Exit
 from common.loading import Autoencoder, Diffusion, load
 from common.modules import MODULE_FILES, ROOT
-from common.own_data import dataset_of, hub_file
+from common.own_data import held_out, hub_file
 from common.play.wishes import Refused
 from common.record import METRICS
 from common.run import recorded_runs
@@ -70,8 +73,12 @@ class Entry:
 
     @property
     def folder(self) -> Path:
-        """Where its files lie, and where its latent map is kept."""
+        """Where its files lie."""
         return self.source if self.source.is_dir() else self.source.parent
+
+    def kept(self, name: str) -> Path:
+        """Where something that was computed of it is kept: in its folder, or beside the single file."""
+        return self.source / name if self.source.is_dir() else self.source.with_suffix(f".{name}")
 
     @property
     def experiment(self) -> str:
@@ -94,6 +101,10 @@ class Entry:
         flags = {key: self.flags[key] for key in known if self.flags.get(key) is not None}
         usual = {"strength": DEFAULT_STRENGTH.get(self.model), "passes": DEFAULT_RESAMPLE}  # of a sketch
         seen = {"id": name, "model": self.model, "kind": KINDS[self.model], "epoch": self.newest(), "time": self.time}
+        if (network := self.flags.get("network", OUR_NETWORK)) != OUR_NETWORK:
+            seen["network"] = network
+        if is_own(data := self.flags.get("data", AUTO)):
+            seen["data"] = data.removeprefix(HUB) if data.startswith(HUB) else Path(data).stem
         if self.model in DEFAULT_STRENGTH:  # which digits can be asked for
             seen["digits"] = [digit for digit in range(10) if not why_not_drawn([digit], self.flags, "")]
         return seen | usual | flags
@@ -141,23 +152,38 @@ def find(named: list[str], warn: ckpt.Warn) -> list[Entry]:
         if name == "latest" and not path.exists():  # as everywhere
             path = ckpt.read_model(name, ckpt.MODEL_TYPES, warn)[0].parent.absolute()
         runs = [] if ckpt.run_checkpoints(path) or not path.is_dir() else recorded_runs(path, warn)
-        if not runs:
+        if runs:
+            found += _listed(runs, warn)
+        else:
             file, state = ckpt.open_checkpoint(path, warn, ckpt.peek_checkpoint)
-            runs = [(path if path.is_dir() else file, state)]
-        found += [Entry(*run) for run in runs]
+            found.append(Entry(path if path.is_dir() else file, state))
     if not named:
-        found = [Entry(*run) for place in places() for run in recorded_runs(place, warn)]
-        ready = [file for experiment in EXPERIMENTS if (file := ROOT / experiment / READY).is_file()]
-        for file in ready:
-            try:
-                found.append(Entry(file, ckpt.peek_checkpoint(file)))
-            except ckpt.UnreadableCheckpoint as error:
-                warn(f"passing over {error}")
+        found = _listed([run for place in places() for run in recorded_runs(place, warn)], warn)
+        for file in (ROOT / experiment / READY for experiment in EXPERIMENTS):
+            with _passing_over(warn):
+                found += [Entry(file, ckpt.peek_checkpoint(file))] if file.is_file() else []
     if not found:
         raise Exit(
             USAGE, f"no runs in {' or '.join(map(str, places()))}: `{MAKES_ONE}` makes one in some minutes, or name one"
         )
     return sorted(found, key=lambda entry: (entry.source.is_dir(), entry.time), reverse=True)
+
+
+def _listed(runs: list[tuple[Path, ckpt.State]], warn: ckpt.Warn) -> list[Entry]:
+    found: list[Entry] = []
+    for run in runs:
+        with _passing_over(warn):
+            found.append(Entry(*run))
+    return found
+
+
+@contextmanager
+def _passing_over(warn: ckpt.Warn) -> Iterator[None]:
+    """One run that cannot be read, or is of an unknown kind, does not keep the others from being shown."""
+    try:
+        yield
+    except ckpt.UnreadableCheckpoint as error:
+        warn(f"passing over {error}")
 
 
 class Shelf:
@@ -223,13 +249,15 @@ class Shelf:
 
     def digits(self, opened: Opened) -> Any:
         """The test digits that the run's autoencoder is looked at with: HF_MNIST, from where its training had them."""
-        from common.data import HF_MNIST
-
         cache, source = self.data_of(opened)
-        digits = HF_MNIST("test", cache, opened.run.flags.get("only_digit"), source)
-        if digits.fingerprint != dataset_of(opened.run.flags):
-            raise Refused("The file with this run's data has changed since: there are no images to look at it with.")
-        return digits
+        flags = opened.run.flags
+        try:
+            return held_out(source, cache, flags, flags.get("only_digit"))
+        except Exit as end:
+            if end.code != MODEL_MISMATCH:
+                raise
+            changed = "The file with this run's data has changed since: there are no images to look at it with."
+            raise Refused(changed) from None
 
     def data_of(self, opened: Opened) -> tuple[Path, str]:
         """(cache folder, "hub", "embedded" or what --data named), where the run's training had its digits.

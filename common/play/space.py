@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy
 
 COUNT, SEED = 2000, 42  # which test digits are on the map
-KEPT = "latent_map.npz"  # in the run's folder
+KEPT = "latent_map.npz"  # with the run
 WALK = 11  # images of a walk
 FARTHEST = 1e4  # in the latent space
 LOOK_EVERY = 0.01  # seconds
@@ -68,7 +68,7 @@ class Space:
         import numpy
 
         try:
-            with numpy.load(self.opened.entry.folder / KEPT, allow_pickle=False) as kept:
+            with numpy.load(self.opened.entry.kept(KEPT), allow_pickle=False) as kept:
                 same = str(kept["digest"]) == self.digest and numpy.array_equal(kept["labels"], self.labels)
                 return kept["points"] if same and kept["points"].shape == (len(self.labels), 2) else None
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
@@ -82,7 +82,7 @@ class Space:
         content = io.BytesIO()
         numpy.savez(content, **arrays)
         with contextlib.suppress(OSError):
-            ckpt.atomic_write(self.opened.entry.folder / KEPT, lambda file: file.write(content.getvalue()))
+            ckpt.atomic_write(self.opened.entry.kept(KEPT), lambda file: file.write(content.getvalue()))
 
 
 def _space(shelf: Shelf, asked: dict[str, Any]) -> Space:

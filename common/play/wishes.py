@@ -13,6 +13,7 @@ MOST_IMAGES = 144
 MOST_GUIDANCE = 20.0
 MOST_SIDES = 2
 MOST_PASSES = 20  # of a sketch that is finished
+MOST_WORK = 300_000  # images times steps of a drawing: minutes of a small U-Net, for which other tabs' long work waits
 PIXELS = 28 * 28
 SKETCH, MASK = "sketch.png", "mask.png"
 
@@ -120,7 +121,7 @@ def drawing(wish: Any, T: int, labelled: bool = True) -> Drawing:
     if sketch is not None:
         steps = min(steps, timesteps_left(sketch.strength, T))
         guidance = guidance if named else 1.0  # nobody said what is in the picture
-    return Drawing(
+    asked = Drawing(
         side=whole(wish, "side", 0, MOST_SIDES - 1),
         digits=named,
         count=whole(wish, "count", 1, MOST_IMAGES),
@@ -131,6 +132,12 @@ def drawing(wish: Any, T: int, labelled: bool = True) -> Drawing:
         sketch=sketch,
         labelled=labelled,
     )
+    if (work := asked.count * asked.all_steps) > MOST_WORK:
+        fewer = "images, steps or passes" if sketch and sketch.finish else "images or steps"
+        raise Refused(
+            f"That is {work:,} images times steps, and at most {MOST_WORK:,} are drawn: choose fewer {fewer}."
+        )
+    return asked
 
 
 def sketch_of(wish: dict[str, Any]) -> Sketch | None:

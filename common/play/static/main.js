@@ -30,8 +30,9 @@ function hello(header) {
 
 function named(run) {
   const when = Number.isNaN(Date.parse(run.time)) ? "" : new Date(run.time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
-  const digits = run.only_digit === undefined ? "" : `, only ${run.only_digit}s`;
-  return `${run.kind}${digits}, epoch ${run.epoch}${when && `, ${when}`}`;
+  const digits = run.only_digit === undefined ? "" : `, only ${run.data ? `class ${run.only_digit}` : `${run.only_digit}s`}`;
+  const own = `${run.network ? `, network ${run.network}` : ""}${run.data ? `, ${run.data}` : ""}`;
+  return `${run.kind}${own}${digits}, epoch ${run.epoch}${when && `, ${when}`}`;
 }
 
 function lost(gone, why) {
