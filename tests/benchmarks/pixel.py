@@ -194,11 +194,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--digit", type=number(int, 0), help="one digit (default: all)")
     parser.add_argument("--n", type=number(int, 200), default=500, help="drawings to score (default: 500)")
     parser.add_argument("--images-per-second", nargs="+", type=number(float, 1), help="rates, instead of measuring")
+    parser.add_argument("--threads", type=number(int, 1), help="to train and draw with (default: all cores)")
     parser.add_argument("--lr", type=number(float, 0), help="instead of each network's own")
     parser.add_argument("--batch", type=number(int, 1), help="instead of each network's own")
     add_data_arguments(parser)
     args = parser.parse_args(argv)
-    threads.prepare()
+    threads.use(args.threads or threads.available())
     digits, _ = split_train_val(HF_MNIST("train", args.cache_dir, args.digit, "hub"), 42)
     rates = args.images_per_second or [images_per_second(NETWORKS[name], digits) for name in args.networks]
     if len(rates) != len(args.networks):
