@@ -6,16 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: small tensors, and the same sums in every process
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
-from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, PIXEL, call, only_run, run
+from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, PIXEL, Result, call, only_run, run
 
 # these take minutes: they begin first, so that the processes of run.sh end at about the same time
-LONG = ("test_slurm.py", "test_soak.py", "test_choice.py", "test_ranks.py", "test_readme.py")
+LONG = ("test_slurm.py", "test_soak.py", "test_choice.py", "test_readme.py", "test_ranks.py", "test_play.py")
 
 
 def pytest_configure():
@@ -46,12 +47,51 @@ def _clean_environment():
 
 
 @pytest.fixture(scope="session")
-def fetched(tmp_path_factory) -> tuple[Path, str]:
+def made_once(tmp_path_factory):
+    """made_once(name, make) -> a copy of the folder that make(folder) fills: one of run.sh's processes makes it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        original, begun = shared / name, shared / f"{name}-begun"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not original.is_dir():
+                shutil.rmtree(begun, ignore_errors=True)
+                begun.mkdir()
+                make(begun)
+                begun.rename(original)
+        return Path(shutil.copytree(original, tmp_path_factory.mktemp(name) / "made", symlinks=True))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def made_run(made_once):
+    """made_run(start, folder, *flags) -> the folder of the run that `start` (run or call) trains, made once."""
+
+    def get(name: str, start: Callable[..., Result], folder: str, *flags: object) -> Path:
+        def make(outdir: Path) -> None:
+            result = start(folder, "train.py", "--outdir", outdir, *flags)
+            assert result.code == 0, result.text
+
+        return only_run(made_once(name, make))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def fetched(made_once) -> tuple[Path, str]:
     """A data set cache filled with the embedded digits by `python -m common.data`, and what that said."""
-    folder = tmp_path_factory.mktemp("cache")
-    result = run(".", "-m common.data", "--data", "embedded", "--cache-dir", folder)
-    assert result.code == 0, result.text
-    return folder, result.text
+
+    def make(folder: Path) -> None:
+        result = run(".", "-m common.data", "--data", "embedded", "--cache-dir", folder)
+        assert result.code == 0, result.text
+        (folder / "said.txt").write_text(result.text)
+
+    folder = made_once("cache", make)
+    return folder, (folder / "said.txt").read_text()
 
 
 @pytest.fixture(scope="session")
@@ -61,24 +101,18 @@ def cache(fetched) -> Path:
 
 
 @pytest.fixture(scope="session")
-def judged(cache, tmp_path_factory) -> tuple:
-    """(classifier of the embedded digits, its accuracy, the held-out digits): in `cache`, where scripts find it.
-
-    Of run.sh's processes one trains it.
-    """
+def judged(cache, made_once) -> tuple:
+    """(classifier of the embedded digits, its accuracy, the held-out digits): in `cache`, where scripts find it."""
     from common.classifier import load_classifier
     from common.data import HF_MNIST
 
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    with (shared / "classifier.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for file in shared.glob("classifier-*.pt"):
-            shutil.copy(file, cache / "decoded")
-        net, accuracy = load_classifier(cache, "embedded")
+    def make(folder: Path) -> None:
+        load_classifier(cache, "embedded")
         for file in (cache / "decoded").glob("classifier-embedded-*.pt"):
-            shutil.copy(file, shared)
+            shutil.copy(file, folder)
+
+    shutil.copytree(made_once("classifier", make), cache / "decoded", dirs_exist_ok=True)
+    net, accuracy = load_classifier(cache, "embedded")
     return net, accuracy, HF_MNIST("test", cache, source="embedded")
 
 
@@ -90,21 +124,15 @@ def tiny(cache) -> tuple:
 
 
 @pytest.fixture(scope="session")
-def ae_run(tmp_path_factory, tiny) -> Path:
+def ae_run(made_run, tiny) -> Path:
     """The run folder of an MLP autoencoder: the real script, 2 epochs."""
-    outdir = tmp_path_factory.mktemp("ae")
-    result = run(AE, "train.py", "--model", "mlp", "--epochs", 2, "--generate-images", "--outdir", outdir, *tiny)
-    assert result.code == 0, result.text
-    return only_run(outdir)
+    return made_run("ae", run, AE, "--model", "mlp", "--epochs", 2, "--generate-images", *tiny)
 
 
 @pytest.fixture(scope="session")
-def conv_run(tmp_path_factory, tiny) -> Path:
+def conv_run(made_run, tiny) -> Path:
     """The run folder of a convolutional autoencoder, 1 epoch."""
-    outdir = tmp_path_factory.mktemp("conv")
-    result = call(AE, "train.py", "--model", "conv", "--epochs", 1, "--outdir", outdir, *tiny)
-    assert result.code == 0, result.text
-    return only_run(outdir)
+    return made_run("conv", call, AE, "--model", "conv", "--epochs", 1, *tiny)
 
 
 @pytest.fixture(scope="session")
@@ -114,21 +142,15 @@ def tiny_latent(tiny, ae_run) -> tuple:
 
 
 @pytest.fixture(scope="session")
-def latent_run(tmp_path_factory, tiny_latent) -> Path:
+def latent_run(made_run, tiny_latent) -> Path:
     """The run folder of a latent diffusion: the real script, 2 epochs."""
-    outdir = tmp_path_factory.mktemp("latent")
-    result = run(LATENT, "train.py", "--epochs", 2, "--generate-images", "--outdir", outdir, "--amp", *tiny_latent)
-    assert result.code == 0, result.text
-    return only_run(outdir)
+    return made_run("latent", run, LATENT, "--epochs", 2, "--generate-images", "--amp", *tiny_latent)
 
 
 @pytest.fixture(scope="session")
-def pixel_run(tmp_path_factory, tiny) -> Path:
+def pixel_run(made_run, tiny) -> Path:
     """The run folder of a pixel diffusion, 1 epoch."""
-    outdir = tmp_path_factory.mktemp("pixel")
-    result = call(PIXEL, "train.py", *tiny, "--epochs", 1, "--base-ch", 8, "--T", 20, "--outdir", outdir)
-    assert result.code == 0, result.text
-    return only_run(outdir)
+    return made_run("pixel", call, PIXEL, "--epochs", 1, "--base-ch", 8, "--T", 20, *tiny)
 
 
 @pytest.fixture
