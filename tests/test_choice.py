@@ -1,6 +1,7 @@
 """A run is what it does, not what it is called: which run, and which autoencoder, a start means."""
 
 import errno
+import multiprocessing
 import os
 import random
 import re
@@ -28,6 +29,19 @@ from helpers import (
 from common import ckpt
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, OK, STOPPED_EARLY
 from common.session import Session
+
+
+def fork(folder, *args) -> multiprocessing.Process:
+    """A training in a process of its own, which begins at once: a fork of this one."""
+
+    def train():
+        result = call(folder, "train.py", *args)
+        print(result.text, file=sys.stderr, flush=True)
+        sys.exit(result.code)
+
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    return process
 
 
 def runs(outdir, pattern="*"):
@@ -69,14 +83,16 @@ def test_a_run_of_one_digit_is_not_the_run_of_all(named, all_digits, tmp_path):
 def test_two_widths_in_one_folder_are_stopped_and_each_goes_on_with_its_own(tiny, tmp_path):
     given = (*tiny, "--T", 20, "--outdir", tmp_path, "--auto-resume")
     widths = (8, 16)
-    both = [start(PIXEL, "train.py", *given, "--base-ch", width, "--epochs", 500) for width in widths]
+    both = [fork(PIXEL, *given, "--base-ch", width, "--epochs", 500) for width in widths]
     deadline = time.monotonic() + 120
     while len({path.parent for path in tmp_path.glob("checkpoints/*/*.pt")}) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     for process in both:
-        process.send_signal(signal.SIGTERM)
-    assert [finish(process).code for process in both] == [STOPPED_EARLY] * 2
+        process.terminate()
+    for process in both:
+        process.join(60)
+        assert process.exitcode == STOPPED_EARLY
     reached = {newest_state(folder)["args"]["base_ch"]: newest_state(folder)["epoch"] for folder in runs(tmp_path)}
     for width in widths:
         result = call(PIXEL, "train.py", *given, "--base-ch", width, "--epochs", reached[width] + 1)
@@ -155,33 +171,38 @@ def test_a_folder_without_a_checkpoint_is_taken_over_by_the_same_flags_only(tiny
     assert newest_state(folder)["epoch"] == 1
 
 
-SWEEP = [(), ("--lr-scheduler", "cosine"), ("--only-digit", 4)]  # the second is not in the run's name, the third is
-MORE = [("--grad-clip", 0.1), ("--latent-dim", 8), ("--seed", 7)]
+SWEEP = [
+    (),
+    ("--lr-scheduler", "cosine"),
+    ("--grad-clip", 0.1),
+    ("--latent-dim", 8),
+    ("--seed", 7),
+    ("--only-digit", 4),
+]
 
 
-@pytest.mark.parametrize("sweep", [SWEEP, pytest.param([*SWEEP, *MORE], marks=pytest.mark.slow)], ids=len)
-def test_a_sweep_killed_and_started_again_in_random_order(sweep, tiny, tmp_path, pytestconfig):
-    """Commands that differ in one flag each share a folder: as many undisturbed runs."""
-    given = ("--model", "mlp", *tiny, "--batch-size", 16, "--epochs", 4)
-    often = ("--outdir", tmp_path / "sweep", "--auto-resume", "--ckpt-every-sec", 0.02)
+def test_a_sweep_killed_and_started_again_in_random_order(tiny, tmp_path, pytestconfig):
+    """Six commands that differ in one flag each share a folder: six undisturbed runs."""
+    given = ("--model", "mlp", *tiny, "--batch-size", 16, "--epochs", 5)
+    often = ("--outdir", tmp_path / "sweep", "--auto-resume", "--ckpt-every-sec", 0.1)
     seed = random.SystemRandom().randrange(10**6)
-    rng, waiting = random.Random(seed), list(range(len(sweep)))
+    rng, waiting = random.Random(seed), list(range(len(SWEEP)))
     kills = pytestconfig.getoption("--kills")
     while waiting:
         some = rng.sample(waiting, min(2, len(waiting)))
-        started = [(member, start(AE, "train.py", *given, *often, *sweep[member])) for member in some]
+        started = [(member, fork(AE, *given, *often, *SWEEP[member])) for member in some]
         if kills > 0:
             kills -= 1
-            time.sleep(rng.uniform(1, 5))
+            time.sleep(rng.uniform(0.2, 1.5))
             for _, process in started:
                 process.kill()
         for member, process in started:
-            result = finish(process, 300)
-            assert result.code in (OK, -signal.SIGKILL), f"seed {seed}: {result.text}"
-            if result.code == OK:
+            process.join(300)
+            assert process.exitcode in (OK, -signal.SIGKILL), f"seed {seed}"
+            if process.exitcode == OK:
                 waiting.remove(member)
-    assert len(runs(tmp_path / "sweep")) == len(sweep), f"seed {seed}"
-    for member, flags in enumerate(sweep):
+    assert len(runs(tmp_path / "sweep")) == len(SWEEP), f"seed {seed}"
+    for member, flags in enumerate(SWEEP):
         outdir = tmp_path / f"untouched-{member}"
         assert call(AE, "train.py", *given, "--outdir", outdir, *flags).code == 0
         reference = only_run(outdir)
@@ -199,7 +220,6 @@ def test_a_sweep_killed_and_started_again_in_random_order(sweep, tiny, tmp_path,
 # --- autoencoders ---
 
 
-@pytest.mark.slow
 def test_an_autoencoder_is_its_weights_however_it_is_spelled(ae_run, copy_of, tiny, tmp_path):
     source = copy_of(ae_run)
     outdir = tmp_path / "out"
