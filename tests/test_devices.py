@@ -87,7 +87,7 @@ def trained(train, judged, tmp_path_factory):
         if (recipe, kind) not in done:
             outdir = tmp_path_factory.mktemp(f"{recipe}-{kind}")
             flags = ("--epochs", 2, "--generate-images", "--eval-every", 2, *(["--amp"] if kind == "cuda" else []))
-            with mock.patch.object(drawing, "EVAL_IMAGES", 50), mock.patch.object(session, "LOOK_EVERY", LOOKS):
+            with mock.patch.object(drawing, "EVAL_IMAGES", 20), mock.patch.object(session, "LOOK_EVERY", LOOKS):
                 done[recipe, kind] = Watched(kind).run(train, recipe, kind, outdir, *flags)
             done[recipe, kind].folder = only_run(outdir)
         return done[recipe, kind]
