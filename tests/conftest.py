@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: small tensors, and the same sums in every process
+os.environ["OMP_WAIT_POLICY"] = "passive"  # see helpers.environment
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest

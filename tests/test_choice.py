@@ -1,5 +1,7 @@
-"""A run is what it does, not what it is called: which run, and which autoencoder, a start means. Real processes."""
+"""A run is what it does, not what it is called: which run, and which autoencoder, a start means."""
 
+import errno
+import multiprocessing
 import os
 import random
 import re
@@ -18,21 +20,33 @@ from helpers import (
     REPO,
     assert_same_training,
     call,
-    environment,
     finish,
     newest_state,
     only_run,
-    run,
     start,
 )
 
 from common import ckpt
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, OK, STOPPED_EARLY
+from common.session import Session
+
+
+def fork(folder, *args) -> multiprocessing.Process:
+    """A training in a process of its own, which begins at once: a fork of this one."""
+
+    def train():
+        result = call(folder, "train.py", *args)
+        print(result.text, file=sys.stderr, flush=True)
+        sys.exit(result.code)
+
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    return process
 
 
 def runs(outdir, pattern="*"):
-    """The folders of the runs in an output folder, oldest first."""
-    return sorted((outdir / "checkpoints").glob(f"{pattern}/"), key=lambda folder: folder.name[-15:])
+    """The folders of the runs in an output folder."""
+    return list((outdir / "checkpoints").glob(f"{pattern}/"))
 
 
 @pytest.fixture(scope="module")
@@ -56,54 +70,53 @@ def test_a_run_of_one_digit_is_not_the_run_of_all(named, all_digits, tmp_path):
     if not named:
         shutil.copytree(autoencoder, tmp_path / "checkpoints" / autoencoder.name, symlinks=True)
     given = (*where, *flags, "--epochs", 1, "--outdir", tmp_path, "--auto-resume")
-    assert run(LATENT, "train.py", *given, "--only-digit", 3).code == 0
-    result = run(LATENT, "train.py", *given)
+    assert call(LATENT, "train.py", *given, "--only-digit", 3).code == 0
+    result = call(LATENT, "train.py", *given)
     assert result.code == 0, result.text
-    assert [newest_state(folder)["args"]["only_digit"] for folder in runs(tmp_path, "lddpm*")] == [3, None]
+    digits = [newest_state(folder)["args"]["only_digit"] for folder in runs(tmp_path, "lddpm*")]
+    assert sorted(digits, key=str) == [3, None]
     assert re.search(r"Passed over lddpm-\S*, the newest, which has --only-digit 3, not (all|auto)", result.text)
     for digit, more in ((3, ("--only-digit", 3)), ("all", ())):
-        again = run(LATENT, "train.py", *given, *more)
+        again = call(LATENT, "train.py", *given, *more)
         assert f"-d{digit}-" in re.search(r"(lddpm-\S*) is already finished", again.text)[1], again.text
 
 
 def test_two_widths_in_one_folder_are_stopped_and_each_goes_on_with_its_own(tiny, tmp_path):
     given = (*tiny, "--T", 20, "--outdir", tmp_path, "--auto-resume")
     widths = (8, 16)
-    both = [start(PIXEL, "train.py", *given, "--base-ch", width, "--epochs", 500) for width in widths]
+    both = [fork(PIXEL, *given, "--base-ch", width, "--epochs", 500) for width in widths]
     deadline = time.monotonic() + 120
     while len({path.parent for path in tmp_path.glob("checkpoints/*/*.pt")}) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     for process in both:
-        process.send_signal(signal.SIGTERM)
-    assert [finish(process).code for process in both] == [STOPPED_EARLY] * 2
+        process.terminate()
+    for process in both:
+        process.join(60)
+        assert process.exitcode == STOPPED_EARLY
     reached = {newest_state(folder)["args"]["base_ch"]: newest_state(folder)["epoch"] for folder in runs(tmp_path)}
     for width in widths:
-        result = run(PIXEL, "train.py", *given, "--base-ch", width, "--epochs", reached[width] + 1)
+        result = call(PIXEL, "train.py", *given, "--base-ch", width, "--epochs", reached[width] + 1)
         assert result.code == 0, result.text
         assert "resumed from" in result.text
     done = {newest_state(folder)["args"]["base_ch"]: newest_state(folder)["epoch"] for folder in runs(tmp_path)}
     assert done == {width: reached[width] + 1 for width in widths}
 
 
-@pytest.mark.slow
 def test_a_flag_that_is_not_in_the_name_makes_another_run(tiny, tmp_path):
     given = ("--model", "mlp", *tiny, "--epochs", 1, "--outdir", tmp_path, "--auto-resume")
-    assert run(AE, "train.py", *given).code == 0
+    assert call(AE, "train.py", *given).code == 0
     (first,) = runs(tmp_path)
-    result = run(AE, "train.py", *given, "--lr-scheduler", "cosine")
+    result = call(AE, "train.py", *given, "--lr-scheduler", "cosine")
     assert result.code == 0, result.text
     assert "already finished" not in result.text
     said = f"Passed over {first.name}, the newest, which has --lr-scheduler none, not cosine; go on with it: "
     assert said in result.text
     assert len(runs(tmp_path)) == 2
-    command = result.text.split(said)[1].splitlines()[0]
-    pasted = subprocess.run(
-        ["bash", "-c", f"{command} --epochs 2"], cwd=REPO / AE, env=bash(), capture_output=True, text=True
-    )
-    assert pasted.returncode == 0, pasted.stdout + pasted.stderr
+    pasted = paste(result.text.split(said)[1].splitlines()[0], "--epochs", 2)
+    assert pasted.code == 0, pasted.text
     assert newest_state(first)["epoch"] == 2
-    assert run(AE, "train.py", *given, "--no-auto-resume").code == 0
+    assert call(AE, "train.py", *given, "--no-auto-resume").code == 0
     assert len(runs(tmp_path)) == 3
 
 
@@ -114,8 +127,8 @@ def test_a_value_that_a_run_did_not_know_yet_is_its_default(ae_run, copy_of, tin
         del state["args"]["grad_clip"]
         ckpt.save_checkpoint(path, state)
     given = ("--model", "mlp", "--epochs", 2, *tiny, "--outdir", folder.parent.parent, "--auto-resume")
-    assert "already finished" in run(AE, "train.py", *given).text
-    assert "has --grad-clip 1.0, not 0.5" in run(AE, "train.py", *given, "--grad-clip", 0.5).text
+    assert "already finished" in call(AE, "train.py", *given).text
+    assert "has --grad-clip 1.0, not 0.5" in call(AE, "train.py", *given, "--grad-clip", 0.5).text
 
 
 def test_a_copy_with_auto_resume_goes_on_with_the_run_that_it_began(ae_run, tiny, tmp_path):
@@ -126,13 +139,12 @@ def test_a_copy_with_auto_resume_goes_on_with_the_run_that_it_began(ae_run, tiny
     ckpt.save_checkpoint(tmp_path / "checkpoints" / "older" / "checkpoint_epoch_000001.pt", older)
     given = ("--resume", copied, "--auto-resume", *tiny, "--lr", 2e-3, "--outdir", tmp_path)
     for epochs in (2, 3):
-        result = run(AE, "train.py", *given, "--epochs", epochs)
+        result = call(AE, "train.py", *given, "--epochs", epochs)
         assert result.code == 0, result.text
     assert newest_state(only_run(tmp_path, "ae-*"))["epoch"] == 3
     assert "is newer than" in result.text
 
 
-@pytest.mark.slow
 def test_a_copy_that_cannot_go_on_leaves_no_empty_run(ae_run, tiny, tmp_path):
     """It is finished; a flag contradicts it; its data are missing."""
     copied = shutil.copy(ae_run / "latest.pt", tmp_path / "mine.pt")
@@ -142,20 +154,20 @@ def test_a_copy_that_cannot_go_on_leaves_no_empty_run(ae_run, tiny, tmp_path):
         (("--epochs", 3, "--data", "hub", "--cache-dir", tmp_path), MODEL_MISMATCH),
         (("--epochs", 3, "--batch-size", 10**6), MODEL_MISMATCH),
     ):
-        result = run(AE, "train.py", "--resume", copied, *tiny, "--outdir", tmp_path / "out", *flags)
+        result = call(AE, "train.py", "--resume", copied, *tiny, "--outdir", tmp_path / "out", *flags)
         assert result.code == code, result.text
         assert not list((tmp_path / "out").glob("*/*")), flags
 
 
 def test_a_folder_without_a_checkpoint_is_taken_over_by_the_same_flags_only(tiny, tmp_path):
     given = ("--model", "mlp", *tiny, "--epochs", 1, "--outdir", tmp_path, "--auto-resume")
-    assert run(AE, "train.py", *given, "--grad-clip", 0.5).code == 0
+    assert call(AE, "train.py", *given, "--grad-clip", 0.5).code == 0
     folder = only_run(tmp_path)
     for path in folder.glob("*.pt"):
         path.unlink()
-    assert run(AE, "train.py", *given).code == 0
+    assert call(AE, "train.py", *given).code == 0
     assert len(runs(tmp_path)) == 2
-    assert run(AE, "train.py", *given, "--grad-clip", 0.5).code == 0
+    assert call(AE, "train.py", *given, "--grad-clip", 0.5).code == 0
     assert len(runs(tmp_path)) == 2
     assert newest_state(folder)["epoch"] == 1
 
@@ -172,23 +184,23 @@ SWEEP = [
 
 def test_a_sweep_killed_and_started_again_in_random_order(tiny, tmp_path, pytestconfig):
     """Six commands that differ in one flag each share a folder: six undisturbed runs."""
-    given = ("--model", "mlp", *tiny, "--batch-size", 16, "--epochs", 6)
-    often = ("--outdir", tmp_path / "sweep", "--auto-resume", "--ckpt-every-sec", 0.02)
+    given = ("--model", "mlp", *tiny, "--batch-size", 16, "--epochs", 5)
+    often = ("--outdir", tmp_path / "sweep", "--auto-resume", "--ckpt-every-sec", 0.2)
     seed = random.SystemRandom().randrange(10**6)
     rng, waiting = random.Random(seed), list(range(len(SWEEP)))
     kills = pytestconfig.getoption("--kills")
     while waiting:
         some = rng.sample(waiting, min(2, len(waiting)))
-        started = [(member, start(AE, "train.py", *given, *often, *SWEEP[member])) for member in some]
+        started = [(member, fork(AE, *given, *often, *SWEEP[member])) for member in some]
         if kills > 0:
             kills -= 1
-            time.sleep(rng.uniform(1, 5))
+            time.sleep(rng.uniform(0.2, 1.5))
             for _, process in started:
                 process.kill()
         for member, process in started:
-            result = finish(process, 300)
-            assert result.code in (OK, -signal.SIGKILL), f"seed {seed}: {result.text}"
-            if result.code == OK:
+            process.join(300)
+            assert process.exitcode in (OK, -signal.SIGKILL), f"seed {seed}"
+            if process.exitcode == OK:
                 waiting.remove(member)
     assert len(runs(tmp_path / "sweep")) == len(SWEEP), f"seed {seed}"
     for member, flags in enumerate(SWEEP):
@@ -209,29 +221,28 @@ def test_a_sweep_killed_and_started_again_in_random_order(tiny, tmp_path, pytest
 # --- autoencoders ---
 
 
-@pytest.mark.slow
 def test_an_autoencoder_is_its_weights_however_it_is_spelled(ae_run, copy_of, tiny, tmp_path):
     source = copy_of(ae_run)
     outdir = tmp_path / "out"
     given = (*tiny, "--T", 20, "--hidden-dim", 16, "--epochs", 1, "--outdir", outdir, "--auto-resume")
-    assert run(LATENT, "train.py", "--ae-ckpt", source, *given).code == 0
+    assert call(LATENT, "train.py", "--ae-ckpt", source, *given).code == 0
     folder = only_run(outdir)
     renamed = source.parent.parent.rename(tmp_path / "renamed") / "checkpoints" / source.name
     copied = shutil.copy(renamed / "latest.pt", tmp_path / "a copy.pt")
     spellings = [renamed, os.path.relpath(renamed, REPO / LATENT), renamed / "latest.pt", renamed / "best", copied]
     for spelling in spellings:
         for how in (("--auto-resume",), ("--resume", folder)):
-            result = run(LATENT, "train.py", "--ae-ckpt", spelling, *given, *how)
+            result = call(LATENT, "train.py", "--ae-ckpt", spelling, *given, *how)
             assert result.code == 0, result.text
             assert "already finished" in result.text, spelling
-    other = run(LATENT, "train.py", "--ae-ckpt", renamed / "checkpoint_epoch_000001.pt", *given)
+    other = call(LATENT, "train.py", "--ae-ckpt", renamed / "checkpoint_epoch_000001.pt", *given)
     assert other.code == 0, other.text
     assert "Passed over" in other.text
     assert "ae_weights" in other.text
     assert len(runs(outdir)) == 2
     provenance = newest_state(folder)["args"]["ae_ckpt"]
     assert provenance == str(source)
-    refused = run(LATENT, "train.py", "--ae-ckpt", renamed / "checkpoint_epoch_000001.pt", "--resume", folder)
+    refused = call(LATENT, "train.py", "--ae-ckpt", renamed / "checkpoint_epoch_000001.pt", "--resume", folder)
     assert (refused.code, len(refused.errors)) == (MODEL_MISMATCH, 1), refused.text
     assert "--ae-ckpt" in refused.errors[0]
 
@@ -240,9 +251,9 @@ def test_a_resume_that_names_its_autoencoder_keeps_its_own_digit(all_digits, tmp
     """The digit follows from the autoencoder only where a run begins."""
     flags, autoencoder = all_digits
     given = ("--ae-ckpt", autoencoder, "--outdir", tmp_path)
-    assert run(LATENT, "train.py", *given, *flags, "--only-digit", 3, "--epochs", 1).code == 0
+    assert call(LATENT, "train.py", *given, *flags, "--only-digit", 3, "--epochs", 1).code == 0
     folder = only_run(tmp_path)
-    result = run(LATENT, "train.py", *given, "--resume", folder, *flags[:4], "--epochs", 2)
+    result = call(LATENT, "train.py", *given, "--resume", folder, *flags[:4], "--epochs", 2)
     assert result.code == 0, result.text
     assert (newest_state(folder)["epoch"], newest_state(folder)["args"]["only_digit"]) == (2, 3)
 
@@ -254,9 +265,9 @@ def test_runs_saved_before_the_weights_digest_was_recorded_still_resume(latent_r
         del state["args"]["ae_weights"]
         ckpt.save_checkpoint(path, state)
     given = (*tiny_latent, "--amp", "--epochs", 2, "--outdir", folder.parent.parent, "--auto-resume")
-    assert "already finished" in run(LATENT, "train.py", *given).text
+    assert "already finished" in call(LATENT, "train.py", *given).text
     first = conv_run  # another autoencoder of the same digit is another run
-    other = run(LATENT, "train.py", *given, "--ae-ckpt", first, "--epochs", 1)
+    other = call(LATENT, "train.py", *given, "--ae-ckpt", first, "--epochs", 1)
     assert other.code == 0, other.text
     assert len(runs(folder.parent.parent)) == 2
 
@@ -271,25 +282,25 @@ def test_a_finished_autoencoder_goes_before_one_that_was_stopped(ae_run, conv_ru
     state["args"]["epochs"], state["val_loss"] = 25, None
     ckpt.save_checkpoint(path, state)
     given = (*tiny, "--T", 20, "--hidden-dim", 16, "--epochs", 1, "--outdir", tmp_path)
-    result = run(LATENT, "train.py", *given)
+    result = call(LATENT, "train.py", *given)
     assert result.code == 0, result.text
     line = (
         rf"autoencoder: \S*{ae_run.name}/checkpoint_epoch_000002.pt \(ae-mlp, epoch 2 of 2, val_loss 0\.\d+, only 3s\)"
     )
     assert re.search(line, result.text), result.text
     assert "not finished" not in result.text
-    named = run(LATENT, "train.py", *given, "--ae-ckpt", stopped)
+    named = call(LATENT, "train.py", *given, "--ae-ckpt", stopped)
     assert named.code == 0, named.text
     assert re.search(r"warning: .*not finished.*epoch 1 of 25, in mid-epoch", named.text)
 
 
 def test_an_autoencoder_of_another_digit_is_refused_and_not_chosen(ae_run, tiny, tmp_path):
     given = (*tiny, "--T", 20, "--hidden-dim", 16, "--epochs", 1, "--outdir", tmp_path / "out", "--only-digit", 5)
-    result = run(LATENT, "train.py", *given, "--ae-ckpt", ae_run)
+    result = call(LATENT, "train.py", *given, "--ae-ckpt", ae_run)
     assert (result.code, len(result.errors)) == (MODEL_MISMATCH, 1), result.text
     assert "only 3s" in result.errors[0]
     assert "--only-digit 5" in result.errors[0]
-    chosen = run(LATENT, "train.py", *given, "--ae-ckpt-dir", ae_run.parent)
+    chosen = call(LATENT, "train.py", *given, "--ae-ckpt-dir", ae_run.parent)
     assert (chosen.code, len(chosen.errors)) == (5, 1), chosen.text
     assert "of the wanted digits" in chosen.errors[0]
 
@@ -297,45 +308,57 @@ def test_an_autoencoder_of_another_digit_is_refused_and_not_chosen(ae_run, tiny,
 # --- what is printed, and what stops ---
 
 
-def bash():
-    """An environment in which `python` is this one."""
-    return environment(PATH=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+def paste(command: str, *more: object):
+    """Paste a printed command into bash, `python` being a call in this process."""
+    line = f'python() {{ printf "%s\\0" "$@"; }}; {command}'
+    script, *words = subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout.split(b"\0")[:-1]
+    return call(AE, script.decode(), *map(os.fsdecode, words), *more)
+
+
+def stop_after_the_first_epoch(monkeypatch, number: int) -> None:
+    """This process gets a signal at the end of epoch 1."""
+    end_epoch = Session.end_epoch
+
+    def stopped(session, *args):
+        end_epoch(session, *args)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(Session, "end_epoch", stopped)
 
 
 @pytest.mark.parametrize("name", ["my cache", "it's $HOME", "tab\tand\nline", os.fsdecode(b"not utf-8 \xff")])
-def test_the_printed_command_goes_on_when_pasted(name, cache, tmp_path):
+def test_the_printed_command_goes_on_when_pasted(name, cache, tmp_path, monkeypatch):
     """After Ctrl-C, with a data set that lies elsewhere, and names that a shell would take apart."""
     elsewhere, outdir = tmp_path / name / "cache", tmp_path / name / "out"
     shutil.copytree(cache, elsewhere)
     given = ("--model", "mlp", "--cache-dir", elsewhere, "--outdir", outdir, "--epochs", 400, "--device", "cpu")
-    process = start(AE, "train.py", *given, "--only-digit", 3, "--data", "embedded")
-    deadline = time.monotonic() + 60
-    while not list(outdir.glob("checkpoints/*/*.pt")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    stopped = finish(process)
+    with monkeypatch.context() as patch:
+        stop_after_the_first_epoch(patch, signal.SIGINT)
+        stopped = call(AE, "train.py", *given, "--only-digit", 3, "--data", "embedded")
     assert stopped.code == STOPPED_EARLY, stopped.text
     (command,) = re.findall(r"go on with: (.*)", stopped.text)
-    epochs = newest_state(only_run(outdir))["epoch"] + 1
-    line = ["bash", "-c", f"{command} --epochs {epochs}"]
-    pasted = subprocess.run(line, cwd=REPO / AE, env=bash(), capture_output=True, text=True, errors="replace")
-    assert pasted.returncode == 0, pasted.stdout + pasted.stderr
-    assert newest_state(only_run(outdir))["epoch"] == epochs
+    pasted = paste(command, "--epochs", 2)
+    assert pasted.code == 0, pasted.text
+    assert newest_state(only_run(outdir))["epoch"] == 2
 
 
-FILE_SERVER = """
-import errno, runpy, sys
-WHAT = sys.argv.pop(1)
-sys.path[:0] = [".", ".."]
-def fail(event, args):
-    if event in ("open", "os.listdir", "os.scandir") and str(args[0]).endswith(WHAT):
-        raise OSError(errno.ESTALE, "Stale file handle", args[0])
-sys.addaudithook(fail)
-sys.argv[0] = "train.py"
-runpy.run_path("train.py", run_name="__main__")
-"""
+@pytest.fixture
+def file_server(monkeypatch):
+    """file_server(ending): whatever ends so cannot be opened or listed any more; with "" everything can again."""
+    ending = ""
+
+    def fail(event, args):
+        if ending and event in ("open", "os.listdir", "os.scandir") and str(args[0]).endswith(ending):
+            raise OSError(errno.ESTALE, "Stale file handle", args[0])
+
+    def fails(what: str) -> None:
+        nonlocal ending
+        ending = what
+
+    sys.addaudithook(fail)  # for as long as this process lives
+    monkeypatch.setattr(ckpt, "PATIENCE", 0.5)
+    yield fails
+    fails("")
 
 
 @pytest.mark.parametrize(
@@ -347,30 +370,32 @@ runpy.run_path("train.py", run_name="__main__")
         ("--auto-resume", "-seed42-"),
     ],
 )
-def test_a_file_server_that_fails_sets_nothing_back(how, what, ae_run, copy_of, tiny):
+def test_a_file_server_that_fails_sets_nothing_back(how, what, ae_run, copy_of, tiny, file_server):
     folder = copy_of(ae_run)
     what = folder.name if what == "-seed42-" else what
     before = {path.name for path in folder.iterdir()}
     how = (how, *([folder] if how == "--resume" else []))
     given = ("--model", "mlp", *tiny, "--epochs", 9, "--outdir", folder.parent.parent, *how)
-    result = run(AE, "-c", FILE_SERVER, what, *given)
+    file_server(what)
+    result = call(AE, "train.py", *given)
+    file_server("")
     assert (result.code, len(result.errors)) == (BAD_CHECKPOINT, 1), result.text
     assert f"{what}: Stale file handle" in result.errors[0]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert {path.name for path in folder.iterdir()} <= before | {".lock"}
-    assert "resumed from" in run(AE, "train.py", *given, "--epochs", 3).text
+    assert "resumed from" in call(AE, "train.py", *given, "--epochs", 3).text
     assert newest_state(folder)["epoch"] == 3
 
 
 def test_after_early_stopping_the_flag_that_it_names_goes_on(tiny, tmp_path):
     given = ("--model", "mlp", *tiny, "--lr", 1e-30, "--outdir", tmp_path, "--auto-resume", "--epochs", 6)
-    stopped = run(AE, "train.py", *given, "--early-stopping-patience", 2)
+    stopped = call(AE, "train.py", *given, "--early-stopping-patience", 2)
     assert stopped.code == 0, stopped.text
-    again = run(AE, "train.py", *given, "--epochs", 9)
+    again = call(AE, "train.py", *given, "--epochs", 9)
     assert "already finished: early stopping" in again.text
     assert "--early-stopping-patience 0" in again.text
     assert "raise --epochs" not in again.text
-    result = run(AE, "train.py", *given, "--early-stopping-patience", 0)
+    result = call(AE, "train.py", *given, "--early-stopping-patience", 0)
     assert result.code == 0, result.text
     assert newest_state(only_run(tmp_path))["epoch"] == 6
 
@@ -378,8 +403,8 @@ def test_after_early_stopping_the_flag_that_it_names_goes_on(tiny, tmp_path):
 @pytest.mark.usefixtures("judged")
 def test_what_was_switched_on_can_be_switched_off_on_resume(tiny, tmp_path):
     given = ("--model", "mlp", *tiny, "--outdir", tmp_path, "--auto-resume")
-    assert run(AE, "train.py", *given, "--epochs", 2, "--keep-ckpts", 1, "--eval-every", 2).code == 0
-    result = run(AE, "train.py", *given, "--epochs", 5, "--keep-ckpts", 0, "--eval-every", 0)
+    assert call(AE, "train.py", *given, "--epochs", 2, "--keep-ckpts", 1, "--eval-every", 2).code == 0
+    result = call(AE, "train.py", *given, "--epochs", 5, "--keep-ckpts", 0, "--eval-every", 0)
     assert result.code == 0, result.text
     folder = only_run(tmp_path)
     assert {epoch for epoch, _ in ckpt.run_checkpoints(folder)} >= {3, 4, 5}

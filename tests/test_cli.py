@@ -240,7 +240,12 @@ def started(folder, way, tiny, ae_run, outdir) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "way"), [(AE, "-m"), (LATENT, "PYTHONSAFEPATH"), (PIXEL, "-m"), (PIXEL, "PYTHONSAFEPATH")]
+    ("folder", "way"),
+    [
+        (AE, "-m"),
+        (LATENT, "PYTHONSAFEPATH"),
+        *(pytest.param(PIXEL, way, marks=pytest.mark.slow) for way in ("-m", "PYTHONSAFEPATH")),
+    ],
 )
 def test_every_way_of_starting_works(folder, way, tiny, ae_run, tmp_path):
     for result in started(folder, way, tiny, ae_run, tmp_path):
@@ -261,12 +266,12 @@ def test_paths_that_are_not_utf8(tiny, ae_run, tmp_path):
     ckpt = only_run(odd / "out")
     assert "caf\\udce9" in next((odd / "logs").glob("*.log")).read_text()
     data = ("--data", "embedded", "--cache-dir", cache)
-    result = run(LATENT, "infer.py", "--ckpt", ckpt, "--output", odd / "x.png")
+    result = call(LATENT, "infer.py", "--ckpt", ckpt, "--output", odd / "x.png")
     assert result.code == 0, result.text
     assert (odd / "x.png").stat().st_size > 0
-    result = run(".", "-m common.evaluate", "--ckpt", ckpt, "--n", 200, *data, "--json", odd / "scores.json")
+    result = call("common", "evaluate.py", "--ckpt", ckpt, "--n", 200, *data, "--json", odd / "scores.json")
     assert result.code == 0, result.text
-    result = run(LATENT, "train.py", "--resume", ckpt, "--epochs", 2, *places)
+    result = call(LATENT, "train.py", "--resume", ckpt, "--epochs", 2, *places)
     assert result.code == 0, result.text
 
 

@@ -166,14 +166,14 @@ def arrow_file(cache, digits, split="train", version="1") -> Path:
 
 @pytest.mark.parametrize("damage", ["short", "truncated", "flipped", "empty", "text"])
 def test_a_datasets_cache_that_is_not_whole_is_named_and_passed_over(damage, test, cache, tmp_path):
-    """For every kind of damage by a real start: what it reads is not full MNIST, and nothing of it stays."""
+    """For every kind of damage: what it reads is not full MNIST, and nothing of it stays."""
     path = arrow_file(tmp_path, test)
     content = bytearray(path.read_bytes())
     if damage == "flipped":  # in the middle of a picture
         content[content.index(b"IDAT", len(content) // 2) + 9] ^= 255
     damaged = {"truncated": content[: len(content) // 2], "empty": b"", "text": b"<html>sign in</html>\n"}
     path.write_bytes(damaged.get(damage, content))
-    result = run(".", "-m common.data", "--cache-dir", tmp_path)
+    result = call("common", "data.py", "--cache-dir", tmp_path)
     assert (result.code, len(result.errors)) == (NO_DATA, 1), result.text
     assert str(path) in result.text.splitlines()[0]
     assert "Traceback" not in result.text
@@ -229,16 +229,17 @@ def test_a_damaged_cache_is_downloaded_anew(test, tmp_path, monkeypatch):
 
 
 def test_fetching_fails_where_only_the_embedded_digits_can_be_had(tmp_path):
-    result = run(".", "-m common.data", "--cache-dir", tmp_path)
+    result = call("common", "data.py", "--cache-dir", tmp_path)
     assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text
     assert "where there is internet" in result.text
     assert "python -m common.data" not in result.text  # that is what just failed
 
 
-def test_in_a_job_the_advice_names_the_folder_that_outlives_it(tmp_path):
-    env = {"SLURM_TMPDIR": str(tmp_path / "job"), "SCRATCH": str(tmp_path / "scratch")}
+def test_in_a_job_the_advice_names_the_folder_that_outlives_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / "job"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
     for flags, place in (((), tmp_path / "scratch" / "hf_cache"), (("--cache-dir", tmp_path / "x"), tmp_path / "x")):
-        result = run("mnist_ae", "train.py", "--model", "mlp", "--data", "hub", *flags, env=env)
+        result = call("mnist_ae", "train.py", "--model", "mlp", "--data", "hub", *flags)
         assert result.code == NO_DATA
         assert f"--cache-dir {place}`" in result.errors[0]
 

@@ -22,7 +22,7 @@ from helpers import (
 from torch import nn
 from torch.nn import functional as F
 
-from common import drawing, evaluate
+from common import drawing, evaluate, session
 from common.device import move, seed_everything
 from common.diffusion import precompute_schedules, reverse_steps, timestep_distribution
 from common.error_codes import NON_FINITE_LOSS, OUT_OF_MEMORY, STOPPED_EARLY, run_main
@@ -36,7 +36,8 @@ RECIPES = {
     "pixel": (PIXEL, "--base-ch", 8, "--T", 20, "--samples-per-epoch", 4),
 }
 KINDS = ("mps", "cuda")
-STEPS = 26  # an epoch: 405 threes in batches of 16
+STEPS = 13  # an epoch: 405 threes in batches of 32
+LOOKS = 10  # steps between looks at the loss, instead of LOOK_EVERY, in the runs that `trained` makes
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 stands_in = pytest.mark.skipif(
     torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a real device, not to be faked"
@@ -50,7 +51,7 @@ def train(tiny, ae_run):
     def train(recipe, device, outdir, *flags):
         folder, *own = RECIPES[recipe]
         own += ["--ae-ckpt", ae_run] if recipe == "latent" else []
-        return call(folder, "train.py", *own, *tiny, "--batch-size", 16, "--device", device, "--outdir", outdir, *flags)
+        return call(folder, "train.py", *own, *tiny, "--batch-size", 32, "--device", device, "--outdir", outdir, *flags)
 
     return train
 
@@ -86,7 +87,7 @@ def trained(train, judged, tmp_path_factory):
         if (recipe, kind) not in done:
             outdir = tmp_path_factory.mktemp(f"{recipe}-{kind}")
             flags = ("--epochs", 2, "--generate-images", "--eval-every", 2, *(["--amp"] if kind == "cuda" else []))
-            with mock.patch.object(drawing, "EVAL_IMAGES", 100):
+            with mock.patch.object(drawing, "EVAL_IMAGES", 20), mock.patch.object(session, "LOOK_EVERY", LOOKS):
                 done[recipe, kind] = Watched(kind).run(train, recipe, kind, outdir, *flags)
             done[recipe, kind].folder = only_run(outdir)
         return done[recipe, kind]
@@ -181,7 +182,7 @@ def test_no_step_makes_the_host_wait(recipe, kind, trained):
         copies = run.device.counted()[first:last]
         # torch's own EMA copies its counter, a number, to where the weights lie
         copies = [copy for copy in copies if not (copy.startswith("to device:") and "of 1 at learner.py" in copy)]
-        assert len([copy for copy in copies if copy.startswith("to host")]) == (step % LOOK_EVERY == 0), copies
+        assert len([copy for copy in copies if copy.startswith("to host")]) == (step % LOOKS == 0), copies
         assert kind == "mps" or not [copy for copy in copies if copy.startswith("to device:")], copies
         assert len(copies) <= 4
     for (step, _, last), (_, first, _) in pairwise(run.steps):

@@ -20,7 +20,6 @@ from helpers import (
     finish,
     newest_state,
     only_run,
-    run,
     scalars,
     start,
 )
@@ -54,7 +53,7 @@ def test_training_on_a_disk_that_fills_up_goes_on_later(disk, latent_run, tiny_l
     size = (latent_run / "checkpoint_epoch_000001.pt").stat().st_size
     outdir = disk(f"{size * 14 // 10 // 1024}k")  # room for one checkpoint and the rest, not for two
     flags = (*tiny_latent, "--epochs", 2, "--outdir", outdir, "--auto-resume")
-    result = run(LATENT, "train.py", *flags)
+    result = call(LATENT, "train.py", *flags)
     assert result.code == SAVE_FAILED, result.text
     assert "Traceback" not in result.text
     folder = only_run(outdir)
@@ -141,7 +140,7 @@ def until(condition, process, patience=60.0):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("comes_back", [True, False])
+@pytest.mark.parametrize("comes_back", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_output_folder_that_becomes_read_only_in_mid_run(comes_back, disk, tiny, ae_run, tmp_path):
     """A read-only mount over it: saves fail, the earlier checkpoint stays, the run retries."""
     outdir = disk("200m")

@@ -6,7 +6,7 @@ import shutil
 from time import sleep
 
 import pytest
-from helpers import LATENT, call, finish, start
+from helpers import LATENT, call
 
 from common import run as run_module
 from common.args import Args
@@ -130,9 +130,13 @@ def test_the_lock_waits_for_a_predecessor_to_end(tmp_path):
 def test_a_dead_process_holds_no_lock(latent_run, copy_of, tiny):
     folder = copy_of(latent_run)
     flags = ("--resume", folder, "--epochs", 500, *tiny)
-    process = start(LATENT, "train.py", *flags)
-    while not (folder / "checkpoint_epoch_000004.pt").exists():
-        assert process.poll() is None, process.communicate()[0]
+    process = multiprocessing.get_context("fork").Process(target=call, args=(LATENT, "train.py", *flags))
+    process.start()
+    while not (folder / "checkpoint_epoch_000003.pt").exists():
+        assert process.exitcode is None
+        sleep(0.02)
+    with pytest.raises(Exit):
+        run_module._lock(folder, 0)
     process.kill()
-    finish(process)
+    process.join()
     run_module._lock(folder, 0).close()

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from helpers import AE, LATENT, PIXEL, REPO, call, newest_state, only_run, run, scalars
+from helpers import AE, LATENT, PIXEL, REPO, call, newest_state, only_run, scalars
 from PIL import Image
 
 from common import ckpt
@@ -29,7 +29,7 @@ def flags(tiny):
 def pixel_run(flags, tmp_path_factory):
     """A whole run of the real script."""
     outdir = tmp_path_factory.mktemp("pixel")
-    result = run(PIXEL, "train.py", *flags, "--generate-images", "--outdir", outdir)
+    result = call(PIXEL, "train.py", *flags, "--generate-images", "--outdir", outdir)
     assert result.code == 0, result.text
     return only_run(outdir, "ddpm-d3-bs32-lr*-T20-seed42-*")
 
@@ -114,10 +114,11 @@ def test_drawing(pixel_run, latent_run, tmp_path):
     assert len(wrong.errors) == 1
 
 
+@pytest.mark.usefixtures("judged")
 def test_scoring(pixel_run, cache, tmp_path):
     scores = tmp_path / "scores.json"
     flags = ("--n", 200, "--digit", 3, "--json", scores, "--data", "embedded", "--cache-dir", cache)
-    result = run(".", "-m common.evaluate", "--ckpt", pixel_run, *flags)
+    result = call("common", "evaluate.py", "--ckpt", pixel_run, *flags)
     assert result.code == 0, result.text
     written = json.loads(scores.read_text())
     assert {"fid_labelled", "precision_labelled", "agreement_labelled"} <= written.keys()

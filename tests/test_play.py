@@ -938,7 +938,7 @@ def test_every_tab_under_the_pages_own_policy_is_silent(visit, runs):
         says(page, "[role=tab][aria-selected=true]", "Draw")
 
 
-@pytest.mark.parametrize("width", [360, 1024, 1920])
+@pytest.mark.parametrize("width", [360, pytest.param(1024, marks=pytest.mark.slow), 1920])
 def test_it_fits_and_everything_has_a_name(visit, runs, width):
     page = visit(f"#run={runs['lddpm'].name}&compare=1&count=4&steps=3", width=width)
     for tab in ("draw", "sketch", "space", "look"):

@@ -19,12 +19,11 @@ from helpers import (
     metrics,
     newest_state,
     only_run,
-    run,
     scalars,
     start,
 )
 
-from common import ckpt, classifier
+from common import ckpt, classifier, drawing
 from common.error_codes import INTERRUPTED, STOPPED_EARLY
 from common.session import Session
 
@@ -174,6 +173,7 @@ def test_stopped_while_validating(folder, flags, references, tmp_path, monkeypat
     assert_same_record(only_run(tmp_path), references[folder])
 
 
+@pytest.mark.usefixtures("judged")
 def test_stopped_while_the_classifier_is_trained(flags, cache, references, tmp_path, monkeypatch):
     own_cache = tmp_path / "cache" / "decoded"
     own_cache.mkdir(parents=True)
@@ -187,6 +187,7 @@ def test_stopped_while_the_classifier_is_trained(flags, cache, references, tmp_p
     state = newest_state(only_run(tmp_path))
     assert (state["epoch"], state["batch"], state["val_loss"]) == (1, 0, None)  # before training
     monkeypatch.undo()
+    monkeypatch.setattr(drawing, "EVAL_IMAGES", 100)
     given = (*given, "--cache-dir", cache, "--auto-resume")
     assert call(AE, "train.py", *given).code == 0
     assert_same(newest_state(only_run(tmp_path))["model"], newest_state(references[AE])["model"])
@@ -275,7 +276,12 @@ def wait_for(process, condition, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "number", "workers"), [(AE, signal.SIGUSR1, 0), (AE, signal.SIGINT, 2), (LATENT, signal.SIGTERM, 0)]
+    ("folder", "number", "workers"),
+    [
+        pytest.param(AE, signal.SIGUSR1, 0, marks=pytest.mark.slow),
+        (AE, signal.SIGINT, 2),
+        (LATENT, signal.SIGTERM, 0),
+    ],
 )
 def test_a_real_process_stopped_from_outside(folder, number, workers, flags, references, tmp_path):
     """The signal goes to the whole group, as a terminal's does: workers must not die of it before the save."""
@@ -287,7 +293,7 @@ def test_a_real_process_stopped_from_outside(folder, number, workers, flags, ref
     assert stopped.code == STOPPED_EARLY, stopped.text
     assert number.name in stopped.text
     assert stopped.errors == []
-    resumed = run(folder, "train.py", *given)
+    resumed = call(folder, "train.py", *given)
     assert resumed.code == 0, resumed.text
     assert_same_training(only_run(tmp_path), references[folder])
     assert_same_record(only_run(tmp_path), references[folder])
@@ -320,20 +326,28 @@ def test_a_signal_while_workers_start_kills_none_of_them(flags, tmp_path):
     assert "and saved" in stopped.text
 
 
+@pytest.fixture
+def two_threads(monkeypatch):
+    """This process and those that it starts are to compute with two threads."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    yield {"OMP_NUM_THREADS": "2"}
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("folder", [*(pytest.param(other, marks=pytest.mark.slow) for other in (AE, LATENT)), PIXEL])
-def test_two_threads_and_the_default_widths(folder, tiny, ae_run, tmp_path):
+def test_two_threads_and_the_default_widths(folder, tiny, ae_run, tmp_path, two_threads):
     """The other tests run small networks on one thread; sums that threads share must come out the same too."""
     own = {AE: ("--model", "conv"), LATENT: ("--ae-ckpt", ae_run), PIXEL: ()}[folder]
-    given = (*own, *tiny, "--epochs", 3)
-    two = {"OMP_NUM_THREADS": "2"}
-    assert run(folder, "train.py", *given, "--outdir", tmp_path / "untouched", env=two).code == 0
+    given = (*own, *tiny, "--epochs", 2)
+    assert call(folder, "train.py", *given, "--outdir", tmp_path / "untouched").code == 0
     given = (*given, "--outdir", tmp_path / "killed", "--auto-resume")
-    process = start(folder, "train.py", *given, "--ckpt-every-sec", 0.01, env=two)
-    second = "killed/checkpoints/*/checkpoint_epoch_000002.pt"
-    wait_for(process, lambda: list(tmp_path.glob(second)), "second epoch")
+    process = start(folder, "train.py", *given, "--ckpt-every-sec", 0.01, env=two_threads)
+    first = "killed/checkpoints/*/checkpoint_epoch_000001.pt"
+    wait_for(process, lambda: list(tmp_path.glob(first)), "first checkpoint")
     process.kill()
     finish(process)
-    assert run(folder, "train.py", *given, env=two).code == 0
+    assert newest_state(only_run(tmp_path / "killed"))["args"]["threads"] == 2
+    assert call(folder, "train.py", *given).code == 0
     assert_same_training(only_run(tmp_path / "killed"), only_run(tmp_path / "untouched"))
 
 
@@ -342,7 +356,7 @@ def test_two_threads_and_the_default_widths(folder, tiny, ae_run, tmp_path):
 
 @pytest.mark.parametrize(
     "extra",
-    [("--generate-images",), ("--num-workers", 2), ("--ckpt-every-sec", 0.001), ("--ckpt-save-every", 3), ("--debug",)],
+    [("--generate-images",), ("--num-workers", 2), ("--ckpt-every-sec", 0.02), ("--ckpt-save-every", 3), ("--debug",)],
     ids=lambda extra: extra[0],
 )
 def test_flags_that_change_no_weight(extra, flags, references, tmp_path):

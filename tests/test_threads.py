@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,14 @@ def start_of(folder, which=-1) -> dict:
 def cores(monkeypatch):
     """cores(n): this process believes to have n cores, and torch is left with one thread afterwards."""
     yield lambda count: monkeypatch.setattr(threads, "available", lambda: count)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def nobody_asked(monkeypatch):
+    """Nobody gave this process a number, and torch is left with one thread afterwards."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    yield
     torch.set_num_threads(1)
 
 
@@ -70,11 +79,13 @@ def test_steps_that_became_slow_are_noticed_once():
     assert not any(threads.Pace().slowed(seconds) for seconds in [2.0] * 100)
 
 
+@pytest.mark.usefixtures("nobody_asked")
 @pytest.mark.parametrize("folder", [AE, LATENT, PIXEL])
 def test_a_run_measures_records_and_keeps_its_number(folder, tiny, tiny_latent, cache, tmp_path):
-    """A real process that nobody gave a number; the trial has changed no bit of what follows."""
+    """One of them in a real process. The trial has changed no bit of what follows."""
     own = {AE: ("--model", "conv", *tiny), LATENT: tiny_latent, PIXEL: ("--base-ch", 8, "--T", 20, *tiny)}[folder]
-    result = run(folder, "train.py", *own, "--epochs", 1, "--outdir", tmp_path / "measured", env=NOBODY_ASKED)
+    begin = partial(run, env=NOBODY_ASKED) if folder == AE else call
+    result = begin(folder, "train.py", *own, "--epochs", 1, "--outdir", tmp_path / "measured")
     assert result.code == 0, result.text
     line = re.search(r"threads: (\d+) of (\d+) \(images/s in a trial: [\d,]+ with 1", result.text)
     assert line, result.text
@@ -83,32 +94,34 @@ def test_a_run_measures_records_and_keeps_its_number(folder, tiny, tiny_latent, 
     number = newest_state(measured)["args"]["threads"]
     assert number == int(line[1]) == start_of(measured)["threads"]
     given = (*own, "--epochs", 2, "--outdir", tmp_path / "given")
-    assert run(folder, "train.py", *given, "--threads", number, env=NOBODY_ASKED).code == 0
-    again = run(folder, "train.py", "--resume", measured, "--epochs", 2, "--cache-dir", cache, env=NOBODY_ASKED)
+    assert call(folder, "train.py", *given, "--threads", number).code == 0
+    again = call(folder, "train.py", "--resume", measured, "--epochs", 2, "--cache-dir", cache)
     assert again.code == 0, again.text
     assert "in a trial" not in again.text
     assert start_of(measured)["threads"] == number
     assert_same_training(measured, only_run(tmp_path / "given"))
 
 
+@pytest.mark.usefixtures("nobody_asked")
 @pytest.mark.skipif(threads.available() < 2, reason="needs two cores")
-def test_a_resume_keeps_what_it_would_not_choose_and_changes_what_it_is_told(tiny, tmp_path):
+def test_a_resume_keeps_what_it_would_not_choose_and_changes_what_it_is_told(tiny, tmp_path, monkeypatch):
     given = ("--model", "mlp", *tiny, "--outdir", tmp_path, "--auto-resume")
-    assert run(AE, "train.py", *given, "--epochs", 1, "--threads", 2, env=NOBODY_ASKED).code == 0
+    assert call(AE, "train.py", *given, "--epochs", 1, "--threads", 2).code == 0
     folder = only_run(tmp_path)
-    assert run(AE, "train.py", *given, "--epochs", 2, env=NOBODY_ASKED).code == 0
+    assert call(AE, "train.py", *given, "--epochs", 2).code == 0
     assert [start_of(folder, which)["threads"] for which in (0, 1)] == [2, 2]
-    told = run(AE, "train.py", *given, "--epochs", 3, "--threads", 1, env=NOBODY_ASKED)
+    told = call(AE, "train.py", *given, "--epochs", 3, "--threads", 1)
     assert "this resume changes --threads 2 -> 1" in told.text
     assert newest_state(folder)["args"]["threads"] == 1
-    assert "--threads 1 -> 2" in run(AE, "train.py", *given, "--epochs", 4, env={"OMP_NUM_THREADS": "2"}).text
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert "--threads 1 -> 2" in call(AE, "train.py", *given, "--epochs", 4).text
     assert only_run(tmp_path) == folder  # whatever the number, it is the same run
 
 
-def test_a_resume_computes_with_the_recorded_number(ae_run, copy_of, tiny, cores, monkeypatch):
+@pytest.mark.usefixtures("nobody_asked")
+def test_a_resume_computes_with_the_recorded_number(ae_run, copy_of, tiny, cores):
     """Not only writes it down again."""
     cores(2)
-    monkeypatch.delenv("OMP_NUM_THREADS")
     folder = copy_of(ae_run)
     for _, path in ckpt.run_checkpoints(folder):
         state = ckpt.read_checkpoint(path)
@@ -119,17 +132,19 @@ def test_a_resume_computes_with_the_recorded_number(ae_run, copy_of, tiny, cores
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.usefixtures("nobody_asked")
 def test_a_resume_that_cannot_have_as_many_says_so(ae_run, copy_of, tiny):
     folder = copy_of(ae_run)
     for _, path in ckpt.run_checkpoints(folder):
         state = ckpt.read_checkpoint(path)
         state["args"]["threads"] = 4096
         ckpt.save_checkpoint(path, state)
-    result = run(AE, "train.py", "--resume", folder, "--epochs", 4, *tiny, env=NOBODY_ASKED)
+    result = call(AE, "train.py", "--resume", folder, "--epochs", 3, *tiny)
     assert result.code == 0, result.text
     assert result.text.count(f"4096 threads, and here are {threads.available()} cores: its last bits may differ") == 1
 
 
+@pytest.mark.usefixtures("nobody_asked")
 def test_a_run_saved_before_the_number_was_recorded_keeps_that_of_its_last_start(ae_run, copy_of, tiny):
     folder = copy_of(ae_run)
     for _, path in ckpt.run_checkpoints(folder):
@@ -137,7 +152,7 @@ def test_a_run_saved_before_the_number_was_recorded_keeps_that_of_its_last_start
         del state["args"]["threads"]
         ckpt.save_checkpoint(path, state)
     assert start_of(folder)["threads"] == 1
-    result = run(AE, "train.py", "--resume", folder, "--epochs", 3, *tiny, env=NOBODY_ASKED)
+    result = call(AE, "train.py", "--resume", folder, "--epochs", 3, *tiny)
     assert result.code == 0, result.text
     assert "in a trial" not in result.text
     assert newest_state(folder)["args"]["threads"] == 1

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from helpers import AE, LATENT, PIXEL, REPO, Result, call, environment, finish, run, start
+from helpers import AE, LATENT, PIXEL, REPO, Result, call, environment, finish, start
 
 from common.error_codes import OUT_OF_MEMORY, USAGE
 from common.session import Session
@@ -34,15 +34,15 @@ def test_only_a_typed_flag_starts_workers(folder, typed, tiny, ae_run, tmp_path,
     assert f"num_workers              {1 if typed else 2}" in result.text  # what is shown
 
 
-def test_a_wrong_variable_is_named_and_a_flag_overrides_it(tiny, tmp_path):
-    wrong = {"SLURM_CPUS_PER_TASK": "4(x2)"}
+def test_a_wrong_variable_is_named_and_a_flag_overrides_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4(x2)")
     flags = ("--model", "mlp", "--epochs", 1, "--outdir", tmp_path, *tiny)
-    result = run(AE, "train.py", *flags, env=wrong)
+    result = call(AE, "train.py", *flags)
     assert (result.code, len(result.errors)) == (USAGE, 1), result.text
     assert "$SLURM_CPUS_PER_TASK: '4(x2)' is not a whole number" in result.errors[0]
     assert "--num-workers" not in result.text
-    assert run(AE, "train.py", "--help", env=wrong).code == 0
-    assert run(AE, "train.py", *flags, "--num-workers", 0, env=wrong).code == 0
+    assert call(AE, "train.py", "--help").code == 0
+    assert call(AE, "train.py", *flags, "--num-workers", 0).code == 0
 
 
 # --- no room in shared memory ---
@@ -74,7 +74,9 @@ def with_shared_memory():
     return inside
 
 
-@pytest.mark.parametrize("size", ["8k", "64k", "256k", "600k"])
+@pytest.mark.parametrize(
+    "size", ["8k", *(pytest.param(size, marks=pytest.mark.slow) for size in ("64k", "256k")), "600k"]
+)
 def test_too_little_shared_memory_ends_the_run_with_one_line(size, with_shared_memory, tiny, tmp_path):
     """From no room for the queues to room for the first batches only: it ends, and never hangs."""
     flags = ("--model", "mlp", "--epochs", 2, "--num-workers", 2, "--outdir", tmp_path, *tiny, "--batch-size", 128)
@@ -85,11 +87,11 @@ def test_too_little_shared_memory_ends_the_run_with_one_line(size, with_shared_m
     assert "Traceback" not in result.text
 
 
-def test_enough_shared_memory_or_no_workers(with_shared_memory, tiny, tmp_path):
+@pytest.mark.parametrize(("size", "workers"), [pytest.param("16m", 2, marks=pytest.mark.slow), ("4k", 0)])
+def test_enough_shared_memory_or_no_workers(size, workers, with_shared_memory, tiny, tmp_path):
     flags = ("python", "train.py", "--model", "mlp", "--epochs", 1, "--outdir", tmp_path, *tiny)
-    for size, workers in (("16m", 2), ("4k", 0)):
-        result = with_shared_memory(size, *flags, "--num-workers", workers)
-        assert result.code == 0, result.text
+    result = with_shared_memory(size, *flags, "--num-workers", workers)
+    assert result.code == 0, result.text
 
 
 def children(pid: int) -> list[int]:
