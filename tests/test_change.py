@@ -8,7 +8,8 @@ import re
 import shutil
 
 import pytest
-from helpers import AE, LATENT, PIXEL, REPO, call, finish, only_run, start
+from forks import start
+from helpers import AE, LATENT, PIXEL, REPO, call, finish, only_run
 
 from common import classifier
 
