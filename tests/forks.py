@@ -5,6 +5,8 @@ hundredth. A fork is a process like another: it has a number, gets signals, ends
 its file. For what a start itself is to be tested on, there is `helpers.start`.
 """
 
+import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -33,17 +35,24 @@ def serve(listener: socket.socket) -> None:
     for name in PACKAGES:
         importlib.import_module(name)
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         link, _ = listener.accept()
         if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             listener.close()
             return attend(link)
         link.close()
+        reap()
+    reap()
     path.unlink()
     path.parent.rmdir()
     os._exit(0)
+
+
+def reap() -> None:
+    """Let go of those that have ended."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def attend(link: socket.socket) -> None:
@@ -104,11 +113,8 @@ def server() -> str:
         number = listener.fileno()
         command = [sys.executable, __file__, str(number)]
         process = subprocess.Popen(command, pass_fds=[number], stdin=subprocess.PIPE, env=environment())
-    process_of[path] = process
+    atexit.register(process.communicate)  # closes its stdin
     return path
-
-
-process_of: dict[str, subprocess.Popen] = {}  # their stdin stays open
 
 
 def ask(path: str, streams: list[int], words: list[str], folder: str, env: dict, group: bool) -> socket.socket:
