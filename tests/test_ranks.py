@@ -31,10 +31,11 @@ def flags(tiny, ae_run):
     Of 405 threes the last batch of 67 leaves one shard empty; of 45 threes to validate on 22 make three batches.
     """
     common = (*tiny, "--epochs", 3, "--lr-scheduler", "cosine", "--shards", 4)
+    shown = ("--samples-per-epoch", 4, "--generate-images")
     own = {
         AE: ("--model", "conv", "--latent-dim", 4, "--batch-size", 67),
         LATENT: ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16, "--batch-size", 67),
-        PIXEL: ("--base-ch", 8, "--T", 20, "--batch-size", 22, "--samples-per-epoch", 4, "--generate-images"),
+        PIXEL: ("--base-ch", 8, "--fine-ch", 0, "--T", 20, "--batch-size", 22, *shown),
     }
     return lambda folder, *more: (*common, *own[folder], *more)
 

@@ -41,7 +41,7 @@ def flags_of(folder, tiny, ae_run, epochs):
     own = {
         AE: ("--model", "mlp"),
         LATENT: ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16),
-        PIXEL: ("--T", 20, "--base-ch", 8),
+        PIXEL: ("--T", 20, "--base-ch", 8, "--fine-ch", 0),
     }
     often = ("--ckpt-every-sec", 0.02, "--generate-images", "--samples-per-epoch", 4)
     often = often[:3] if folder == AE else often
