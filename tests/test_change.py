@@ -8,7 +8,8 @@ import re
 import shutil
 
 import pytest
-from helpers import AE, LATENT, PIXEL, REPO, call, finish, only_run, start
+from forks import start
+from helpers import AE, LATENT, PIXEL, REPO, call, finish, only_run
 
 from common import classifier
 
@@ -52,7 +53,7 @@ def rows(tiny, tiny_latent, tmp_path, monkeypatch):
     """By experiment, the rows in metrics.jsonl of a run that is scored in its second epoch."""
     monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: classifier.DigitClassifier().eval())
     cache = shutil.copytree(tiny[3] / "decoded", tmp_path / "cache" / "decoded").parent
-    own = {AE: ("--model", "mlp", *tiny), LATENT: tiny_latent, PIXEL: ("--base-ch", 8, "--T", 4, *tiny)}
+    own = {AE: ("--model", "mlp", *tiny), LATENT: tiny_latent, PIXEL: ("--base-ch", 8, "--fine-ch", 0, "--T", 4, *tiny)}
     found = {}
     for folder, flags in own.items():
         more = ("--epochs", 2, "--eval-every", 2, "--cache-dir", cache, "--outdir", tmp_path / folder)

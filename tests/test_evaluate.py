@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import AE, LATENT, PIXEL, call, newest_state, only_run, run
+from forks import start
+from helpers import AE, LATENT, PIXEL, call, finish, newest_state, only_run, run
 from scipy.linalg import sqrtm
 
 from common import ckpt, classifier, data, evaluate, metrics
@@ -100,17 +101,17 @@ def test_worse_pictures_score_worse(judged):
 def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
     folder = copy_of(latent_run)
     flags = ("--n", 200, "--data", "embedded", "--cache-dir", cache)
-    plain = run(".", "-m common.evaluate", "--ckpt", folder, *flags)
+    plain = call("common", "evaluate.py", "--ckpt", folder, *flags)
     assert plain.code == 0, plain.text
     assert "not Inception figures" in plain.text
-    labelled = run(".", "-m common.evaluate", "--ckpt", folder, *flags, "--digit", 3, "--sampler", "ddim", "--steps", 5)
+    labelled = call("common", "evaluate.py", "--ckpt", folder, *flags, "--digit", 3, "--sampler", "ddim", "--steps", 5)
     assert labelled.code == 0, labelled.text
     written = json.loads((folder / "checkpoint_epoch_000002.scores.json").read_text())
     assert {"fid", "precision", "recall", "agreement", "fid_labelled", "agreement_labelled"} <= written.keys()
     assert written["details_labelled"]["settings"]["steps"] == 5
     assert written["details_labelled"]["classifier"] == fingerprint(judged[0])
     few = ("--sampler", "dpm", "--steps", 5)
-    nameless = run(".", "-m common.evaluate", "--ckpt", folder, *flags, "--digit", "none", *few)
+    nameless = call("common", "evaluate.py", "--ckpt", folder, *flags, "--digit", "none", *few)
     assert nameless.code == 0, nameless.text
     more = json.loads((folder / "checkpoint_epoch_000002.scores.json").read_text())
     assert more["details_unlabelled"]["settings"]["kind"] == "without labels"
@@ -118,21 +119,21 @@ def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
     few = [line for line in plain.text.splitlines() if "of only 25" in line]
     assert [line.split()[0] for line in few] == ["fid", "imbalance"]
     assert "'real' is of 25 digits, 'value' of 200 images: too few to compare with" in plain.text
-    best = run(".", "-m common.find_best_ckpt", folder, "--metric", "fid", "--print-path-only")
+    best = finish(start(".", "-m common.find_best_ckpt", folder, "--metric", "fid", "--print-path-only"))
     assert str(folder / "checkpoint_epoch_000002.pt") in best.text
 
 
 def test_scoring_an_autoencoder(ae_run, copy_of, cache, judged):
     folder = copy_of(ae_run)
     flags = ("--ckpt", folder, "--data", "embedded", "--cache-dir", cache, "--n", 200)
-    result = run(".", "-m common.evaluate", *flags)
+    result = call("common", "evaluate.py", *flags)
     assert result.code == 0, result.text
     assert "reconstructions" in result.text
     for sampling in (("--digit", 3), ("--sampler", "ddim")):
-        wrong = run(".", "-m common.evaluate", *flags, *sampling)
+        wrong = call("common", "evaluate.py", *flags, *sampling)
         assert wrong.code == MODEL_MISMATCH
         assert len(wrong.errors) == 1
-    assert run(".", "-m common.evaluate", "--ckpt", folder, "--n", 3).code == USAGE
+    assert call("common", "evaluate.py", "--ckpt", folder, "--n", 3).code == USAGE
 
 
 def test_a_classifier_learns_from_the_drawings_and_from_as_many_real_digits(
@@ -176,14 +177,14 @@ def test_a_classifier_learns_from_the_drawings_and_from_as_many_real_digits(
 )
 def test_wrong_flags_are_told_before_anything_is_trained(latent_run, flags, code, tmp_path):
     place = ("--data", "embedded", "--cache-dir", tmp_path)
-    result = run(".", "-m common.evaluate", "--ckpt", latent_run, *place, *flags)
+    result = call("common", "evaluate.py", "--ckpt", latent_run, *place, *flags)
     assert (result.code, len(result.errors)) == (code, 1), result.text
     assert not list(tmp_path.iterdir()), "no digits, no classifier"
 
 
 @pytest.mark.parametrize("folder", [AE, LATENT, PIXEL])
 def test_scores_during_training(folder, tiny, tiny_latent, judged, tmp_path):
-    pixel = ("--base-ch", 8, "--T", 4, *tiny)
+    pixel = ("--base-ch", 8, "--fine-ch", 0, "--T", 4, *tiny)
     own = {AE: ("--model", "mlp", *tiny), LATENT: tiny_latent, PIXEL: pixel}[folder]
     result = call(folder, "train.py", *own, "--epochs", 2, "--eval-every", 2, "--outdir", tmp_path)
     assert result.code == 0, result.text

@@ -61,7 +61,7 @@ def test_what_counts_as_a_path_of_ones_own(text, is_one):
 
 
 def test_the_walkthrough_runs_whole_and_its_checks_hold(cache):
-    few = {"T": 50, "PIXEL_STEPS": 20, "AE_EPOCHS": 1, "LATENT_STEPS": 20}
+    few = {"T": 40, "PIXEL_STEPS": 12, "AE_EPOCHS": 1, "LATENT_STEPS": 12}
     before = stored(WALKTHROUGH)
     assert set(few) <= set(re.findall(r"^(\w+) =", before[0].source, re.MULTILINE))
     cells = executed(WALKTHROUGH, **few, CACHE_DIR=str(cache))  # a check that does not hold raises

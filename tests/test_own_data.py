@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import AE, LATENT, PIXEL, assert_same_training, call, newest_state, only_run, run
+from helpers import AE, LATENT, PIXEL, assert_same_training, call, newest_state, only_run
 
 from common import ckpt, classifier, data, load, own_data
 from common.data import HF_MNIST
@@ -46,10 +46,10 @@ def quick(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def autoencoder(file, quick, tmp_path_factory):
-    """The run folder of an autoencoder of the shapes: the real script."""
+    """The run folder of an autoencoder of the shapes."""
     outdir = tmp_path_factory.mktemp("own-ae")
     given = ("--model", "mlp", "--data", file, *quick, "--epochs", 4, "--generate-images", "--outdir", outdir)
-    result = run(AE, "train.py", *given)
+    result = call(AE, "train.py", *given)
     assert result.code == OK, result.text
     assert "540 images of" in result.text
     assert f"for tests: {own_data.TENTH}" in result.text
@@ -61,7 +61,7 @@ def latent(file, quick, autoencoder, tmp_path_factory):
     """The run folder of a latent diffusion on them, trained by way of the newest autoencoder in a folder."""
     outdir = tmp_path_factory.mktemp("own-latent")
     folder = ("--ae-ckpt-dir", autoencoder.parent, "--T", 20, "--hidden-dim", 16)
-    result = run(LATENT, "train.py", *folder, "--data", file, *quick, "--epochs", 1, "--outdir", outdir)
+    result = call(LATENT, "train.py", *folder, "--data", file, *quick, "--epochs", 1, "--outdir", outdir)
     assert result.code == OK, result.text
     return only_run(outdir)
 
@@ -146,7 +146,7 @@ def test_it_is_scored_by_a_classifier_of_its_own(autoencoder, latent, file, quic
 def test_pixels_of_it_and_scores_during_training(file, quick, tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: classifier.DigitClassifier().eval())
     where = ("--data", file, *quick, "--outdir", tmp_path, "--cache-dir", tmp_path / "cache")
-    result = call(PIXEL, "train.py", *where, "--T", 10, "--base-ch", 8, "--epochs", 1, "--eval-every", 1)
+    result = call(PIXEL, "train.py", *where, "--T", 4, "--base-ch", 8, "--fine-ch", 0, "--epochs", 1, "--eval-every", 1)
     assert result.code == OK, result.text
     assert "agreement_labelled" in newest_state(only_run(tmp_path))["scores"]
 
@@ -312,7 +312,7 @@ def stored(cache, owner, name, *, config="default", splits=("train", "test"), co
 
 def test_a_data_set_of_the_hub_is_fetched_once_and_kept_under_its_name(tmp_path, monkeypatch):
     stored(tmp_path, "zoo", "shapes")
-    result = run(".", "-m common.data", "--data", "hub:zoo/shapes", "--cache-dir", tmp_path)
+    result = call("common", "data.py", "--data", "hub:zoo/shapes", "--cache-dir", tmp_path)
     assert result.code == OK, result.text
     assert "train: 150 images (hub:zoo/shapes)" in result.text
     assert "test: 30 images (hub:zoo/shapes, its own)" in result.text

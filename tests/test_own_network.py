@@ -5,7 +5,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import AE, LATENT, PIXEL, REPO, assert_same_training, call, finish, newest_state, only_run, start
+from forks import start
+from helpers import AE, LATENT, PIXEL, REPO, assert_same_training, call, finish, newest_state, only_run
 
 from common import ckpt, classifier, diffusion, load, modules
 from common.error_codes import MODEL_MISMATCH, NO_MODEL_SPECIFIED, OK, USAGE

@@ -11,19 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import (
-    AE,
-    LATENT,
-    PIXEL,
-    Result,
-    assert_same_training,
-    call,
-    finish,
-    metrics,
-    newest_state,
-    only_run,
-    start,
-)
+from forks import start
+from helpers import AE, LATENT, PIXEL, Result, assert_same_training, call, finish, metrics, newest_state, only_run
 from torch import nn
 
 from common import ckpt, ranks
@@ -42,10 +31,11 @@ def flags(tiny, ae_run):
     Of 405 threes the last batch of 67 leaves one shard empty; of 45 threes to validate on 22 make three batches.
     """
     common = (*tiny, "--epochs", 3, "--lr-scheduler", "cosine", "--shards", 4)
+    shown = ("--samples-per-epoch", 4, "--generate-images")
     own = {
         AE: ("--model", "conv", "--latent-dim", 4, "--batch-size", 67),
         LATENT: ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16, "--batch-size", 67),
-        PIXEL: ("--base-ch", 8, "--T", 20, "--batch-size", 22, "--samples-per-epoch", 4, "--generate-images"),
+        PIXEL: ("--base-ch", 8, "--fine-ch", 0, "--T", 20, "--batch-size", 22, *shown),
     }
     return lambda folder, *more: (*common, *own[folder], *more)
 
@@ -292,8 +282,15 @@ def children(pid: int) -> list[int]:
 LONG = ("--epochs", 100_000, "--ckpt-every-sec", 100_000)
 
 
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 1)])
-@pytest.mark.parametrize("drawing", [False, True])
+@pytest.mark.parametrize(
+    ("drawing", "number", "rank"),
+    [
+        (False, signal.SIGUSR1, 0),
+        (True, signal.SIGTERM, 1),
+        pytest.param(False, signal.SIGTERM, 1, marks=pytest.mark.slow),
+        pytest.param(True, signal.SIGUSR1, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_one_of_them_stops_all_at_the_same_step(number, rank, drawing, flags, tmp_path):
     """drawing: most of the time the first one draws previews, while the other waits."""
     more = ("--generate-images", "--samples-per-epoch", 64, "--T", 500) if drawing else ()
@@ -310,7 +307,9 @@ def test_a_signal_to_one_of_them_stops_all_at_the_same_step(number, rank, drawin
     assert f"in epoch {state['epoch']} after {state['batch']:,} batch" in results[0].text
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+)
 def test_a_signal_to_torchrun_saves_and_leaves_nobody(number, flags, tmp_path):
     process = start(LATENT, f"{TORCHRUN} 2 train.py", *flags(LATENT, *LONG, "--outdir", tmp_path))
     try:
@@ -402,17 +401,17 @@ def test_a_bad_loss_ends_all_of_them_with_one_line(flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("size", "wrong", "says"),
     [
-        (("--shards", 3), "2 processes cannot share 3 shards equally"),
-        (("--batch-size", 3), "--batch-size 3 is less than a row for each of 4 shards"),
-        (("--shards", "many"), "'many' is not a whole number"),
+        (2, ("--shards", 3), "2 processes cannot share 3 shards equally"),
+        (1, ("--batch-size", 3), "--batch-size 3 is less than a row for each of 4 shards"),
+        (1, ("--shards", "many"), "'many' is not a whole number"),
     ],
 )
-def test_wrong_shards_are_one_line(wrong, says, flags, tmp_path):
-    results = Launched(LATENT, 2, *flags(LATENT, *wrong, "--outdir", tmp_path)).finish()
-    assert [result.code for result in results] == [USAGE] * 2, results
-    assert [len(result.errors) for result in results] == [1, 0]
+def test_wrong_shards_are_one_line(size, wrong, says, flags, tmp_path):
+    results = Launched(LATENT, size, *flags(LATENT, *wrong, "--outdir", tmp_path)).finish()
+    assert [result.code for result in results] == [USAGE] * size, results
+    assert [len(result.errors) for result in results] == [1, 0][:size]
     assert says in results[0].errors[0]
     assert not list(tmp_path.rglob("*lddpm*"))
 
@@ -421,7 +420,6 @@ def test_a_run_keeps_its_shards(ae_run, copy_of, cache):
     """One that was begun by a process alone, or before shards existed, has one."""
     run = copy_of(ae_run)
     again = ("--resume", run, "--epochs", 3, "--cache-dir", cache)
-    assert [result.code for result in Launched(AE, 2, *again).finish()] == [USAGE] * 2
     state = newest_state(run)
     assert state["args"].pop("shards") == 1
     ckpt.save_checkpoint_and_link_latest(run, state)

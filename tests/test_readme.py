@@ -1,7 +1,8 @@
 """The README.md files and CLAUDE.md: no dead links, README.md is short, and every command works as it is typed.
 
 bash types the commands in a fresh copy of the repository, block by block, as a reader would: those of an experiment's
-page in its folder, all others in the repository's. Only its `python` and `torchrun` make training and drawing short.
+page in its folder, all others in the repository's. Only its `python` and `torchrun` make training and drawing short,
+and are forks.
 """
 
 import os
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import server
 from helpers import AE, LATENT, PIXEL, REPO, environment
 
 from common.error_codes import NO_DATA
@@ -49,13 +51,15 @@ SMALLER = {LATENT: ["--T", "50"], PIXEL: ["--T", "50", "--base-ch", "8"]}  # by 
 
 PYTHON = """#!{python} -SE
 import os, sys
+sys.path.insert(0, {tests!r})
+from forks import as_python
 launcher = ["-m", "torch.distributed.run"] if os.path.basename(sys.argv[0]) == "torchrun" else []
 words, shorter = sys.argv[1:], {shorter!r}
 for name in [name for name in shorter if name in words and "--export" not in words]:
     words += shorter[name]
     if name == "train.py":
         words += {smaller!r}.get(os.path.basename(os.getcwd()), [])
-os.execv({python!r}, [{python!r}, *launcher, *words])
+as_python({server!r}, [*launcher, *words])
 """
 
 
@@ -78,8 +82,10 @@ def copy(tmp_path_factory, cache, judged) -> Path:
     for experiment in (AE, LATENT, PIXEL):
         shutil.copytree(cache, copy / experiment / "hf_cache")  # with a classifier
     (folder / "bin").mkdir()
+    places = {"python": sys.executable, "tests": str(REPO / "tests"), "server": server()}
+    text = PYTHON.format(shorter=SHORTER, smaller=SMALLER, **places)
     for name in ("python", "torchrun"):
-        (folder / "bin" / name).write_text(PYTHON.format(python=sys.executable, shorter=SHORTER, smaller=SMALLER))
+        (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
     (folder / "home").mkdir()
     return copy
@@ -89,6 +95,7 @@ def type_in(copy: Path, folder: str, text: str) -> subprocess.CompletedProcess:
     """Type lines into a bash, in a folder of the copy; it stops at the first that fails."""
     path = f"{copy.parent / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     places = {"HOME": str(copy.parent / "home"), "VIRTUAL_ENV": sys.prefix, "PATH": path, "PIP_NO_INDEX": "1"}
+    places["PYTHON_EXEC"] = str(copy.parent / "bin" / "python")  # that torchrun is to start
     scratch = {"SCRATCH": str(copy.parent / "scratch")} if "$SCRATCH" in text else {}
     env = environment(**places, **scratch)
     command = ["bash", "-euxo", "pipefail", "-c", text]

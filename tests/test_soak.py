@@ -9,26 +9,11 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from helpers import (
-    AE,
-    LATENT,
-    PIXEL,
-    REPO,
-    assert_same_training,
-    call,
-    environment,
-    finish,
-    metrics,
-    only_run,
-    run,
-    scalars,
-    start,
-)
+from forks import start
+from helpers import AE, LATENT, PIXEL, assert_same_training, call, finish, metrics, only_run, scalars
 
 from common import ckpt
 
@@ -56,7 +41,7 @@ def flags_of(folder, tiny, ae_run, epochs):
     own = {
         AE: ("--model", "mlp"),
         LATENT: ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16),
-        PIXEL: ("--T", 20, "--base-ch", 8),
+        PIXEL: ("--T", 20, "--base-ch", 8, "--fine-ch", 0),
     }
     often = ("--ckpt-every-sec", 0.02, "--generate-images", "--samples-per-epoch", 4)
     often = often[:3] if folder == AE else often
@@ -67,7 +52,7 @@ def flags_of(folder, tiny, ae_run, epochs):
 def test_soak(folder, tiny, ae_run, tmp_path, pytestconfig):
     """SIGKILL at random instants of a real run: around its restoring, or after it saved; each start goes on."""
     kills = pytestconfig.getoption("--kills")
-    epochs = 4 + 6 * kills  # enough to be killed that often
+    epochs = 4 + (3 if folder == PIXEL else 6) * kills  # enough to be killed that often
     given = flags_of(folder, tiny, ae_run, epochs)
     reference = call(folder, "train.py", *given, "--outdir", tmp_path / "untouched")
     assert reference.code == 0, reference.text
@@ -87,7 +72,7 @@ def test_soak(folder, tiny, ae_run, tmp_path, pytestconfig):
         assert result.code == -signal.SIGKILL, f"ended after {done} kills, seed {seed}: {result.text}"
         done += 1
     print(f"{folder}: {done} kills, seed {seed}")
-    result = run(folder, "train.py", *given)
+    result = call(folder, "train.py", *given)
     assert result.code == 0, f"seed {seed}: {result.text}"
     untouched, killed = only_run(tmp_path / "untouched"), only_run(tmp_path / "killed")
     assert_same_training(killed, untouched)
@@ -113,9 +98,8 @@ def test_killed_in_the_middle_of_a_save(when, at, tiny, ae_run, latent_run, tmp_
     """SIGKILL when the file is written but not flushed, or flushed but not renamed, or renamed but not linked."""
     flags = ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16, *tiny, "--epochs", 2, "--outdir", tmp_path)
     given = (*flags, "--auto-resume", "--ckpt-every-sec", 0.001)
-    command = [sys.executable, "-c", KILL_IN_SAVE, when, str(at), *map(str, given)]
-    process = subprocess.run(command, cwd=REPO / LATENT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert process.returncode == -signal.SIGKILL, process.stdout + process.stderr
+    killed = finish(start(LATENT, "-c", KILL_IN_SAVE, when, at, *given))
+    assert killed.code == -signal.SIGKILL, killed.text
     result = call(LATENT, "train.py", *given)
     assert result.code == 0, result.text
     assert "resumed from" in result.text

@@ -75,12 +75,18 @@ class Cluster:
         assert reply.returncode == 0, f"{command}: {reply.stdout}{reply.stderr}"
         return reply.stdout.strip()
 
-    def submit(self, folder: Path, *options: str, flags: tuple = ()) -> str:
-        """sbatch job.sh from inside an experiment's folder; returns the job's number."""
+    def submit(self, folder: Path, *options: str, flags: tuple = (), path: str = "", scratch: bool = True) -> str:
+        """sbatch job.sh from inside an experiment's folder; returns the job's number.
+
+        path: a folder whose programs come before all others; scratch: with $SCRATCH.
+        """
+        env = self.env | ({"PATH": f"{path}:{self.env['PATH']}"} if path else {})
+        if not scratch:
+            del env["SCRATCH"]
         log = f"--output={self.scratch}/%x-%A_%a.out"
         fits = ("--gres=none", "--cpus-per-task=1", "--mem=0", f"--chdir={folder}")
         command = ["sbatch", "--parsable", *fits, log, *options, "job.sh", *map(str, flags)]
-        reply = subprocess.run(command, cwd=folder, env=self.env, capture_output=True, text=True, timeout=60)
+        reply = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
         assert reply.returncode == 0, reply.stderr
         return reply.stdout.strip()
 
@@ -91,14 +97,14 @@ class Cluster:
 
     def states(self, job: str) -> set[str]:
         """The states of a job's tasks (or of several, "1,2"); empty when none is queued or running."""
-        return set(self._squeue(job, "%T"))
+        return set(self._squeue("%T", "-j", job))
 
-    def _squeue(self, job: str, form: str) -> list[str]:
-        command = ["squeue", "-h", "--array", "-o", form, "-j", job]
+    def _squeue(self, form: str, *which: str) -> list[str]:
+        command = ["squeue", "-h", "--array", "-o", form, *which]
         return subprocess.run(command, env=self.env, capture_output=True, text=True).stdout.splitlines()
 
     def wait_until(self, what: str, condition, job: str, patience: float = 150.0) -> None:
-        """Poll; meanwhile let requeued jobs start after a few seconds instead of Slurm's two minutes.
+        """Poll; meanwhile let all requeued jobs start after a few seconds instead of Slurm's two minutes.
 
         Not at once: slurmd refuses a job's credential in the second in which it revoked that job's last one.
         """
@@ -106,7 +112,7 @@ class Cluster:
         waits: dict[str, float] = {}  # since when each requeued task was seen waiting
         while not condition():
             assert time.monotonic() < deadline, f"no {what} of job {job}: {self.states(job)}\n{self.log(job)}"
-            for task in self._squeue(job, "%i %r"):
+            for task in self._squeue("%i %r"):
                 name, reason = task.split(maxsplit=1)
                 if reason != "BeginTime":
                     waits.pop(name, None)
