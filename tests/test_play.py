@@ -886,6 +886,10 @@ def test_the_training_of_a_run(visit, runs):
         "2 epochs; lowest validation loss .* after epoch . newest checkpoint: epoch 2|2 epochs; lowest",
     )
     assert page.locator("#curves polyline").count() == 2
+    page.set_viewport_size({"width": 360, "height": 800})
+    page.wait_for_function(  # the curves' words keep their size: a drawing's unit stays a pixel
+        "() => Math.abs(document.querySelector('#curves svg').getScreenCTM().a - 1) < 0.01 && innerWidth === 360"
+    )
     says(page, "#flags", "hidden_dim")
     says(page, "#epoch-said", "epoch 2")
     page.focus("#epoch")

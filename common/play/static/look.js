@@ -3,22 +3,24 @@
 import { byId, element, say } from "./page.js";
 
 const AGAIN = 10000; // milliseconds until a run that may still train is looked at again
-const WIDTH = 640;
-const HEIGHT = 330;
-const [LEFT, RIGHT, TOP, BOTTOM] = [56, 12, 12, 46];
+const NARROWEST = 240; // pixels of the curves, whose width is their box's, so that their words keep their size
+const [LEFT, RIGHT, TOP, BOTTOM] = [56, 12, 12, 52];
+const PER_TICK = 72; // pixels between two epochs that are named
 const CURVES = [["train_loss", "training"], ["val_loss", "validation"]];
 
 export class Look {
   constructor(link) {
     this.link = link;
     byId("epoch").oninput = () => this.picture(Number(byId("epoch").value));
+    new ResizeObserver(() => this.curves()).observe(byId("curves"));
     setInterval(() => !byId("look").hidden && !document.hidden && this.run && this.ask(), AGAIN);
   }
 
   open(run) {
     this.run = run;
     this.pictures = [];
-    byId("curves").replaceChildren();
+    this.losses = [];
+    this.curves();
     this.ask();
   }
 
@@ -29,13 +31,19 @@ export class Look {
   receive(header) {
     if (header.error) return say("look-said", header.error, true);
     const losses = header.rows.filter((row) => CURVES.some(([name]) => row[name] > 0));
-    byId("curves").replaceChildren(...(losses.length ? [curves(losses)] : []));
+    this.losses = losses;
+    this.curves();
     const best = losses.reduce((least, row) => (row.val_loss !== null && (least === null || row.val_loss < least.val_loss) ? row : least), null);
     say("look-said", losses.length === 0 ? "This run has no metrics.jsonl: there are no curves."
       : `${losses.length} epochs${best ? `; lowest validation loss ${best.val_loss.toPrecision(4)} after epoch ${best.epoch}` : ""}; newest checkpoint: epoch ${header.epoch}.`);
     this.epochs(header.pictures);
     byId("flags").replaceChildren(...Object.entries(header.flags).map(([name, value]) =>
       element("tr", {}, element("th", { scope: "row", textContent: name }), element("td", { textContent: value }))));
+  }
+
+  curves() {
+    const width = Math.max(NARROWEST, byId("curves").clientWidth);
+    byId("curves").replaceChildren(...(this.losses?.length ? [curves(this.losses, width)] : []));
   }
 
   // The pictures there are; the newest is shown, until somebody moves the slider.
@@ -70,33 +78,34 @@ function svg(name, attributes, ...children) {
 }
 
 // The losses over epochs, on a logarithmic axis, as an SVG whose colours are the style sheet's.
-function curves(rows) {
+function curves(rows, width) {
+  const height = Math.round(120 + width / 3);
   const values = rows.flatMap((row) => CURVES.map(([name]) => row[name])).filter((value) => value > 0);
   const [low, high] = [Math.min(...values) * 0.97, Math.max(...values) * 1.03];
   const [first, last] = [rows[0].epoch, rows.at(-1).epoch];
-  const x = (epoch) => LEFT + ((epoch - first) / Math.max(1, last - first)) * (WIDTH - LEFT - RIGHT);
-  const y = (loss) => TOP + (1 - Math.log(loss / low) / Math.log(high / low)) * (HEIGHT - TOP - BOTTOM);
+  const x = (epoch) => LEFT + ((epoch - first) / Math.max(1, last - first)) * (width - LEFT - RIGHT);
+  const y = (loss) => TOP + (1 - Math.log(loss / low) / Math.log(high / low)) * (height - TOP - BOTTOM);
   const parts = [];
   for (const loss of ticks(low, high)) {
-    parts.push(svg("line", { class: "line", x1: LEFT, x2: WIDTH - RIGHT, y1: y(loss), y2: y(loss) }));
+    parts.push(svg("line", { class: "line", x1: LEFT, x2: width - RIGHT, y1: y(loss), y2: y(loss) }));
     parts.push(svg("text", { x: LEFT - 8, y: y(loss) + 4, "text-anchor": "end" }, Number(loss.toPrecision(3))));
   }
-  const every = Math.max(1, Math.ceil((last - first) / 8));
+  const every = Math.max(1, Math.ceil(((last - first) * PER_TICK) / (width - LEFT - RIGHT)));
   for (let epoch = first; epoch <= last; epoch += every) {
-    parts.push(svg("text", { x: x(epoch), y: HEIGHT - BOTTOM + 18, "text-anchor": "middle" }, epoch));
+    parts.push(svg("text", { x: x(epoch), y: height - BOTTOM + 18, "text-anchor": "middle" }, epoch));
   }
-  parts.push(svg("text", { x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 2, "text-anchor": "middle" }, "epoch"));
+  parts.push(svg("text", { x: (LEFT + width - RIGHT) / 2, y: height - 12, "text-anchor": "middle" }, "epoch"));
   CURVES.forEach(([name, title], number) => {
     const known = rows.filter((row) => row[name] > 0);
     const points = known.map((row) => `${x(row.epoch).toFixed(1)},${y(row[name]).toFixed(1)}`).join(" ");
     parts.push(svg("polyline", { class: `curve ${name}`, points }));
     if (known.length === 1) parts.push(svg("circle", { class: `dot ${name}`, cx: x(known[0].epoch), cy: y(known[0][name]), r: 3 }));
     const top = TOP + 14 + 20 * number;
-    parts.push(svg("line", { class: `curve ${name}`, x1: WIDTH - 130, x2: WIDTH - 106, y1: top, y2: top }));
-    parts.push(svg("text", { x: WIDTH - 98, y: top + 4 }, title));
+    parts.push(svg("line", { class: `curve ${name}`, x1: width - 130, x2: width - 106, y1: top, y2: top }));
+    parts.push(svg("text", { x: width - 98, y: top + 4 }, title));
   });
   const said = `Losses from epoch ${first} to ${last}, between ${low.toPrecision(3)} and ${high.toPrecision(3)}`;
-  return svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": said }, ...parts);
+  return svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": said }, ...parts);
 }
 
 // Round numbers between low and high, some three to nine of them.
