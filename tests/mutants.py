@@ -11,11 +11,13 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -43,19 +45,21 @@ def why_useless(tests: str) -> str:
 
 def end_of(tests: str, fault: dict | None) -> tuple[str, str]:
     """How the tests end in a copy with the fault ("passed", "failed", "late" or "broken"), and their last words."""
-    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mutant-", ignore_cleanup_errors=True) as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(REPO, copy, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
         if fault is not None:
             path = copy / fault["file"]
             path.write_text(path.read_text().replace(fault["old"], fault["new"]))
         chosen = [f"tests/{word}" if ".py" in word else word for word in shlex.split(tests)]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", *chosen]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", "--all", *chosen]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": folder, "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             return "late", f"still running after {PATIENCE} s"
+        finally:
+            end_what_is_left(folder)
         last = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         words = (last or done.stdout.splitlines() or done.stderr.splitlines())[-1]
         if "TimeoutExpired" in done.stdout:
@@ -63,7 +67,16 @@ def end_of(tests: str, fault: dict | None) -> tuple[str, str]:
         return {PASSED: "passed", FAILED: "failed"}.get(done.returncode, "broken"), words
 
 
+def end_what_is_left(folder: str) -> None:
+    """Kill what the tests left running (Linux): a faulty trainer may write to the copy for ever."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # not ours, or gone
+            if f"TMPDIR={folder}".encode() in (process / "environ").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+
+
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # by way of the cleaning up
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="of faults in mutants.toml (default: all)")
     parser.add_argument("--list", action="store_true", help="run nothing")
