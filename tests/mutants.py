@@ -1,6 +1,6 @@
 """Deliberate faults, each by itself in a copy of the repository: which of them does the suite not notice?
 
-    python tests/mutants.py                    # all of mutants.toml (an hour on one core)
+    python tests/mutants.py                    # all of mutants.toml (hours on one core)
     python tests/mutants.py --list             # their names, and which no longer apply: at once
     python tests/mutants.py ema_swapped ...    # only these
 

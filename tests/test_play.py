@@ -228,6 +228,17 @@ def test_a_run_of_an_unknown_kind_keeps_no_other_from_the_list(latent_run, copy_
         find([str(other)], warned.append)
 
 
+def test_latents_are_drawn_by_one_thread_beside_the_browser_and_pixels_by_the_fastest_number(runs, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(play_runs.threads, "fastest", lambda _work: (torch.set_num_threads(3), 3)[::-1])
+    shelf = Shelf(find([str(runs["lddpm"]), str(runs["ddpm"])], print), "cpu", "auto", None)
+    try:
+        opened = {model: shelf.open(runs[model].name).threads for model in ("ddpm", "lddpm")}
+    finally:
+        torch.set_num_threads(1)
+    assert opened == {"ddpm": 3, "lddpm": 1}
+
+
 def test_files_in_one_folder_keep_a_map_each(ae_run, conv_run, cache, tmp_path):
     for run_folder, name in ((ae_run, "a.pt"), (conv_run, "b.pt")):
         assert call(AE, "infer.py", "--ckpt", run_folder, "--export", tmp_path / name).code == 0
@@ -890,6 +901,12 @@ def test_the_training_of_a_run(visit, runs):
     page.wait_for_function(  # the curves' words keep their size: a drawing's unit stays a pixel
         "() => Math.abs(document.querySelector('#curves svg').getScreenCTM().a - 1) < 0.01 && innerWidth === 360"
     )
+    push = """() => {
+        const box = document.getElementById("curves"), before = box.offsetHeight;
+        box.replaceChildren();
+        return before - box.offsetHeight;
+    }"""
+    assert page.evaluate(push) == 0  # nothing moves when the curves come
     says(page, "#flags", "hidden_dim")
     says(page, "#epoch-said", "epoch 2")
     page.focus("#epoch")

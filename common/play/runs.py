@@ -234,10 +234,12 @@ class Shelf:
         return opened[1]
 
     def _threads(self, run: Diffusion | Autoencoder) -> int:
-        """As infer.py chooses them."""
+        """As infer.py chooses them, but one for latents, whose short steps share the cores with a painting browser."""
         import torch
 
         def fastest() -> int:
+            if isinstance(run, Diffusion) and run.autoencoder:
+                return 1
             if isinstance(run, Autoencoder):
                 return threads.recorded(run.flags)
             if get_device(self.device).type != "cpu":

@@ -3,16 +3,15 @@
 import { byId, element, say } from "./page.js";
 
 const AGAIN = 10000; // milliseconds until a run that may still train is looked at again
-const NARROWEST = 240; // pixels of the curves, whose width is their box's, so that their words keep their size
 const [LEFT, RIGHT, TOP, BOTTOM] = [56, 12, 12, 52];
 const PER_TICK = 72; // pixels between two epochs that are named
 const CURVES = [["train_loss", "training"], ["val_loss", "validation"]];
 
 export class Look {
   constructor(link) {
-    this.link = link;
+    Object.assign(this, { link, losses: [] });
     byId("epoch").oninput = () => this.picture(Number(byId("epoch").value));
-    new ResizeObserver(() => this.curves()).observe(byId("curves"));
+    new ResizeObserver(() => this.showLosses()).observe(byId("curves"));
     setInterval(() => !byId("look").hidden && !document.hidden && this.run && this.ask(), AGAIN);
   }
 
@@ -20,7 +19,7 @@ export class Look {
     this.run = run;
     this.pictures = [];
     this.losses = [];
-    this.curves();
+    this.showLosses();
     this.ask();
   }
 
@@ -32,7 +31,7 @@ export class Look {
     if (header.error) return say("look-said", header.error, true);
     const losses = header.rows.filter((row) => CURVES.some(([name]) => row[name] > 0));
     this.losses = losses;
-    this.curves();
+    this.showLosses();
     const best = losses.reduce((least, row) => (row.val_loss !== null && (least === null || row.val_loss < least.val_loss) ? row : least), null);
     say("look-said", losses.length === 0 ? "This run has no metrics.jsonl: there are no curves."
       : `${losses.length} epochs${best ? `; lowest validation loss ${best.val_loss.toPrecision(4)} after epoch ${best.epoch}` : ""}; newest checkpoint: epoch ${header.epoch}.`);
@@ -41,9 +40,10 @@ export class Look {
       element("tr", {}, element("th", { scope: "row", textContent: name }), element("td", { textContent: value }))));
   }
 
-  curves() {
-    const width = Math.max(NARROWEST, byId("curves").clientWidth);
-    byId("curves").replaceChildren(...(this.losses?.length ? [curves(this.losses, width)] : []));
+  // In pixels of their box, so that their words keep their size; a hidden box has none.
+  showLosses() {
+    const { clientWidth: width, clientHeight: height } = byId("curves");
+    byId("curves").replaceChildren(...(width && this.losses.length ? [curves(this.losses, width, height)] : []));
   }
 
   // The pictures there are; the newest is shown, until somebody moves the slider.
@@ -78,8 +78,7 @@ function svg(name, attributes, ...children) {
 }
 
 // The losses over epochs, on a logarithmic axis, as an SVG whose colours are the style sheet's.
-function curves(rows, width) {
-  const height = Math.round(120 + width / 3);
+function curves(rows, width, height) {
   const values = rows.flatMap((row) => CURVES.map(([name]) => row[name])).filter((value) => value > 0);
   const [low, high] = [Math.min(...values) * 0.97, Math.max(...values) * 1.03];
   const [first, last] = [rows[0].epoch, rows.at(-1).epoch];
