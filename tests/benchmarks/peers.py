@@ -89,12 +89,9 @@ class PlainDenoiser(nn.Module):
             h = block(h, emb)
         return self.leave(h)
 
-    def predictor(self) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
-        return lambda x, t, labels: self(x, torch.full((len(x),), t), labels)
-
 
 class Library(nn.Module):
-    """A library's U-Net behind the interface of ours; it knows no labels. call(net, x, t) -> epsilon."""
+    """A library's U-Net behind the interface of ours. call(net, x, t, labels) -> epsilon."""
 
     null_label = 10
 
@@ -102,22 +99,20 @@ class Library(nn.Module):
         super().__init__()
         self.net, self.call = net, call
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
-        return self.call(self.net, x, t)
-
-    predictor = PlainDenoiser.predictor
+    def forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.call(self.net, x, t, labels)
 
 
 def lucidrains(dim: int) -> Library:
-    """denoising-diffusion-pytorch's Unet with dim, 2 dim and 2 dim channels."""
+    """denoising-diffusion-pytorch's Unet with dim, 2 dim and 2 dim channels; it knows no labels."""
     from denoising_diffusion_pytorch import Unet
 
     net = Unet(dim=dim, dim_mults=(1, 2, 2), channels=1).to(memory_format=torch.channels_last)  # up to 1.8 times faster
-    return Library(net, lambda net, x, t: net(x, t))
+    return Library(net, lambda net, x, t, _labels: net(x, t))
 
 
 def diffusers_unet(channels: tuple[int, int, int], groups: int = 8) -> Library:
-    """diffusers' UNet2DModel with one layer a block, and attention at 7 x 7."""
+    """diffusers' UNet2DModel with one layer a block, attention at 7 x 7, and an embedding of the label."""
     from diffusers import UNet2DModel
 
     net = UNet2DModel(
@@ -126,11 +121,12 @@ def diffusers_unet(channels: tuple[int, int, int], groups: int = 8) -> Library:
         out_channels=1,
         layers_per_block=1,
         block_out_channels=channels,
+        num_class_embeds=11,
         norm_num_groups=groups,  # its default of 32 would normalise each of 32 channels by itself
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     ).to(memory_format=torch.channels_last)  # 4 % faster
-    return Library(net, lambda net, x, t: net(x, t).sample)
+    return Library(net, lambda net, x, t, labels: net(x, t, labels).sample)
 
 
 class OneByOne(torch.utils.data.Dataset):

@@ -29,9 +29,10 @@ from peers import LABEL_DROPOUT, PlainDenoiser, diffusers_unet, lucidrains
 from quality import DIGITS, add_quality, evaluated
 
 from common import threads
-from common.args import Parser, add_data_arguments, number
+from common.args import Parser, add_data_arguments, add_device_argument, number
 from common.classifier import load_classifier
 from common.data import HF_MNIST, split_train_val
+from common.device import get_device, move
 from common.diffusion import draw, epsilon_loss, loss_draws, precompute_schedules, uniform_timesteps
 from common.error_codes import run_main
 from common.evaluate import score
@@ -73,10 +74,12 @@ NETWORKS = {
 class Training:
     """A contestant in training for so many images; `go()` makes the next step."""
 
-    def __init__(self, one: Contestant, digits: HF_MNIST, images: float, seed: int = 0) -> None:
+    def __init__(
+        self, one: Contestant, digits: HF_MNIST, images: float, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
         self.one, self.seed, self.step, self.total = one, seed, 0, max(int(images / one.batch), 1)
         self.images, self.labels = digits[torch.arange(len(digits))]
-        self.schedules = precompute_schedules()
+        self.device, self.schedules = torch.device(device), precompute_schedules(device=device)
         self.timesteps = uniform_timesteps(self.schedules)
         torch.manual_seed(seed)
         warmup = min(100, self.total // 10)
@@ -85,14 +88,15 @@ class Training:
             return learning_rate(step, self.total, one.lr, "cosine", warmup)
 
         options = {"grad_clip": 1.0, "ema": 0.999, "weight_decay": 0.0}
-        self.learner = Learner(one.make(), torch.device("cpu"), lr_at=lr_at, **options)
+        self.learner = Learner(one.make(), self.device, lr_at=lr_at, **options)
         self.learner.net.train()
 
     def go(self) -> None:
         rng = generator(self.seed, "pixel benchmark", self.step)
         rows = torch.randint(len(self.images), (self.one.batch,), generator=rng)
-        x, labels = 2 * self.images[rows] - 1, self.labels[rows]
-        draws = loss_draws(x.shape, self.timesteps, rng, LABEL_DROPOUT)
+        batch = (2 * self.images[rows] - 1, self.labels[rows])
+        draws = loss_draws(batch[0].shape, self.timesteps, rng, LABEL_DROPOUT)
+        x, labels, *draws = (move(part, self.device) for part in (*batch, *draws))
 
         def loss_of(_shard: int, _rows: slice) -> torch.Tensor:
             return epsilon_loss(self.learner.net, x, labels, self.schedules, draws)
@@ -105,7 +109,7 @@ class Training:
         """(N, 1, 28, 28) in [0, 1]."""
         net = self.learner.averaged_net.eval()
         x = draw(net, (1, 28, 28), self.schedules, labels=labels, seed=3, steps=steps)
-        return x.add(1).div(2).clamp(0, 1)
+        return x.add(1).div(2).clamp(0, 1).cpu()
 
 
 def images_per_second(one: Contestant, digits: HF_MNIST, seconds: float = 5.0) -> float:
@@ -198,7 +202,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=number(float, 0), help="instead of each network's own")
     parser.add_argument("--batch", type=number(int, 1), help="instead of each network's own")
     add_data_arguments(parser)
+    add_device_argument(parser)
     args = parser.parse_args(argv)
+    device = get_device(args.device or "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # a GPU computes as exactly as the CPUs that the minutes are of
     threads.use(args.threads or threads.available())
     digits, _ = split_train_val(HF_MNIST("train", args.cache_dir, args.digit, "hub"), 42)
     rates = args.images_per_second or [images_per_second(NETWORKS[name], digits) for name in args.networks]
@@ -212,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
             one = NETWORKS[name]
             one = one._replace(lr=args.lr or one.lr, batch=args.batch or one.batch)
             for seed in args.seeds:
-                training = Training(one, digits, rate * 60 * minutes, seed)
+                training = Training(one, digits, rate * 60 * minutes, seed, device)
                 while training.step < training.total:
                     training.go()
                 rows = judge(training)
