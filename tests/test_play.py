@@ -29,13 +29,13 @@ from tornado.websocket import websocket_connect
 from common import classifier, load, picture
 from common.error_codes import BAD_CHECKPOINT, INTERRUPTED, NO_DEVICE, USAGE, Exit
 from common.images import to_bytes
-from common.play import judge
+from common.play import drawings, judge
 from common.play import runs as play_runs
 from common.play.runs import Shelf, find
 from common.play.server import MOST_TABS, is_own_name, names_of
 from common.play.space import Space
 from common.play.wishes import MOST_BYTES, MOST_IMAGES, MOST_PASSES, Refused, drawing, parsed
-from common.play.worker import Wish
+from common.play.worker import Cancelled, Wish
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PLAY = "-m common.play"
@@ -152,9 +152,17 @@ def parts_of(message: bytes) -> tuple[dict, bytes]:
 
 
 def last_pictures(answers: list) -> bytes:
-    """The predicted x_0 of the last frame."""
-    pixels = next(pixels for header, pixels in reversed(answers) if "left" in header)
+    """The finished drawing: the predicted x_0 with no steps left."""
+    pixels = next(pixels for header, pixels in reversed(answers) if header.get("left") == 0)
     return pixels[len(pixels) // 2 :]
+
+
+def moments(answers: list) -> dict[int, tuple[dict, bytes]]:
+    """{steps left: (header, pixels)}, each of them once."""
+    shown = [part for part in answers if "left" in part[0]]
+    found = {part[0]["left"]: part for part in shown}
+    assert len(found) == len(shown)
+    return found
 
 
 # --- the command ---
@@ -283,9 +291,40 @@ def test_a_drawing_is_what_load_draws_bit_for_bit(server, runs, kind):
         own = [part for part in answers if part[0].get("side") == side]
         mine = images.draw(**{"count": 4, "steps": 5, "sampler": "ddim"} | how)
         assert last_pictures(own) == to_bytes(mine).numpy().tobytes()
-        assert [header["left"] for header, _ in own if "left" in header] == [5, 4, 3, 2, 1, 0]
-        assert own[-1][0]["labels"] == [3] * 4
-        assert own[-1][0]["epoch"] == images.epoch
+        shown = moments(own)
+        assert sorted(shown) == [0, 1, 2, 3, 4, 5]
+        assert shown[0][0]["labels"] == [3] * 4
+        assert shown[0][0]["epoch"] == images.epoch
+        assert own[-1][0]["done"]
+
+
+@pytest.mark.parametrize(("every", "order"), [(-1, [5, 4, 3, 2, 1, 0]), (1e9, [0, 5, 4, 3, 2, 1])])
+def test_a_quick_picture_comes_before_its_moments(runs, monkeypatch, every, order):
+    monkeypatch.setattr(drawings, "SHOW_EVERY", every)
+    shelf = Shelf(find([str(runs["lddpm"])], print), "cpu", 1, None)
+    asked = {"run": runs["lddpm"].name, "drawings": [settings()]}
+    said = []
+    wish = Wish((), lambda _: None, lambda _: None, short=True)
+    drawings.draw(shelf, wish, asked, lambda pixels=b"", **header: said.append(header))
+    assert [header["left"] for header in said if "left" in header] == order
+    assert said[-2]["done"]
+
+
+def test_a_newer_wish_ends_the_moments_of_an_older_one(runs, monkeypatch):
+    monkeypatch.setattr(drawings, "SHOW_EVERY", 1e9)
+    shelf = Shelf(find([str(runs["lddpm"])], print), "cpu", 1, None)
+    said = []
+
+    def poll() -> None:
+        if any(header.get("left") == 0 for header in said):
+            raise Cancelled
+
+    wish = Wish((), lambda _: None, lambda _: None, short=True)
+    wish.poll = poll
+    asked = {"run": runs["lddpm"].name, "drawings": [settings()]}
+    with pytest.raises(Cancelled):
+        drawings.draw(shelf, wish, asked, lambda pixels=b"", **header: said.append(header))
+    assert [header["left"] for header in said] == [0]  # and not "done": its moments are asked for again
 
 
 def test_frames_are_x_t_and_the_x_0_predicted_from_it(server, runs):
@@ -300,10 +339,10 @@ def test_frames_are_x_t_and_the_x_0_predicted_from_it(server, runs):
         steps=5,
         watch=lambda left, x, x_0, to: seen.update({left: to(x_0)}),
     )
-    for header, pixels in answers:
-        if "left" in header:
-            assert pixels[len(pixels) // 2 :] == to_bytes(seen[header["left"]]).numpy().tobytes()
-    first, final = answers[0][1], answers[-3][1]
+    shown = moments(answers)
+    for left, (_, pixels) in shown.items():
+        assert pixels[len(pixels) // 2 :] == to_bytes(seen[left]).numpy().tobytes()
+    first, final = shown[5][1], shown[0][1]
     assert first[: len(first) // 2] != first[len(first) // 2 :]
     assert final[: len(final) // 2] == final[len(final) // 2 :]
 
@@ -321,7 +360,7 @@ def test_a_newer_epoch_is_picked_up(server, runs):
     torch.save(state, later)
     try:
         _, after = talk(server, asked)
-        assert (before[-2][0]["epoch"], after[-2][0]["epoch"]) == (2, 3)
+        assert [moments(answers)[0][0]["epoch"] for answers in (before, after)] == [2, 3]
         assert last_pictures(before) != last_pictures(after)
     finally:
         later.unlink()
@@ -641,7 +680,7 @@ def test_twenty_tabs_at_once(server, runs, request):
                 header, pixels = parts_of(await asyncio.wait_for(socket.read_message(), 60))
                 if header["id"] != count:
                     continue
-                final = pixels if "left" in header else final
+                final = pixels if header.get("left") == 0 else final
                 if "last" in header:
                     break
             assert final[len(final) // 2 :] == right[seed]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 FRAMES = 32  # of a drawing, at most
+SHOW_EVERY = 0.1  # seconds between the moments that are shown while a drawing runs
 TELL_EVERY = 0.4  # seconds between words on how far long work is
 SHORT_STEPS = 200  # of a latent drawing that may come between the steps of other work
 FORMS = {"png": "generated.png", "npz": "generated.npz", "gif": "generated_process.gif"}  # as infer.py names them
@@ -66,7 +67,10 @@ def is_short(shelf: Shelf, asked: dict[str, Any]) -> bool:
 
 
 def draw(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
-    """One or two drawings: of up to FRAMES moments x_t and the x_0 predicted from it, and then what made them."""
+    """One or two drawings: of up to FRAMES moments x_t and the x_0 predicted from it, and what made them.
+
+    The moments come as they are drawn if that takes long, and else after the picture, which has 0 steps left.
+    """
     opened = shelf.open(asked.get("run"))
     sides = sides_of(asked, opened.diffusion.flags)
     for drawing in sides:
@@ -85,22 +89,34 @@ def _draw(shelf: Shelf, wish: Wish, opened: Opened, drawing: wishes.Drawing, sen
         labels = wanted_labels(drawing.digits or None, drawing.count, drawing.seed, run.flags)
     apart = min(FRAMES - 1, steps)
     moments = {round(steps * i / apart) for i in range(1, apart + 1)}
-    started = time.monotonic()
+    began = shown = time.monotonic()
+    later: list[tuple[int, Callable[[], bytes]]] = []  # (left, its pixels): decoding them takes as long as the drawing
+
+    def show(left: int, pixels: bytes, **header: Any) -> None:
+        send(pixels, side=drawing.side, left=left, steps=steps, count=drawing.count, **header)
 
     def watch(left: int, x: torch.Tensor, x_0: torch.Tensor, to_images: Callable) -> None:
-        if left in moments:
-            pixels = bytes_of(to_images(torch.cat([x, x_0])))
-            send(pixels, side=drawing.side, left=left, steps=steps, count=drawing.count)
+        nonlocal shown
+        if left not in moments:
+            return
+        later.append((left, lambda: bytes_of(to_images(torch.cat([x, x_0])))))
+        if time.monotonic() - shown > SHOW_EVERY:
+            left, pixels = later.pop()
+            show(left, pixels())
+            shown = time.monotonic()
 
     how = {"guidance": drawing.guidance, "seed": drawing.seed, "sampler": drawing.sampler, "steps": drawing.steps}
     tell = _telling(wish, send, steps, side=drawing.side)
     with threads_of(opened):
         images = run.draw(labels, count=drawing.count, **how, **_sketch(drawing), callback=tell, watch=watch)
-    pixels = bytes_of(images)
-    made = {"labels": labels, "command": opened.entry.command(_words(shelf, opened, drawing)), "epoch": run.epoch}
-    send(2 * pixels, side=drawing.side, left=0, steps=steps, count=drawing.count)
-    seen = judge.labels_of(shelf, opened, images) if drawing.sketch else None
-    send(side=drawing.side, done=True, seconds=time.monotonic() - started, seen=seen, **made)
+        seen = judge.labels_of(shelf, opened, images) if drawing.sketch else None
+        made = {"labels": labels, "command": opened.entry.command(_words(shelf, opened, drawing)), "epoch": run.epoch}
+        show(0, 2 * bytes_of(images), seconds=time.monotonic() - began, seen=seen, **made)
+        with torch.inference_mode():
+            for left, pixels in later:  # nobody looks at them before the picture is there
+                wish.poll()
+                show(left, pixels())
+    send(side=drawing.side, done=True)
 
 
 def _telling(wish: Wish, send: Send, steps: int, **header: Any) -> Callable[[int, Any], None]:

@@ -88,7 +88,7 @@ export class Draw {
     const side = this.sides[header.side];
     side.receive(header, pixels);
     if ("progress" in header) this.say(`step ${header.progress} of ${header.steps}`);
-    if (header.done) {
+    if (header.left === 0) {
       this.run.epoch = header.epoch;
       this.say(`${counted(header.labels.length, "digit")} in ${header.seconds.toFixed(2)} s, epoch ${header.epoch}`);
     }
@@ -151,7 +151,7 @@ export class Draw {
 // One setting: its controls, its two grids, its command.
 class Side {
   constructor(number, changed) {
-    Object.assign(this, { number, frames: [], done: null });
+    Object.assign(this, { number, frames: [], done: false });
     this.prefix = number ? "b" : "";
     this.fieldset = document.querySelector(`.side[data-side="${number}"]`);
     this.fieldset.append(byId("side").content.cloneNode(true));
@@ -228,6 +228,7 @@ class Side {
       choice.disabled = digit !== ANY && !able.includes(digit);
     }
     for (const canvas of this.canvases) size(canvas, Number(state.count));
+    this.painted = null; // another size clears them
   }
 
   settings() {
@@ -238,7 +239,7 @@ class Side {
   }
 
   begin() {
-    this.done = null;
+    this.done = false;
     this.fresh = true; // the old picture stays until the first new one
   }
 
@@ -248,21 +249,20 @@ class Side {
       this.fresh = false;
       this.frames.push({ ...header, pixels });
     }
-    if (header.done) {
-      this.done = header;
-      this.code.textContent = header.command;
-    }
+    if (header.left === 0) this.code.textContent = header.command;
+    if (header.done) this.done = true;
   }
 
   // Paint the frame nearest to a moment in [0, 1], and say which it is.
   show(moment) {
     const away = (frame) => Math.abs((frame.steps - frame.left) / frame.steps - moment);
     const frame = this.frames.reduce((best, other) => (away(other) <= away(best) ? other : best));
-    this.canvases.forEach((canvas, half) => {
+    if (frame !== this.painted) this.canvases.forEach((canvas, half) => {
       paint(canvas, frame.pixels, half * frame.count * SIZE * SIZE, frame.count);
       const what = half ? "predicted digits" : "noisy digits";
       canvas.setAttribute("aria-label", `${frame.count} ${what}, step ${frame.steps - frame.left} of ${frame.steps}`);
     });
+    this.painted = frame;
     return `step ${frame.steps - frame.left} of ${frame.steps}`;
   }
 }

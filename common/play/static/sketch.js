@@ -103,7 +103,7 @@ export class Sketch {
 
   ask() {
     if (this.paper.empty) return say("sketch-said", "Draw something first.");
-    this.first = true;
+    this.seen = { most: 0, least: Infinity };
     this.link.ask("sketch", { run: this.run.id, drawings: [this.settings()] }, (header, pixels) => this.receive(header, pixels));
   }
 
@@ -112,11 +112,12 @@ export class Sketch {
     if ("progress" in header) say("sketch-said", `step ${header.progress} of ${header.steps}`);
     if ("left" in header) {
       const half = header.count * SIZE * SIZE;
-      if (this.first || (state.mode === "finish" && header.left)) paint(byId("noised"), pixels, 0, header.count);
-      paint(byId("denoised"), pixels, half, header.count);
-      this.first = false;
+      const { most, least } = this.seen; // steps left; the picture comes before moments that nobody could have seen
+      if (header.left && (header.left > most || state.mode === "finish")) paint(byId("noised"), pixels, 0, header.count);
+      if (header.left < least) paint(byId("denoised"), pixels, half, header.count);
+      this.seen = { most: Math.max(most, header.left), least: Math.min(least, header.left) };
     }
-    if (header.done) {
+    if (header.left === 0) {
       byId("scommand").textContent = header.command;
       say("sketch-said", `${counted(Number(state.scount), "image")} in ${header.seconds.toFixed(2)} s, epoch ${header.epoch}. ${readings(header.seen)}`);
     }
