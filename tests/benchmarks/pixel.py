@@ -29,7 +29,7 @@ from peers import LABEL_DROPOUT, PlainDenoiser, diffusers_unet, lucidrains
 from quality import DIGITS, add_quality, evaluated
 
 from common import threads
-from common.args import Parser, add_data_arguments, add_device_argument, number
+from common.args import Parser, add_data_arguments, number
 from common.classifier import load_classifier
 from common.data import HF_MNIST, split_train_val
 from common.device import get_device, move
@@ -64,10 +64,10 @@ NETWORKS = {
     "ours-32": Contestant(lambda: ours(32)),
     "ours-24-coarse": Contestant(lambda: ours(24, fine=0)),
     "plain": Contestant(lambda: PlainDenoiser(pixels=True)),
-    "diffusers-32": Contestant(lambda: diffusers_unet((32, 64, 64))),
-    "diffusers-16": Contestant(lambda: diffusers_unet((16, 32, 32))),
-    "lucidrains-32": Contestant(lambda: lucidrains(32)),
-    "lucidrains-16": Contestant(lambda: lucidrains(16)),
+    "diffusers-32": Contestant(lambda: diffusers_unet((32, 64, 64)), 2e-3, 32),
+    "diffusers-16": Contestant(lambda: diffusers_unet((16, 32, 32)), 2e-3, 32),
+    "lucidrains-32": Contestant(lambda: lucidrains(32), batch=32),
+    "lucidrains-16": Contestant(lambda: lucidrains(16), batch=32),
 }
 
 
@@ -202,9 +202,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=number(float, 0), help="instead of each network's own")
     parser.add_argument("--batch", type=number(int, 1), help="instead of each network's own")
     add_data_arguments(parser)
-    add_device_argument(parser)
+    parser.add_argument("--device", default="cpu", help="to train and draw with; rates are the CPU's (default: cpu)")
     args = parser.parse_args(argv)
-    device = get_device(args.device or "cpu")
+    device = get_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # a GPU computes as exactly as the CPUs that the minutes are of
     threads.use(args.threads or threads.available())
     digits, _ = split_train_val(HF_MNIST("train", args.cache_dir, args.digit, "hub"), 42)
