@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +74,23 @@ def check_shared_memory(workers: int) -> None:
         raise no_room(f"only {disk.free // 1024} kB are free")
 
 
+WORKER_DIED = "DataLoader worker (pid"
+
+
+@contextmanager
+def _quiet_about_workers() -> Iterator[None]:
+    """torch's signal handler raises wherever it interrupts; in a destructor Python prints that, and goes on.
+
+    Nothing is lost: the DataLoader finds its dead worker again.
+    """
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda fault: None if WORKER_DIED in str(fault.exc_value) else show(fault)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = show
+
+
 @contextmanager
 def memory_in_one_line(advice: str) -> Iterator[None]:
     """Running out of memory within becomes Exit(OUT_OF_MEMORY): the device's and the computer's with `advice`.
@@ -80,10 +98,11 @@ def memory_in_one_line(advice: str) -> Iterator[None]:
     So does a DataLoader's worker that finds no room in shared memory for its batch, or that dies of it.
     """
     try:
-        yield
+        with _quiet_about_workers():
+            yield
     except (RuntimeError, MemoryError) as error:
         text = str(error)
-        if "shared memory" in text or "DataLoader worker (pid" in text:
+        if "shared memory" in text or WORKER_DIED in text:
             raise no_room("too little of it is left, or a worker was killed") from None
         if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text.lower():
             raise Exit(OUT_OF_MEMORY, f"out of memory: {advice}") from None

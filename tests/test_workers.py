@@ -4,11 +4,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 from helpers import AE, LATENT, PIXEL, REPO, Result, call, environment, finish, start
 
+from common.device import memory_in_one_line
 from common.error_codes import OUT_OF_MEMORY, USAGE
 from common.session import Session
 
@@ -115,3 +117,23 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(number, tiny, tmp_pa
     result = finish(process, 60)
     assert (result.code, result.text.count("error: --num-workers")) == (OUT_OF_MEMORY, 1), result.text
     assert "Traceback" not in result.text
+
+
+def test_a_worker_that_dies_during_a_destructor_is_one_line_too(monkeypatch):
+    """torch's signal handler may interrupt anything: what it raises in a destructor Python prints, with a traceback."""
+
+    class Interrupted:
+        def __init__(self, why):
+            self.why = why
+
+        def __del__(self):
+            raise RuntimeError(self.why)
+
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda fault: shown.append(str(fault.exc_value)))
+    with memory_in_one_line("choose less"):
+        for why in ("DataLoader worker (pid 7) is killed by signal: Bus error.", "another"):
+            Interrupted(why)
+    assert shown == ["another"]
+    Interrupted("DataLoader worker (pid 7) afterwards")
+    assert len(shown) == 2
