@@ -825,6 +825,7 @@ def test_controls_redraw_with_the_same_noise_and_the_scrubber_goes_back(visit, r
     scrub(page, 1000)
     assert (grids(page)[1] != final).any()
     scrub(page, 0)
+    says(page, "#where", "^step 0 of 5$")  # the moments may come after the picture
     assert (grids(page)[0] == noise).all()
     page.click("#play")
     says(page, "#where", "step [1-4] of 5")
@@ -837,13 +838,26 @@ def test_controls_redraw_with_the_same_noise_and_the_scrubber_goes_back(visit, r
         "() => document.querySelectorAll('#commands code')[1].textContent.includes('--sampler dpm ')"
     )
     scrub(page, 0)
+    says(page, "#where", "^step 0 of 5$")
     assert (grids(page, 1)[0] == noise).all()
     scrub(page, 1000)
     assert (grids(page, 1)[1] != grids(page)[1]).any()
     page.tap("#other")
     page.wait_for_function("() => !document.querySelector('#commands code').textContent.includes('--seed 42 ')")
     scrub(page, 0)
+    says(page, "#where", "^step 0 of 5$")
     assert (grids(page)[0] != noise).any()
+
+
+def test_an_old_picture_of_another_size_is_painted_again(visit, runs):
+    page = visit(f"#run={runs['lddpm'].name}&count=4&steps=5&sampler=ddim")
+    says(page, "#draw-said", "4 digits")
+    final = grids(page)[1]
+    page.evaluate("() => { WebSocket.prototype.send = () => {}; }")  # so that the wish for nine stays unanswered
+    page.select_option("#count", "9")
+    assert not grids(page)[1].any()
+    scrub(page, 1000)
+    assert (grids(page)[1] == final).all()
 
 
 def test_a_sketch_by_mouse_finger_and_keys_is_what_its_command_draws(visit, runs, tmp_path):
@@ -884,6 +898,27 @@ def test_a_sketch_by_mouse_finger_and_keys_is_what_its_command_draws(visit, runs
     says(again, "#sketch-said", "4 images in")
     assert (canvas(again, "#denoised") == canvas(page, "#denoised")).all()
     says(again, "#judge-said", "no classifier yet")
+
+
+def test_a_sketch_stands_beside_its_noised_self(visit, runs):
+    page = visit(f"#tab=sketch&run={runs['ddpm'].name}&mode=noise&strength=0.5&ssteps=20&scount=1&ssampler=ddim")
+    says(page, "#sketch-said", "Draw something")
+    box = page.locator("#paper").bounding_box()
+    page.touchscreen.tap(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
+    says(page, "#sketch-said", "1 image in")
+    seen = {}
+    load(runs["ddpm"], "cpu").draw(
+        count=1,
+        from_image=torch.tensor(canvas(page, "#paper")) / 255,
+        strength=0.5,
+        steps=10,  # half of T = 20
+        sampler="ddim",
+        guidance=1.0,
+        watch=lambda left, x, x_0, to: seen.update({left: to_bytes(to(torch.cat([x, x_0]))).numpy()}),
+    )
+    page.wait_for_timeout(200)  # for the moments after the picture
+    for selector, wanted in (("#noised", seen[10][0]), ("#denoised", seen[0][1])):
+        assert (canvas(page, selector)[2:-2, 2:-2] == wanted.squeeze()).all(), selector
 
 
 def test_the_latent_space_under_pointer_and_keys(visit, runs, server):
