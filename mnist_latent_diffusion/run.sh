@@ -12,11 +12,12 @@ fetch() { (cd .. && env -u PYTHONSAFEPATH python -m common.data --cache-dir "$ca
 code=0
 fetch || code=$?
 case $code in
-0) flags=(--data hub) ae_epochs=20 epochs=36 ;; # with the flags below README.md's recommended recipe
+0) flags=(--data hub) ae_length=(--epochs 20) length=(--epochs 36) ;; # with the flags below the recommended recipe
 9) # NO_DATA
     echo "going on with the 5,000 embedded digits"
     fetch --data embedded
-    flags=(--data embedded) ae_epochs=60 epochs=200 # 4,050 digits instead of 54,000: short epochs
+    flags=(--data embedded) # 4,050 digits instead of 54,000: short epochs, and an end to what they can teach
+    ae_length=(--epochs 60 --early-stopping-patience 20) length=(--epochs 200 --early-stopping-patience 50)
     ;;
 *) exit "$code" ;;
 esac
@@ -35,8 +36,8 @@ _show() (
 trap : INT # else bash would die of it before it could end with the trainer's code
 trap '[ $? -ne 11 ] || echo "stopped and saved: start run.sh again, and it goes on" >&2' EXIT # STOPPED_EARLY
 
-autoencoder="$(cd ../mnist_ae && train --model mlp --epochs "$ae_epochs")"
-run="$(train --ae-ckpt "$autoencoder" --batch-size 256 --lr 4e-4 --epochs "$epochs")"
+autoencoder="$(cd ../mnist_ae && train --model mlp "${ae_length[@]}")"
+run="$(train --ae-ckpt "$autoencoder" --batch-size 256 --lr 4e-4 "${length[@]}")"
 python infer.py --ckpt "$run" --digit 0 1 2 3 4 5 6 7 8 9 --num-images 100 --output generated.png
 
 root="${run%/checkpoints/*}"

@@ -185,7 +185,7 @@ def flags_of(command: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("code", [0, NO_DATA])
 def test_run_sh_trains_the_recipe_that_the_pages_recommend(code, tmp_path):
-    """Seen by a `python` that does nothing else. On the embedded digits it takes more epochs."""
+    """Seen by a `python` that does nothing else. On the embedded digits it takes more epochs, and may stop."""
     (tmp_path / "python").write_text(STUB.format(log=tmp_path / "log", code=code, prefix=tmp_path))
     (tmp_path / "python").chmod(0o755)
     env = environment(VIRTUAL_ENV=sys.prefix, PATH=f"{tmp_path}:{os.environ['PATH']}", PIP_NO_INDEX="1")
@@ -203,3 +203,4 @@ def test_run_sh_trains_the_recipe_that_the_pages_recommend(code, tmp_path):
             del wanted["--epochs"]
         assert wanted.items() <= flags_of(line).items()
         assert "--generate-images" in line
+        assert ("--early-stopping-patience" in line) == bool(code)
