@@ -31,7 +31,7 @@ from common.args import (
 )
 from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
 from common.ckpt import RUNS, atomic_write
-from common.device import get_device
+from common.device import get_device, memory_in_one_line
 from common.error_codes import NO_DATA, USAGE, Exit, run_main
 from common.images import check_output, one_line, over, save_output
 from common.latents import PERPLEXITY, encode_digits, tsne_map
@@ -213,17 +213,18 @@ def main(argv: list[str] | None = None) -> None:
     projector = check_output(projector_folder(data["path"]) / PROJECTOR, ".pbtxt").parent if args.projector else None
     autoencoder = build_autoencoder(data, device)
     digits = held_out(args.data, args.cache_dir, data["args"], data["args"]["only_digit"])
-    latents, labels, images = encode_digits(autoencoder, digits, args.n_samples, args.seed, device)
-    if args.perplexity >= len(latents):
-        raise Exit(USAGE, f"--perplexity {args.perplexity:g} must be below the number of digits, {len(latents)}")
-    if len(latents) < args.n_samples:
-        print(f"{emoji.warning} only {len(latents)} test {digits.noun} there are ({digits.source})")
-    if len(set(labels.tolist())) < 2:
-        raise Exit(NO_DATA, f"this autoencoder knows only {labels[0]}s: there are no classes to tell apart")
+    with memory_in_one_line(f"ask for fewer than --n-samples {args.n_samples}"):
+        latents, labels, images = encode_digits(autoencoder, digits, args.n_samples, args.seed, device)
+        if args.perplexity >= len(latents):
+            raise Exit(USAGE, f"--perplexity {args.perplexity:g} must be below the number of digits, {len(latents)}")
+        if len(latents) < args.n_samples:
+            print(f"{emoji.warning} only {len(latents)} test {digits.noun} there are ({digits.source})")
+        if len(set(labels.tolist())) < 2:
+            raise Exit(NO_DATA, f"this autoencoder knows only {labels[0]}s: there are no classes to tell apart")
 
-    with progress(f"t-SNE of {len(latents):,} latents, {latents.shape[1]} dimensions"):
-        points = tsne_map(latents, args.perplexity)
-    metrics = cluster_metrics(latents, labels)
+        with progress(f"t-SNE of {len(latents):,} latents, {latents.shape[1]} dimensions"):
+            points = tsne_map(latents, args.perplexity)
+        metrics = cluster_metrics(latents, labels)
     title = f"{data['exp_name']}, epoch {data['epoch']}"
     for name, figure in ((MAP, plot_map(points, labels, title)), (BY_DIGIT, plot_by_digit(points, labels, title))):
         with one_line(files[name]):

@@ -17,7 +17,7 @@ from tensorboard.plugins.projector.projector_plugin import ProjectorPlugin
 
 from common.autoencoder import build_autoencoder, read_autoencoder
 from common.data import HF_MNIST
-from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE
+from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, OUT_OF_MEMORY, USAGE
 
 NOTEBOOK = REPO / AE / "tsne_visualization.ipynb"
 NAMES = ("tsne_latent_space.png", "tsne_by_digit.png", "reconstructions.png", "metrics.json")
@@ -93,6 +93,14 @@ def test_wrong_input_is_one_line(flags, code, tsne, tmp_path):
     result = tsne("--output", tmp_path / "out", *flags)
     assert result.code == code, result.text
     assert len(result.errors) == 1
+    assert "Traceback" not in result.text
+
+
+def test_too_little_memory_is_one_line(tsne, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.latents.tsne_map", lambda *_: np.ones(1 << 50))
+    result = tsne("--output", tmp_path / "out")
+    assert (result.code, len(result.errors)) == (OUT_OF_MEMORY, 1), result.text
+    assert "--n-samples 150" in result.errors[0]
     assert "Traceback" not in result.text
 
 
