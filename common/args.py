@@ -111,11 +111,11 @@ class Args(argparse.Namespace):
     def adopt(self, recorded: dict[str, Any]) -> list[str]:
         """Make the flags of a checkpoint the defaults of this start; returns what today's flags change about them.
 
-        A flag that shapes the model or the data, and that the run did not know yet, counts as its default there.
+        A flag of the kinds shape and training that the run did not know yet counts as its default there.
         Raises Exit(MODEL_MISMATCH) if an explicit flag contradicts the recorded model or data.
         """
         changes = []
-        unknown = {name: value for name, value in self.defaults.items() if self.kind(name) == "shape"}
+        unknown = {name: value for name, value in self.defaults.items() if self.kind(name) in ("shape", "training")}
         for name, value in (unknown | recorded).items():
             kind, today, origin = self.kind(name), getattr(self, name, AUTO), self.origin.get(name, "default")
             explicit = origin not in ("default", "environment", "checkpoint") and AUTO not in (today, value)
@@ -436,6 +436,15 @@ def add_diffusion_arguments(parser: Parser) -> None:
         default=OUR_NETWORK,
         metavar="NAME",
         help=f"NAME.py, beside {OUR_NETWORK}.py, defines the network (default: {OUR_NETWORK})",
+    )
+    parser.flag(
+        "training",
+        "--min-snr-gamma",
+        type=number(float, 0),
+        default=0.0,
+        metavar="GAMMA",
+        help="a timestep counts min(SNR, GAMMA) / SNR in the loss: less where there is little noise; 0: all alike "
+        "(default)",
     )
     beta = number(float, above=0, high=0.999)
     parser.flag("shape", "--beta-start", type=beta, default=1e-4, help="first beta of the linear schedule (1e-4)")

@@ -150,15 +150,24 @@ def epsilon_loss(
     labels: torch.Tensor,
     schedules: Schedules,
     draws: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    min_snr_gamma: float = 0.0,
 ) -> torch.Tensor:
     """Mean squared error of the predicted noise (Ho et al. 2020, equation 14): a scalar.
+
+    min_snr_gamma: unless 0, a row counts min(SNR, gamma) / SNR at its timestep (Hang et al. 2023, "Efficient Diffusion
+    Training via Min-SNR Weighting Strategy", section 3.4): less where there is so little noise that only details are
+    left to learn.
 
     net: see `ask`; x0: (B, ...); labels: (B,); draws: from `loss_draws`. A row's label that was dropped becomes
     `null_label_of(net)`, so that the net also learns to draw without one (Ho & Salimans 2022, algorithm 1).
     """
     t, epsilon, dropped = draws
     labels = labels.masked_fill(dropped, null_label_of(net))  # (B,)
-    return mse_loss(ask(net, q_sample(x0, t, epsilon, schedules), t, labels), epsilon)
+    errors = mse_loss(ask(net, q_sample(x0, t, epsilon, schedules), t, labels), epsilon, reduction="none")
+    if min_snr_gamma:
+        snr = (schedules.sqrt_alpha_bar / schedules.sqrt_one_minus_alpha_bar)[t].square()  # (B,)
+        errors = errors * _rows(snr.clamp(max=min_snr_gamma) / snr, errors)
+    return errors.mean()
 
 
 def ask(net: nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
 
         def loss_of(net, batch, draws):
             z, labels = batch
-            return epsilon_loss(net, net.standardise(z), labels, schedules, draws)
+            return epsilon_loss(net, net.standardise(z), labels, schedules, draws, args.min_snr_gamma)
 
         def draw(**what):
             return model.generate_images(

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
         def loss_of(net, batch, draws):
             images, labels = batch
-            return epsilon_loss(net, 2 * images - 1, labels, schedules, draws)
+            return epsilon_loss(net, 2 * images - 1, labels, schedules, draws, args.min_snr_gamma)
 
         def draw(**what):
             return model.generate_images(session.averaged_net, schedules, seed=args.seed, callback=session.poll, **what)

@@ -318,6 +318,8 @@ def test_adopting_a_checkpoints_flags():
     assert args.adopt(recorded) == ["--epochs 9 -> 12"]
     assert (args.lr, args.epochs, args.seed, args.outdir, args.batch_size) == (0.5, 12, 1, "./outputs", 8)
     assert args.data == "embedded"
+    later = parse_training("--grad-clip", "3")  # a flag that the run did not know: it had its default
+    assert later.adopt(recorded) == ["--grad-clip 1.0 -> 3.0"]
     with pytest.raises(Exit, match=r"--batch-size 16 .* 8"):
         parse_training("--batch-size", "16").adopt(recorded)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.training_utils import compute_snr
 from helpers import assert_same
 
 from common import diffusion
@@ -247,6 +248,22 @@ def test_timestep_distribution_is_normal_in_log_noise_over_signal():
     log_ratio = np.log(np.sqrt(1 - alpha_bar) / np.sqrt(alpha_bar))[t.numpy()]
     assert log_ratio.mean() == pytest.approx(-0.5, abs=0.03)
     assert log_ratio.std() == pytest.approx(1.2, abs=0.03)
+
+
+@pytest.mark.parametrize("gamma", [5.0, 1.0, 0.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_loss_counts_timesteps_by_min_snr_as_diffusers_does(shape, gamma):
+    x0, epsilon = noise_of(6, *shape[1:]), noise_of(6, *shape[1:], seed=1)
+    t = torch.tensor([0, 17, 100, 300, 500, 999])
+    draws = (t, epsilon, torch.zeros(6, dtype=torch.bool))
+    guess = noise_of(6, *shape[1:], seed=2)
+    schedules = diffusion.precompute_schedules(1000, **BETAS)
+    loss = diffusion.epsilon_loss(lambda _x, _t, _labels: guess, x0, torch.zeros(6).long(), schedules, draws, gamma)
+    snr = compute_snr(DDPMScheduler(1000, **BETAS), t)
+    weight = torch.minimum(snr, torch.full_like(snr, gamma)) / snr if gamma else torch.ones(6)
+    assert gamma == 0 or (weight[-1] == 1 and weight[0] < 1e-3)
+    wanted = (weight * (guess - epsilon).square().flatten(1).mean(dim=1)).mean()
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("T", [1, 2, 20])

@@ -187,6 +187,29 @@ def held_back(cache):
     return digits[torch.arange(len(digits))]
 
 
+@pytest.mark.parametrize("folder", [LATENT, PIXEL])
+def test_min_snr_gamma_is_in_the_loss_that_is_trained_and_validated(folder, tiny, tiny_latent, tmp_path, monkeypatch):
+    own = tiny_latent if folder == LATENT else ("--base-ch", 8, "--fine-ch", 0, "--T", 20, *tiny)
+    seen, loss = [], diffusion.epsilon_loss
+
+    def epsilon_loss(net, x0, labels, schedules, draws, min_snr_gamma=0.0):
+        seen.append((net.training, min_snr_gamma))
+        return loss(net, x0, labels, schedules, draws, min_snr_gamma)
+
+    monkeypatch.setattr(diffusion, "epsilon_loss", epsilon_loss)
+    found = []
+    for gamma in (0, 0.5):
+        result = call(
+            folder, "train.py", *own, "--min-snr-gamma", gamma, "--epochs", 1, "--outdir", tmp_path / str(gamma)
+        )
+        assert result.code == 0, result.text
+        assert set(seen) == {(True, gamma), (False, gamma)}
+        seen.clear()
+        found += metrics(only_run(tmp_path / str(gamma)))
+    alike, weighted = found  # at T = 20 all timesteps have little noise, and count less
+    assert all(weighted[loss] < alike[loss] for loss in ("train_loss", "val_loss"))
+
+
 def test_the_validation_loss_is_that_of_the_averaged_weights_under_noise_that_never_changes(latent_run, cache):
     state = read_checkpoint(latent_run / "latest.pt")
     schedules = diffusion.precompute_schedules(20)
