@@ -5,8 +5,9 @@
 What a network learns is a function of the images that it has seen, not of the clock. So each network's training rate is
 measured first, with the machine idle and all its threads; then it trains on as many images as that makes in so many
 minutes, which may happen beside other work (--images-per-second gives the rates of an earlier measurement). Everybody
-has the same digits, noise, loss, EMA, warm-up and clipping, a cosine to 0 at the end of the minutes, and the
-learning rate and batch size that suited it best; everybody draws with the same sampler from the same noise.
+has the same digits, noise, EMA, warm-up and clipping, a cosine to 0 at the end of the minutes, and the learning
+rate, batch size and weighting of the loss that suited it best; everybody draws with the same sampler from the same
+noise.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ def ours(width: int = 24, fine: int = 8) -> nn.Module:
 
 
 class Contestant(NamedTuple):
-    """A network, and the learning rate and batch size that it did best with."""
+    """A network, and the learning rate, batch size and weighting of the loss that it did best with."""
 
     make: Callable[[], nn.Module]
     lr: float = 1e-3
     batch: int = 128
+    min_snr_gamma: float = 0.0
 
 
 NETWORKS = {
@@ -99,7 +101,7 @@ class Training:
         x, labels, *draws = (move(part, self.device) for part in (*batch, *draws))
 
         def loss_of(_shard: int, _rows: slice) -> torch.Tensor:
-            return epsilon_loss(self.learner.net, x, labels, self.schedules, draws)
+            return epsilon_loss(self.learner.net, x, labels, self.schedules, draws, self.one.min_snr_gamma)
 
         self.learner.gradient(loss_of, len(x))
         self.learner.step(self.step)
@@ -201,6 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=number(int, 1), help="to train and draw with (default: all cores)")
     parser.add_argument("--lr", type=number(float, 0), help="instead of each network's own")
     parser.add_argument("--batch", type=number(int, 1), help="instead of each network's own")
+    parser.add_argument("--min-snr-gamma", type=number(float, 0), help="instead of each network's own")
     add_data_arguments(parser)
     parser.add_argument("--device", default="cpu", help="to train and draw with; rates are the CPU's (default: cpu)")
     args = parser.parse_args(argv)
@@ -212,21 +215,26 @@ def main(argv: list[str] | None = None) -> None:
     if len(rates) != len(args.networks):
         parser.error("--images-per-second needs a rate for each of --networks")
     judge = Judge(args.cache_dir, args.digit, args.n)
-    print("| network | images/s | lr | batch | minutes | seed | distance (real) | agreement | precision | recall |")
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| network | images/s | lr, batch, gamma | minutes | seed | distance (real) | agreement | precision | recall |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for minutes in args.minutes:
         for name, rate in zip(args.networks, rates, strict=True):
             one = NETWORKS[name]
             one = one._replace(lr=args.lr or one.lr, batch=args.batch or one.batch)
+            if args.min_snr_gamma is not None:
+                one = one._replace(min_snr_gamma=args.min_snr_gamma)
             for seed in args.seeds:
                 training = Training(one, digits, rate * 60 * minutes, seed, device)
                 while training.step < training.total:
                     training.go()
                 rows = judge(training)
                 found = {figure: row["value"] for figure, row in rows.items()}
-                cells = f"{rate:.0f} | {one.lr:g} | {one.batch} | {minutes:g} | {seed} | {found['fid']:.3f}"
+                training_of = f"{rate:.0f} | {one.lr:g}, {one.batch}, {one.min_snr_gamma:g} | {minutes:g} | {seed}"
                 shares = f"{found['agreement']:.1%} | {found['precision']:.3f} | {found['recall']:.3f}"
-                print(f"| {name} | {cells} ({rows['fid']['floor']:.3f}) | {shares} |", flush=True)
+                distance = f"{found['fid']:.3f} ({rows['fid']['floor']:.3f})"
+                print(f"| {name} | {training_of} | {distance} | {shares} |", flush=True)
 
 
 if __name__ == "__main__":
