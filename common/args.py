@@ -32,6 +32,7 @@ DPM_STEPS = 10  # more draw hardly better (tests/benchmarks/README.md)
 DEFAULT_STRENGTH = {"lddpm": 0.15, "ddpm": 0.3}  # of --from-image: a digit mostly stays the digit that it is
 DEFAULT_RESAMPLE = 5  # of --inpaint: what is drawn fits what is kept, as five times as many steps do not achieve
 DEFAULT_GUIDANCE = 1.1  # a little variety for one more digit in a hundred that is what was asked for
+DEFAULT_GUIDE_SCALE = 2.0  # with an early epoch of the same run as guide (mnist_single_digit/README.md)
 _KINDS = {
     "place": "where things live and run (always today's, also on resume)",
     "shape": "model and data (fixed for a run; taken from the checkpoint on resume)",
@@ -488,6 +489,12 @@ def add_sampling_arguments(parser: Parser) -> None:
         "ancestral ddpm, deterministic ddim; for few steps dpm-sde and dpm, DPM-Solver++ with fresh noise in each step "
         "and without (default: ddpm)"
     )
+    interval = "guide only where half the log-SNR is between these, such as -1.5 1.5 (default: everywhere)"
+    add("--guidance-interval", type=number(float), nargs=2, metavar=("LOW", "HIGH"), help=interval)
+    guide = "autoguidance: also move away from what this checkpoint predicts, such as an early epoch of the run"
+    add("--guide", metavar="PATH", help=guide)
+    guide_scale = f"how far, as --guidance; 1 is nothing (default: {DEFAULT_GUIDE_SCALE:g})"
+    add("--guide-scale", type=number(float, 0), metavar="SCALE", help=guide_scale)
     add("--sampler", choices=SAMPLERS, default="ddpm", help=samplers)
     steps = f"reverse steps, at most T (default: T; of dpm and dpm-sde {DPM_STEPS})"
     add("--steps", type=number(int, 1), help=steps)
@@ -529,6 +536,15 @@ def check_sampling(args: argparse.Namespace, trained: dict[str, Any], strength: 
     elif args.digit == [] or not labelled:
         why = "name a digit by --digit" if labelled else "and this model's network takes none"
         raise Exit(USAGE, f"--guidance has an effect only on labels; {why}")
+    if args.guidance_interval:
+        low, high = args.guidance_interval
+        if low >= high:
+            raise Exit(USAGE, f"--guidance-interval {low:g} {high:g}: the first must be below the second")
+        if args.guidance == 1:
+            raise Exit(USAGE, "--guidance-interval says where guidance acts: give a --guidance SCALE other than 1 too")
+    if args.guide_scale is not None and args.guide is None:
+        raise Exit(USAGE, "--guide-scale says how far to move away from a guide: give --guide PATH too")
+    args.guide_scale = DEFAULT_GUIDE_SCALE if args.guide_scale is None else args.guide_scale
     if complaint := why_not_drawn(args.digit or [], trained, "--digit"):
         raise Exit(MODEL_MISMATCH, complaint)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from common.args import SAMPLERS, default_steps, timesteps_left
+from common.args import DEFAULT_GUIDE_SCALE, SAMPLERS, default_steps, timesteps_left
 from common.device import move
 from common.ranks import World
 from common.rng import generator
@@ -55,6 +55,9 @@ class Drawing(TypedDict, total=False):
     labels: Iterable[int] | torch.Tensor | None
     count: int
     guidance: float
+    guidance_interval: tuple[float, float] | None
+    guide: nn.Module | None
+    guide_scale: float
     seed: int
     sampler: str
     steps: int | None
@@ -353,23 +356,52 @@ def sample(
     return x.clone()  # an ordinary tensor, which may be changed in place
 
 
-def guided(predict: Callable[..., torch.Tensor], labels: torch.Tensor, null_label: int, scale: float) -> Callable:
+def guided(
+    predict: Callable[..., torch.Tensor],
+    labels: torch.Tensor,
+    null_label: int,
+    scale: float,
+    *,
+    acts: Callable[[int], bool] = lambda t: True,
+    guide: Callable[..., torch.Tensor] | None = None,
+    guide_scale: float = 1.0,
+) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """Classifier-free guidance (Ho & Salimans 2022): epsilon_null + scale * (epsilon_label - epsilon_null).
 
     predict(x (B, ...), t, labels (B,)) -> epsilon. scale 1 is plain conditional sampling, at the cost of one
-    evaluation a step; so is any scale where all labels are null; 0 is unconditional.
+    evaluation a step; so is any scale where all labels are null; 0 is unconditional. acts(t): is there guidance in
+    timestep t (Kynkäänniemi et al. 2024)? guide: `predict` of a weaker network, told the same labels. Autoguidance
+    (Karras et al. 2024) adds (guide_scale - 1) * (epsilon_label - the guide's).
     """
     nulls = torch.full_like(labels, null_label)
-    if scale in (0.0, 1.0) or torch.equal(labels, nulls):
-        chosen = labels if scale else nulls
-        return lambda x, t: predict(x, t, chosen)
+    scale = 1.0 if torch.equal(labels, nulls) else scale
     both = torch.cat([labels, nulls])
 
     def predict_guided(x: torch.Tensor, t: int) -> torch.Tensor:
-        with_label, without = predict(torch.cat([x, x]), t, both).chunk(2)
-        return torch.lerp(without, with_label, scale)
+        here = scale if acts(t) else 1.0
+        if guide is None and here == 0:
+            return predict(x, t, nulls)
+        if here == 1:
+            epsilon = with_label = predict(x, t, labels)
+        else:
+            with_label, without = predict(torch.cat([x, x]), t, both).chunk(2)
+            epsilon = torch.lerp(without, with_label, here)
+        if guide is None:
+            return epsilon
+        return epsilon + (guide_scale - 1) * (with_label - guide(x, t, labels))
 
     return predict_guided
+
+
+def _within(schedules: Schedules, interval: tuple[float, float] | None) -> Callable[[int], bool]:
+    """Is the half log-SNR of timestep t within the interval, or is there none?"""
+    if interval is None:
+        return lambda t: True
+    low, high = interval
+    if not low < high:
+        raise ValueError(f"guidance_interval must be two numbers, the second the larger, not {interval}")
+    snr = half_log_snr((1 - schedules.beta.cpu().double()).cumprod(0)).tolist()
+    return lambda t: low <= snr[t] <= high
 
 
 def _in_parts(predict: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -427,6 +459,9 @@ def draw(
     labels: Iterable[int] | torch.Tensor | None = None,
     count: int = 16,
     guidance: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
+    guide: nn.Module | None = None,
+    guide_scale: float = DEFAULT_GUIDE_SCALE,
     seed: int = 42,
     sampler: str = "ddpm",
     steps: int | None = None,
@@ -443,8 +478,10 @@ def draw(
 ) -> torch.Tensor:
     """Draw x_0 from a net (see `ask`); returns to_images(x_0 (N, *shape)).
 
-    labels: the class of each row, or None to draw `count` rows unconditionally. guidance: see `guided`; sampler and
-    steps: see `reverse_steps`; callback, watch: see `sample`. The same seed draws the same rows on every device.
+    labels: the class of each row, or None to draw `count` rows unconditionally. guidance, guide, a net of the same
+    shape, and guide_scale: see `guided`; guidance_interval: from which to which `half_log_snr` guidance acts (None:
+    always). sampler and steps: see `reverse_steps`; callback, watch: see `sample`. The same seed draws the same rows on
+    every device.
     frames: a dict whose keys count the steps that are left; each gets to_images(x) of its moment as value.
     world: processes that share the work, in groups of PART rows, and all return all of it: bit for bit what one draws.
 
@@ -473,7 +510,9 @@ def draw(
     plan = resampled(reverse_steps(schedules.first(timesteps), steps, sampler), resample)
     mine = torch.arange(len(labels)).split(PART)[world.rank :: world.size]  # this process's groups of rows
     predictor, labels = _in_parts(predictor_of(net)), torch.tensor(labels, device=device)
-    predictors = [guided(predictor, labels[rows.to(device)], null_label, guidance) for rows in mine]
+    how = {"acts": _within(schedules, guidance_interval), "guide_scale": guide_scale}
+    how["guide"] = None if guide is None else _in_parts(predictor_of(guide))
+    predictors = [guided(predictor, labels[rows.to(device)], null_label, guidance, **how) for rows in mine]
     moments: dict[int, list[torch.Tensor]] = {left: [] for left in frames or ()}
 
     def predict(x: torch.Tensor, t: int) -> torch.Tensor:

@@ -137,13 +137,11 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
         draw,
         labels=labels,
         count=args.num_images,
-        guidance=args.guidance,
         seed=args.seed,
-        sampler=args.sampler,
-        steps=args.steps,
         passes=passes,
         frames=frames,
         world=world,
+        **sampling_options(args),
         **edit,
     )
     if world.rank:
@@ -159,6 +157,11 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
         _save_npz(images, labels, args, state, Path(args.save_npz))
     if args.save_dir:
         _save_singly(images, labels, Path(args.save_dir))
+
+
+def sampling_options(args: Any) -> dict[str, Any]:
+    """What the flags of `add_sampling_arguments` say to `diffusion.draw`; labels, seed and guide apart."""
+    return {name: getattr(args, name) for name in ("guidance", "guidance_interval", "guide_scale", "sampler", "steps")}
 
 
 def _row_names(args: Any, trained: dict[str, Any]) -> list[str]:
@@ -263,6 +266,8 @@ def _save_npz(images: torch.Tensor, labels: list[int] | None, args: Any, state: 
     import numpy
 
     names = ("ckpt", "ae_ckpt", "digit", "guidance", "sampler", "steps", "seed")
+    names += ("guidance_interval",) if args.guidance_interval else ()
+    names += ("guide", "guide_scale") if args.guide else ()
     names += ("from_image", "strength", "inpaint", "resample") if args.from_image else ()
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
     settings |= {"exp_name": state["exp_name"], "epoch": state["epoch"], "T": state["args"]["T"]}

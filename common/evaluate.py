@@ -25,7 +25,7 @@ from common.args import (
     number,
 )
 from common.device import get_device, memory_in_one_line
-from common.drawing import choose_threads, draw_with_progress, wanted_labels
+from common.drawing import choose_threads, draw_with_progress, sampling_options, wanted_labels
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit, run_main
 from common.images import check_output
 from common.modules import module_of
@@ -227,7 +227,7 @@ def _only(real: Any, digits: list[int]) -> Any:
 
 def _draw(args: Any, draw: Callable, labels: list[int] | None, world: World) -> tuple[torch.Tensor, float]:
     """(images, seconds) from a diffusion checkpoint's `draw`."""
-    options = {"guidance": args.guidance, "sampler": args.sampler, "steps": args.steps, "world": world}
+    options = sampling_options(args) | {"world": world}
     started = time.perf_counter()
     images = draw_with_progress(draw, labels=labels, count=args.n, seed=args.seed, **options)
     return images, time.perf_counter() - started
@@ -288,7 +288,9 @@ def main(argv: list[str] | None = None) -> None:
             _evaluate(args, known[0], world)
         elif not model.startswith("ae-"):  # reconstructing is not shared
             vars(args).update(flags)
-            draw, _ = module_of(model).load_for_drawing(args.ckpt, get_device(args.device, identity()))
+            draw, _ = module_of(model).load_for_drawing(
+                args.ckpt, get_device(args.device, identity()), guide=args.guide
+            )
             _draw(args, draw, labels, world)
 
 
@@ -324,7 +326,9 @@ def _prepare(args: Any) -> Subject:
     if not model.startswith("ae-"):
         check_sampling(args, state["args"])
         labels = wanted_labels(args.digit, args.n, args.seed, state["args"])
-    elif args.digit or args.steps or args.guidance is not None or args.sampler != "ddpm":
+    elif any(getattr(args, name) for name in ("digit", "steps", "guidance_interval", "guide", "guide_scale")) or (
+        args.guidance is not None or args.sampler != "ddpm"
+    ):
         raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
     if args.tstr and not model.startswith("ae-") and labels is None:
         why = "leave out --digit none" if args.digit == [] else "this model's network takes none"
@@ -346,7 +350,7 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
         threads.settle(args.threads, lambda: threads.recorded(trained["args"]))
         images, labels, seconds = _reconstruct((path, trained), real, args.n, device)
     else:
-        draw, _ = module_of(model).load_for_drawing((path, trained), device)
+        draw, _ = module_of(model).load_for_drawing((path, trained), device, guide=args.guide)
         choose_threads(args, draw, args.n, labels, device)
         images, seconds = _draw(args, draw, labels, world)
     if not images.isfinite().all():
@@ -380,7 +384,8 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
         print(f"{emoji.warning} {columns}: {advice}")
     print(f"{'images/s':>10} {len(images) / seconds:>9.1f}")
     print(f"{emoji.info} not Inception figures: they compare only with figures of this classifier")
-    settings = {name: getattr(args, name) for name in ("n", "seed", "digit", "guidance", "sampler", "steps")}
+    names = ("n", "seed", "digit", "guidance", "guidance_interval", "guide", "guide_scale", "sampler", "steps")
+    settings = {name: getattr(args, name) for name in names}
     # the only digit decides what real digits it is compared with
     settings |= {"kind": kind, "only_digit": trained["args"].get("only_digit"), "splits": splits}
     target = args.json or scores_file(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt
-from common.args import DEFAULT_GUIDANCE, DEFAULT_RESAMPLE, DEFAULT_STRENGTH, why_not_drawn
+from common.args import DEFAULT_GUIDANCE, DEFAULT_GUIDE_SCALE, DEFAULT_RESAMPLE, DEFAULT_STRENGTH, why_not_drawn
 from common.device import get_device
 from common.error_codes import Exit
 
@@ -64,6 +64,8 @@ class Diffusion(Loaded):
         *,
         count: int = 16,
         guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guide_scale: float = DEFAULT_GUIDE_SCALE,
         seed: int = 42,
         sampler: str = "ddpm",
         steps: int | None = None,
@@ -78,7 +80,8 @@ class Diffusion(Loaded):
 
         labels: the digit of each image, as a list, an array or a tensor (N,) of 0 to 9; one number means `count` images
         of it, None `count` images of digits drawn from the training data's class shares. guidance: as --guidance
-        (default: as infer.py's). sampler, steps: see `common.diffusion.reverse_steps`; callback, watch: see
+        (default: as infer.py's); guidance_interval, and guide_scale of a model that was loaded with a guide: as the
+        flags of these names. sampler, steps: see `common.diffusion.reverse_steps`; callback, watch: see
         `common.diffusion.sample`. The same seed draws the same images.
 
         from_image: an image (28, 28) to begin with, or several (K, 1, 28, 28), each for an equal run of those drawn;
@@ -104,7 +107,8 @@ class Diffusion(Loaded):
                 raise ValueError(complaint)
         if not 0 <= guidance < float("inf"):
             raise ValueError(f"guidance must be at least 0, not {guidance}")
-        how = {"guidance": guidance, "seed": seed, "sampler": sampler, "steps": steps}
+        how = {"guidance": guidance, "guidance_interval": guidance_interval, "guide_scale": guide_scale}
+        how |= {"seed": seed, "sampler": sampler, "steps": steps}
         how |= {"callback": callback, "watch": watch}
         if from_image is not None and strength is None:
             strength = DEFAULT_STRENGTH[self.model] if inpaint is None else 1.0
@@ -147,11 +151,11 @@ def _one_line():
         raise ValueError(str(end)) from None
 
 
-def load(path: str | Path, device: str | None = None) -> Diffusion | Autoencoder:
+def load(path: str | Path, device: str | None = None, *, guide: str | Path | None = None) -> Diffusion | Autoencoder:
     """The trained network of a checkpoint file, a run's folder (its newest), FOLDER/best, or a folder of runs (newest).
 
-    device: "cpu", "cuda", "cuda:1" or "mps" (default: the best there is). Raises ValueError if there is no such file or
-    device, or the file cannot be read.
+    device: "cpu", "cuda", "cuda:1" or "mps" (default: the best there is). guide: as --guide, for a diffusion model.
+    Raises ValueError if there is no such file or device, or a file cannot be read, or the guide does not fit.
     """
     from common.modules import module_of
 
@@ -161,9 +165,11 @@ def load(path: str | Path, device: str | None = None) -> Diffusion | Autoencoder
         read = ckpt.read_model(Path(path).expanduser(), ckpt.MODEL_TYPES, say)
         model = ckpt.infer_model_from_checkpoint(read[1])
         if model.startswith("ae-"):
+            if guide is not None:
+                raise ValueError(f"{read[0]} holds an autoencoder: it draws nothing that could be guided")
             return _autoencoder(*read, where)
         inner = _autoencoder(read[0], read[1]["ae_ckpt_data"], where) if model == "lddpm" else None
-        return Diffusion(*read, module_of(model).load_for_drawing(read, where)[0], inner)
+        return Diffusion(*read, module_of(model).load_for_drawing(read, where, guide=guide)[0], inner)
 
 
 def _autoencoder(path: Path, state: ckpt.State, where: torch.device) -> Autoencoder:

@@ -8,7 +8,7 @@ import inspect
 import logging
 import sys
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -16,11 +16,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from common.args import OUR_NETWORK, flag_of
-from common.error_codes import NO_MODEL_SPECIFIED, USAGE, Exit
+from common.error_codes import MODEL_MISMATCH, NO_MODEL_SPECIFIED, USAGE, Exit
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from common.ckpt import State
     from common.diffusion import Schedules
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +113,42 @@ def build_network(
         changed = f"{_short(path)} has changed since this run was trained with it"
         logging.getLogger("train").warning(f"{changed}: its weights fit still, but may mean something else")
     return net
+
+
+def trained_network(
+    read: tuple[Path, State], build: Callable[..., nn.Module], device: torch.device | str
+) -> tuple[nn.Module, Schedules]:
+    """The network of a diffusion checkpoint, with its averaged weights, for drawing; and its schedules.
+
+    read: the checkpoint's (path, state); build(flags, schedules): the experiment's.
+    """
+    from common import ckpt
+    from common.diffusion import schedules_of
+
+    path, state = read
+    schedules = schedules_of(state["args"], device)
+    net = build(state["args"], schedules)
+    ckpt.load_averaged(net, state, path)
+    return net.to(device).eval().requires_grad_(False), schedules
+
+
+def guiding_network(
+    source: str | Path, guided: State, build: Callable[..., nn.Module], device: torch.device | str
+) -> nn.Module:
+    """The network of the checkpoint at `source`, to guide that of the checkpoint `guided` (see `diffusion.guided`).
+
+    Raises Exit(MODEL_MISMATCH) if it knows another noise, or other latents.
+    """
+    from common import ckpt
+
+    path, state = ckpt.read_model(source, (ckpt.infer_model_from_checkpoint(guided),))
+    for name, before in (("T", None), ("schedule", "linear"), ("beta_start", None), ("beta_end", None)):
+        here, there = (flags.get(name, before) for flags in (guided["args"], state["args"]))
+        if here != there:
+            raise Exit(MODEL_MISMATCH, f"{path} cannot guide: its run has {flag_of(name)} {there}, this one {here}")
+    if guided["args"].get("ae_weights") != state["args"].get("ae_weights"):
+        raise Exit(MODEL_MISMATCH, f"{path} cannot guide: its latents are those of another autoencoder")
+    return trained_network((path, state), build, device)[0]
 
 
 def network_digest(model: str, network: str) -> str:

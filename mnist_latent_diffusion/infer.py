@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.inpaint:
             raise Exit(MODEL_MISMATCH, f"--{module_of('lddpm').ONLY_PIXELS}")
         require_checkpoint(args.ckpt, ("lddpm",))
-        return module_of("lddpm").load_for_drawing(args.ckpt, device, args.ae_ckpt)
+        return module_of("lddpm").load_for_drawing(args.ckpt, device, args.ae_ckpt, guide=args.guide)
 
     draw_to_file(args, load)
 

@@ -23,12 +23,11 @@ from common.diffusion import (
     precompute_schedules,
     predictor_of,
     q_sample,
-    schedules_of,
     takes_labels,
 )
 from common.error_codes import MODEL_MISMATCH, Exit
 from common.layers import folded, scaled_linear
-from common.modules import build_network
+from common.modules import build_network, guiding_network, trained_network
 from common.time_embedding import TIME_DIM, TimeMLP
 
 __all__ = ["FiLMCondMLP", "LatentDenoiser", "TimeMLP", "generate_images", "precompute_schedules", "q_sample"]
@@ -149,24 +148,28 @@ def build(flags: Mapping[str, Any], schedules: Schedules, typed: Collection[str]
 
 
 def load_for_drawing(
-    path: str | Path | tuple[Path, ckpt.State], device: torch.device | str = "cpu", ae_ckpt: str | Path | None = None
+    path: str | Path | tuple[Path, ckpt.State],
+    device: torch.device | str = "cpu",
+    ae_ckpt: str | Path | None = None,
+    *,
+    guide: str | Path | None = None,
 ) -> tuple[Callable[..., torch.Tensor], dict]:
     """(draw, the checkpoint's state); `draw` is `generate_images` with everything filled in that the checkpoint knows.
 
     The denoiser gets its EMA weights; the autoencoder is the one inside the checkpoint, or `ae_ckpt`'s.
-    Raises Exit(MODEL_MISMATCH) if a checkpoint holds another kind of model or another latent dimension.
+    guide: the checkpoint of a guiding network, see `common.diffusion.guided`.
+    Raises Exit(MODEL_MISMATCH) if a checkpoint holds another kind of model or another latent dimension, or the guide
+    does not fit.
     """
     path, state = ckpt.read_model(path, ("lddpm",))
-    trained = state["args"]
-    schedules = schedules_of(trained, device)
-    net = build(trained, schedules)
-    ckpt.load_averaged(net, state, path)
+    net, schedules = trained_network((path, state), build, device)
+    guiding = {"guide": guiding_network(guide, state, build, device)} if guide else {}
     ae_data = read_autoencoder(ae_ckpt) if ae_ckpt else state["ae_ckpt_data"]
     if ae_data["args"]["latent_dim"] != net.latent_dim:
         other = ae_data["args"]["latent_dim"]
         raise Exit(MODEL_MISMATCH, f"{ae_ckpt} has latent dimension {other}, the denoiser has {net.latent_dim}")
     autoencoder = build_autoencoder(ae_data, device)
-    return partial(generate_images, net.to(device).eval().requires_grad_(False), autoencoder, schedules), state
+    return partial(generate_images, net, autoencoder, schedules, **guiding), state
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def load(device):
         require_checkpoint(args.ckpt, ("ddpm",))
-        return module_of("ddpm").load_for_drawing(args.ckpt, device)
+        return module_of("ddpm").load_for_drawing(args.ckpt, device, guide=args.guide)
 
     draw_to_file(args, load)
 

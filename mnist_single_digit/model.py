@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
 from common.args import OUR_NETWORK
-from common.diffusion import Drawing, Schedules, draw, precompute_schedules, q_sample, schedules_of
+from common.diffusion import Drawing, Schedules, draw, precompute_schedules, q_sample
 from common.layers import Scaled, folded, scaled_linear
-from common.modules import build_network
+from common.modules import build_network, guiding_network, trained_network
 from common.time_embedding import TIME_DIM, TimeMLP
 
 __all__ = ["Denoiser", "FiLMCond", "TimeMLP", "generate_images", "precompute_schedules", "q_sample"]
@@ -169,18 +169,20 @@ def build(flags: Mapping[str, Any], schedules: Schedules, typed: Collection[str]
 
 
 def load_for_drawing(
-    path: str | Path | tuple[Path, ckpt.State], device: torch.device | str = "cpu"
+    path: str | Path | tuple[Path, ckpt.State],
+    device: torch.device | str = "cpu",
+    *,
+    guide: str | Path | None = None,
 ) -> tuple[Callable[..., torch.Tensor], dict]:
     """(draw, the checkpoint's state); `draw` is `generate_images` with everything filled in that the checkpoint knows.
 
-    Raises Exit(MODEL_MISMATCH) if the checkpoint holds another kind of model.
+    guide: the checkpoint of a guiding network, see `common.diffusion.guided`.
+    Raises Exit(MODEL_MISMATCH) if a checkpoint holds another kind of model, or the guide does not fit.
     """
-    path, state = ckpt.read_model(path, ("ddpm",))
-    trained = state["args"]
-    schedules = schedules_of(trained, device)
-    net = build(trained, schedules)
-    ckpt.load_averaged(net, state, path)
-    return partial(generate_images, net.to(device).eval().requires_grad_(False), schedules), state
+    read = ckpt.read_model(path, ("ddpm",))
+    net, schedules = trained_network(read, build, device)
+    guiding = {"guide": guiding_network(guide, read[1], build, device)} if guide else {}
+    return partial(generate_images, net, schedules, **guiding), read[1]
 
 
 @torch.no_grad()

@@ -296,6 +296,44 @@ def test_null_labels_are_not_guided_away_from_themselves():
     assert_same(asked, [nulls])
 
 
+def test_guidance_acts_only_within_its_interval():
+    """The nets' half log-SNR, in float64, says in which steps rows are asked about twice."""
+    asked = {}
+
+    class Net(torch.nn.Module):
+        null_label = 10
+
+        def forward(self, x, t, labels):
+            asked[int(t[0])] = len(x)
+            return x * 0.1
+
+    how = {"labels": [3, 4], "guidance": 2.0, "guidance_interval": (-1.5, 1.0)}
+    diffusion.draw(Net(), (4,), diffusion.precompute_schedules(50, 1e-3, 0.3), **how)
+    _, alpha_bar = float64_schedule(50, 1e-3, 0.3)
+    snr = np.log(alpha_bar / (1 - alpha_bar)) / 2
+    inside = (snr >= -1.5) & (snr <= 1.0)
+    assert 5 < inside.sum() < 45
+    assert [asked[t] for t in range(50)] == [4 if here else 2 for here in inside]
+
+
+def test_a_guide_is_moved_away_from_by_its_scale():
+    """predict returns its label and the guide 5: -4 is classifier-free guidance, and 2 more times 3 - 5 is added."""
+    told = []
+
+    def guide(x, _t, labels):
+        told.append(labels)
+        return x * 0 + 5
+
+    def predict(x, _t, labels):
+        return x * 0 + labels[:, None]
+
+    labels, how = torch.tensor([3, 3]), {"guide": guide, "guide_scale": 3.0}
+    for scale, acts, wanted in ((2.0, True, -8.0), (2.0, False, -1.0), (1.0, True, -1.0), (0.0, True, 6.0)):
+        guided = diffusion.guided(predict, labels, 10, scale, acts=lambda _t, acts=acts: acts, **how)
+        torch.testing.assert_close(guided(torch.ones(2, 4), 5), torch.full((2, 4), wanted))
+    assert_same(told, [labels] * 4)
+
+
 def test_callback_sees_every_step_in_order_and_can_stop():
     T, seen = 12, []
     noise = diffusion.noise_source(0, (2, 4))

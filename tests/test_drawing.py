@@ -14,7 +14,7 @@ from PIL import Image
 from common import curves, diffusion, record
 from common.ckpt import read_checkpoint, save_checkpoint
 from common.curves import draw_curves
-from common.error_codes import BAD_OUTPUT, USAGE
+from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE
 from common.images import row_names, save_gif, to_bytes
 from common.modules import module_of
 from common.run import Run
@@ -151,8 +151,8 @@ def test_only_labels_are_guided_and_what_is_not_guided_says_so(folder, runs, tmp
     """With --digit none every image is one row of the network's work, not two of the same null label."""
     asked, guided = [], diffusion.guided
 
-    def spy(predict, *how):
-        return guided(lambda x, t, labels: asked.append(len(x)) or predict(x, t, labels), *how)
+    def spy(predict, *how, **more):
+        return guided(lambda x, t, labels: asked.append(len(x)) or predict(x, t, labels), *how, **more)
 
     monkeypatch.setattr(diffusion, "guided", spy)
     flags = ("--ckpt", runs[folder], "--num-images", 4, "--steps", 3, "--save-npz", tmp_path / "a.npz")
@@ -167,6 +167,65 @@ def test_only_labels_are_guided_and_what_is_not_guided_says_so(folder, runs, tmp
         assert call(folder, "infer.py", *flags, *more, "--output", tmp_path / "a.png").code == 0
         assert asked == [rows] * 3
         assert json.loads(str(np.load(tmp_path / "a.npz")["settings"]))["guidance"] == guidance
+
+
+@pytest.mark.parametrize("folder", [LATENT, PIXEL])
+def test_a_guide_is_another_checkpoint_of_the_same_kind_of_model(folder, runs, tmp_path):
+    state = read_checkpoint(runs[folder] / "latest.pt")
+    for name, weights in state["ema"].items():
+        if name.endswith("bias"):
+            weights.add_(0.1)
+    save_checkpoint(tmp_path / "weaker.pt", state)
+    flags = ("--ckpt", runs[folder], "--num-images", 4, "--digit", 3, "--steps", 3, "--output", tmp_path / "a.png")
+    found = {}
+    for name, more in {
+        "alone": (),
+        "itself": ("--guide", runs[folder], "--guide-scale", 3),
+        "weaker": ("--guide", tmp_path / "weaker.pt"),
+        "weaker, by name": ("--guide", tmp_path / "weaker.pt", "--guide-scale", 2),
+        "weaker, not at all": ("--guide", tmp_path / "weaker.pt", "--guide-scale", 1),
+        "only at first": ("--guidance", 300, "--guidance-interval", -9, 1),
+        "everywhere": ("--guidance", 300),  # two epochs have taught the network little about labels
+    }.items():
+        result = call(folder, "infer.py", *flags, *more, "--save-npz", tmp_path / "a.npz")
+        assert result.code == 0, result.text
+        with np.load(tmp_path / "a.npz") as saved:
+            found[name] = saved["images"].astype(int)
+            settings = json.loads(str(saved["settings"]))
+        if more:
+            assert settings[more[0].removeprefix("--").replace("-", "_")] in (str(more[1]), more[1])
+    assert (found["alone"] == found["itself"]).all()
+    assert (found["alone"] == found["weaker, not at all"]).all()
+    assert (found["weaker"] == found["weaker, by name"]).all()
+    assert (found["alone"] != found["weaker"]).any()
+    assert (found["everywhere"] != found["only at first"]).any()
+    assert (found["alone"] != found["only at first"]).any()
+
+
+def test_what_cannot_guide_says_so(runs, ae_run, tmp_path):
+    state = read_checkpoint(runs[PIXEL] / "latest.pt")
+    state["args"]["schedule"] = "cosine"
+    save_checkpoint(tmp_path / "noise.pt", state)
+    state = read_checkpoint(runs[LATENT] / "latest.pt")
+    state["args"]["ae_weights"] = "0" * 12
+    save_checkpoint(tmp_path / "latents.pt", state)
+    for folder, more, code, said in (
+        (PIXEL, ("--guide", runs[LATENT]), MODEL_MISMATCH, "type lddpm; ddpm is needed"),
+        (PIXEL, ("--guide", tmp_path / "noise.pt"), MODEL_MISMATCH, "--schedule cosine, this one linear"),
+        (LATENT, ("--guide", tmp_path / "latents.pt"), MODEL_MISMATCH, "another autoencoder"),
+        (LATENT, ("--guide", tmp_path / "none.pt"), BAD_CHECKPOINT, "none.pt"),
+        (PIXEL, ("--guide-scale", 2), USAGE, "give --guide PATH"),
+        (PIXEL, ("--guidance", 2, "--guidance-interval", 1, -1), USAGE, "below"),
+        (PIXEL, ("--guidance-interval", -1, 1), USAGE, "--guidance SCALE"),
+    ):
+        flags = ("--ckpt", runs[folder], "--num-images", 2, "--steps", 2, "--output", tmp_path / "a.png")
+        result = call(folder, "infer.py", *flags, *more)
+        assert (result.code, said in result.text) == (code, True), result.text
+        assert len(result.text.splitlines()) == 1, result.text
+        assert not (tmp_path / "a.png").exists()
+    for more in (("--guide", ae_run), ("--guidance-interval", -1, 1), ("--guide-scale", 2)):
+        result = call("common", "evaluate.py", "--ckpt", ae_run, *more)
+        assert result.code == MODEL_MISMATCH, result.text
 
 
 def test_bytes_are_rounded_as_in_the_grid():

@@ -42,6 +42,23 @@ def test_a_diffusion_draws_what_infer_draws(latent_run, tmp_path):
     assert (np.asarray(mine) == np.asarray(Image.open(tmp_path / "a.png").convert("L"))).all()
 
 
+def test_a_guide_is_loaded_beside_the_model_that_it_guides(latent_run, ae_run, tmp_path):
+    first = latent_run / "checkpoint_epoch_000001.pt"
+    flags = ("--ckpt", latent_run, "--digit", 3, "--num-images", 9, "--device", "cpu", "--output", tmp_path / "a.png")
+    how = {"guidance": 99, "guidance_interval": (-1, 2), "guide_scale": 50}
+    typed = ("--guidance", 99, "--guidance-interval", -1, 2, "--guide-scale", 50)
+    assert call(LATENT, "infer.py", *flags, "--guide", first, *typed).code == 0
+    run = load(latent_run, "cpu", guide=first)
+    mine, theirs = picture(run.draw(3, count=9, **how), scale=1), Image.open(tmp_path / "a.png").convert("L")
+    assert (np.asarray(mine) == np.asarray(theirs)).all()
+    plain = load(latent_run, "cpu")
+    assert not torch.equal(plain.draw(3, count=9, **how), run.draw(3, count=9, **how))
+    with pytest.raises(ValueError, match="guided"):
+        load(ae_run, "cpu", guide=first)
+    with pytest.raises(ValueError, match="ae-mlp"):
+        load(latent_run, "cpu", guide=ae_run)
+
+
 @pytest.mark.parametrize(
     "alike", [tuple, np.array, torch.tensor, lambda labels: torch.tensor(labels, dtype=torch.uint8)]
 )
@@ -68,6 +85,7 @@ def test_lists_arrays_and_tensors_are_alike(alike, latent_run):
         ({"labels": 3, "count": 0}, "count must be at least 1, not 0"),
         ({"labels": 3, "guidance": -1}, "guidance must be at least 0, not -1"),
         ({"labels": 3, "guidance": float("nan")}, "guidance must be at least 0, not nan"),
+        ({"labels": 3, "guidance": 2, "guidance_interval": (1, -1)}, "guidance_interval must be two numbers"),
         ({"steps": 21}, "steps must be from 1 to T = 20, not 21"),
         ({"sampler": "euler"}, "'euler'"),
     ],
