@@ -47,7 +47,10 @@ SHORTER = {
     "common.data": ["--data", "embedded"],
     "common.evaluate": ["--n", "200", "--data", "embedded"],
 }
-SMALLER = {LATENT: ["--T", "50"], PIXEL: ["--T", "50", "--base-ch", "8"]}  # by folder, the same for train.py
+SMALLER = {
+    LATENT: ["--T", "50"],
+    PIXEL: ["--T", "50", "--base-ch", "8", "--epochs", "3"],
+}  # by folder, the same for train.py
 
 PYTHON = """#!{python} -SE
 import os, sys

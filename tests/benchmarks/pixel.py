@@ -42,7 +42,7 @@ from common.modules import module_of
 from common.rng import generator
 
 STEPS = 100  # of T = 1000 ancestral ones, for everybody: at 1,000 the peers would draw for an hour
-GRID = ("--base-ch", 32, "--lr", 1e-3, "--lr-scheduler", "cosine", "--epochs", 20)  # README.md's, of all digits
+GRID = ("--base-ch", 32, "--lr", 1e-3, "--lr-scheduler", "cosine", "--min-snr-gamma", 1, "--epochs", 20)  # README.md's
 TRAINING, SAMPLING = "training images/s", "16 samples, T = 1000, seconds"
 
 
@@ -188,7 +188,7 @@ def all_digits(figures: Figures, out: Path, cache: list[str]) -> None:
     figures.add("all digits: … its peak memory", peak, "GB")
     seconds, run_folder = train(folder, *GRID, "--outdir", out / "grid", *place)
     figures.add("all digits, README.md's grid: training", seconds / 60, "min", scaled=True)
-    found = evaluated(run_folder, out, 500, cache, *DIGITS, "--guidance", 2, "--steps", 100)
+    found = evaluated(run_folder, out, 500, cache, *DIGITS, "--guidance", 1.2, "--steps", 100)
     add_quality(figures, "all digits, README.md's grid", found)
 
 
