@@ -439,7 +439,7 @@ def add_diffusion_arguments(parser: Parser) -> None:
         help=f"NAME.py, beside {OUR_NETWORK}.py, defines the network (default: {OUR_NETWORK})",
     )
     parser.flag(
-        "training",
+        "shape",  # losses of two values do not compare, and a run's best has the lowest
         "--min-snr-gamma",
         type=number(float, 0),
         default=0.0,

@@ -169,7 +169,7 @@ def epsilon_loss(
     errors = mse_loss(ask(net, q_sample(x0, t, epsilon, schedules), t, labels), epsilon, reduction="none")
     if min_snr_gamma:
         snr = (schedules.sqrt_alpha_bar / schedules.sqrt_one_minus_alpha_bar)[t].square()  # (B,)
-        errors = errors * _rows(snr.clamp(max=min_snr_gamma) / snr, errors)
+        errors = errors * _rows((min_snr_gamma / snr).clamp(max=1), errors)  # a schedule may end at SNR 0
     return errors.mean()
 
 
@@ -397,9 +397,12 @@ def _within(schedules: Schedules, interval: tuple[float, float] | None) -> Calla
     """Is the half log-SNR of timestep t within the interval, or is there none?"""
     if interval is None:
         return lambda t: True
-    low, high = interval
+    try:
+        low, high = map(float, interval)
+    except (TypeError, ValueError):
+        low = high = 0.0
     if not low < high:
-        raise ValueError(f"guidance_interval must be two numbers, the second the larger, not {interval}")
+        raise ValueError(f"guidance_interval must be two numbers, the second the larger, not {interval!r}")
     snr = half_log_snr((1 - schedules.beta.cpu().double()).cumprod(0)).tolist()
     return lambda t: low <= snr[t] <= high
 

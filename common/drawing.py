@@ -267,7 +267,7 @@ def _save_npz(images: torch.Tensor, labels: list[int] | None, args: Any, state: 
 
     names = ("ckpt", "ae_ckpt", "digit", "guidance", "sampler", "steps", "seed")
     names += ("guidance_interval",) if args.guidance_interval else ()
-    names += ("guide", "guide_scale") if args.guide else ()
+    names += ("guide", "guide_scale") if args.guide is not None else ()
     names += ("from_image", "strength", "inpaint", "resample") if args.from_image else ()
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
     settings |= {"exp_name": state["exp_name"], "epoch": state["epoch"], "T": state["args"]["T"]}

@@ -28,7 +28,7 @@ from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress, sampling_options, wanted_labels
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit, run_main
 from common.images import check_output
-from common.modules import module_of
+from common.modules import guiding_network, module_of
 from common.own_data import held_out
 from common.ranks import World, identity, joined
 from common.record import write_text
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 FEWEST = 200  # images that are worth a score
 FEWEST_REAL = 10  # held-out digits: of each half some neighbours are looked for
+SAMPLING = ("digit", "guidance", "guidance_interval", "guide", "guide_scale", "steps")  # flags that are None by default
 COUNTED = ("fid", "imbalance")  # figures that grow as the images grow fewer
 SPLITS = 10  # of the held-out digits, over which the Fréchet distance is averaged
 CHUNK = 500  # digits reconstructed at a time
@@ -326,9 +327,9 @@ def _prepare(args: Any) -> Subject:
     if not model.startswith("ae-"):
         check_sampling(args, state["args"])
         labels = wanted_labels(args.digit, args.n, args.seed, state["args"])
-    elif any(getattr(args, name) for name in ("digit", "steps", "guidance_interval", "guide", "guide_scale")) or (
-        args.guidance is not None or args.sampler != "ddpm"
-    ):
+        if args.guide is not None:
+            guiding_network(args.guide, state, module_of(model).build, "cpu")  # does it fit?
+    elif args.sampler != "ddpm" or any(getattr(args, name) is not None for name in SAMPLING):
         raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
     if args.tstr and not model.startswith("ae-") and labels is None:
         why = "leave out --digit none" if args.digit == [] else "this model's network takes none"
@@ -384,8 +385,7 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
         print(f"{emoji.warning} {columns}: {advice}")
     print(f"{'images/s':>10} {len(images) / seconds:>9.1f}")
     print(f"{emoji.info} not Inception figures: they compare only with figures of this classifier")
-    names = ("n", "seed", "digit", "guidance", "guidance_interval", "guide", "guide_scale", "sampler", "steps")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in ("n", "seed", "sampler", *SAMPLING)}
     # the only digit decides what real digits it is compared with
     settings |= {"kind": kind, "only_digit": trained["args"].get("only_digit"), "splits": splits}
     target = args.json or scores_file(path)

@@ -107,6 +107,8 @@ class Diffusion(Loaded):
                 raise ValueError(complaint)
         if not 0 <= guidance < float("inf"):
             raise ValueError(f"guidance must be at least 0, not {guidance}")
+        if not 0 <= guide_scale < float("inf"):
+            raise ValueError(f"guide_scale must be at least 0, not {guide_scale}")
         how = {"guidance": guidance, "guidance_interval": guidance_interval, "guide_scale": guide_scale}
         how |= {"seed": seed, "sampler": sampler, "steps": steps}
         how |= {"callback": callback, "watch": watch}

@@ -137,11 +137,15 @@ def guiding_network(
 ) -> nn.Module:
     """The network of the checkpoint at `source`, to guide that of the checkpoint `guided` (see `diffusion.guided`).
 
-    Raises Exit(MODEL_MISMATCH) if it knows another noise, or other latents.
+    Raises Exit(MODEL_MISMATCH) if it knows another noise, other latents, or not all of the labels.
     """
     from common import ckpt
 
     path, state = ckpt.read_model(source, (ckpt.infer_model_from_checkpoint(guided),))
+    if state["args"]["only_digit"] not in (None, guided["args"]["only_digit"]):
+        raise Exit(MODEL_MISMATCH, f"{path} cannot guide: it has seen {state['args']['only_digit']}s only")
+    if guided["args"].get("labelled", True) and not state["args"].get("labelled", True):
+        raise Exit(MODEL_MISMATCH, f"{path} cannot guide: its network takes no labels")
     for name, before in (("T", None), ("schedule", "linear"), ("beta_start", None), ("beta_end", None)):
         here, there = (flags.get(name, before) for flags in (guided["args"], state["args"]))
         if here != there:

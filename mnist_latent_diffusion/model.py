@@ -163,7 +163,7 @@ def load_for_drawing(
     """
     path, state = ckpt.read_model(path, ("lddpm",))
     net, schedules = trained_network((path, state), build, device)
-    guiding = {"guide": guiding_network(guide, state, build, device)} if guide else {}
+    guiding = {"guide": guiding_network(guide, state, build, device)} if guide is not None else {}
     ae_data = read_autoencoder(ae_ckpt) if ae_ckpt else state["ae_ckpt_data"]
     if ae_data["args"]["latent_dim"] != net.latent_dim:
         other = ae_data["args"]["latent_dim"]

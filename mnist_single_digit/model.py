@@ -181,7 +181,7 @@ def load_for_drawing(
     """
     read = ckpt.read_model(path, ("ddpm",))
     net, schedules = trained_network(read, build, device)
-    guiding = {"guide": guiding_network(guide, read[1], build, device)} if guide else {}
+    guiding = {"guide": guiding_network(guide, read[1], build, device)} if guide is not None else {}
     return partial(generate_images, net, schedules, **guiding), read[1]
 
 

@@ -266,6 +266,18 @@ def test_the_loss_counts_timesteps_by_min_snr_as_diffusers_does(shape, gamma):
     torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=0)
 
 
+def test_min_snr_where_no_signal_is_left():
+    """In float32 such a schedule's SNR is 0 at its end: these rows count fully."""
+    schedules = diffusion.precompute_schedules(50, 0.99, 0.999)
+    assert schedules.alpha_bar[-1] == 0
+    draws = (torch.tensor([49, 49]), noise_of(2, 4), torch.zeros(2, dtype=torch.bool))
+    losses = [
+        diffusion.epsilon_loss(lambda x, _t, _labels: 0 * x, noise_of(2, 4), torch.zeros(2).long(), schedules, draws, g)
+        for g in (0, 1)
+    ]
+    assert losses[0] == losses[1] > 0
+
+
 @pytest.mark.parametrize("T", [1, 2, 20])
 def test_timestep_distribution_of_short_schedules(T):
     distribution = diffusion.timestep_distribution(diffusion.precompute_schedules(T, **BETAS))

@@ -206,14 +206,22 @@ def test_what_cannot_guide_says_so(runs, ae_run, tmp_path):
     state = read_checkpoint(runs[PIXEL] / "latest.pt")
     state["args"]["schedule"] = "cosine"
     save_checkpoint(tmp_path / "noise.pt", state)
-    state = read_checkpoint(runs[LATENT] / "latest.pt")
-    state["args"]["ae_weights"] = "0" * 12
-    save_checkpoint(tmp_path / "latents.pt", state)
+    for name, changed in (
+        ("latents", {"ae_weights": "0" * 12}),
+        ("fours", {"only_digit": 4}),
+        ("x", {"labelled": False}),
+    ):
+        state = read_checkpoint(runs[LATENT] / "latest.pt")
+        state["args"] |= changed
+        save_checkpoint(tmp_path / f"{name}.pt", state)
     for folder, more, code, said in (
         (PIXEL, ("--guide", runs[LATENT]), MODEL_MISMATCH, "type lddpm; ddpm is needed"),
         (PIXEL, ("--guide", tmp_path / "noise.pt"), MODEL_MISMATCH, "--schedule cosine, this one linear"),
         (LATENT, ("--guide", tmp_path / "latents.pt"), MODEL_MISMATCH, "another autoencoder"),
+        (LATENT, ("--guide", tmp_path / "fours.pt"), MODEL_MISMATCH, "seen 4s only"),
+        (LATENT, ("--guide", tmp_path / "x.pt"), MODEL_MISMATCH, "takes no labels"),
         (LATENT, ("--guide", tmp_path / "none.pt"), BAD_CHECKPOINT, "none.pt"),
+        (LATENT, ("--guide", ""), BAD_CHECKPOINT, "no readable checkpoint"),
         (PIXEL, ("--guide-scale", 2), USAGE, "give --guide PATH"),
         (PIXEL, ("--guidance", 2, "--guidance-interval", 1, -1), USAGE, "below"),
         (PIXEL, ("--guidance-interval", -1, 1), USAGE, "--guidance SCALE"),
@@ -223,9 +231,13 @@ def test_what_cannot_guide_says_so(runs, ae_run, tmp_path):
         assert (result.code, said in result.text) == (code, True), result.text
         assert len(result.text.splitlines()) == 1, result.text
         assert not (tmp_path / "a.png").exists()
-    for more in (("--guide", ae_run), ("--guidance-interval", -1, 1), ("--guide-scale", 2)):
+    for more in (("--guide", ae_run), ("--guidance-interval", -1, 1), ("--guide-scale", 0)):
         result = call("common", "evaluate.py", "--ckpt", ae_run, *more)
         assert result.code == MODEL_MISMATCH, result.text
+    result = call(
+        "common", "evaluate.py", "--ckpt", runs[LATENT], "--guide", tmp_path / "fours.pt", "--cache-dir", tmp_path
+    )
+    assert (result.code, len(result.text.splitlines())) == (MODEL_MISMATCH, 1)  # before a classifier is trained
 
 
 def test_bytes_are_rounded_as_in_the_grid():
