@@ -247,7 +247,8 @@ def test_equal_runs_of_labels_go_with_the_images_into_every_file(tmp_path):
     assert drawing.wanted_labels([], 7, 42, {}) is None
     images = torch.linspace(0, 1, 3).view(3, 1, 1, 1).expand(-1, -1, 28, 28)
     state = {"exp_name": "x", "epoch": 1, "args": {"T": 5}}
-    drawing._save_npz(images, [3, 8, 5], SimpleNamespace(seed=7, from_image=None), state, tmp_path / "a.npz")
+    args = SimpleNamespace(seed=7, from_image=None, guidance_interval=None, guide=None)
+    drawing._save_npz(images, [3, 8, 5], args, state, tmp_path / "a.npz")
     arrays = np.load(tmp_path / "a.npz")
     assert arrays["labels"].tolist() == [3, 8, 5]
     assert arrays["images"][:, 0, 0].tolist() == [0, 128, 255]
