@@ -213,6 +213,28 @@ def _missing():
     raise Exit(NO_DATA, "no test digits")
 
 
+def test_what_is_scored_was_drawn_with_the_guide(judged, cache, tmp_path, latent_run):
+    flags = (
+        "--ckpt",
+        latent_run,
+        "--n",
+        200,
+        "--data",
+        "embedded",
+        "--cache-dir",
+        cache,
+        "--json",
+        tmp_path / "a.json",
+    )
+    found = []
+    for more in ((), ("--guide", latent_run / "checkpoint_epoch_000001.pt", "--guide-scale", 50)):
+        result = call("common", "evaluate.py", *flags, *more)
+        assert result.code == 0, result.text
+        found.append(json.loads((tmp_path / "a.json").read_text()))
+    assert found[0]["fid"] != found[1]["fid"]
+    assert found[1]["details"]["settings"]["guide_scale"] == 50
+
+
 @pytest.mark.slow
 def test_the_classifier_outlives_a_job(judged, cache, tmp_path, latent_run):
     """Trained in a job, it is kept in $SCRATCH/hf_cache; the next job, with another $SLURM_TMPDIR, finds it."""
