@@ -44,6 +44,11 @@ class Schedules(NamedTuple):
     def T(self) -> int:
         return len(self.beta)
 
+    @property
+    def exact_alpha_bar(self) -> torch.Tensor:
+        """(T,) float64, on the CPU: 1 - alpha_bar cancels badly in float32."""
+        return (1 - self.beta.cpu().double()).cumprod(0)
+
     def first(self, count: int) -> Schedules:
         """Those of the `count` timesteps of least noise."""
         return Schedules(*(values[:count] for values in self))
@@ -112,8 +117,7 @@ def timestep_distribution(schedules: Schedules, mean: float = -0.5, deviation: f
     That spends training where images take shape (Karras et al. 2022, section 5, whose P_mean, in units of the data's
     deviation, and P_std the defaults are) instead of on timesteps that are all noise: half of a linear schedule's.
     """
-    alpha_bar = (1 - schedules.beta.cpu().double()).cumprod(0)
-    log_ratio = ((1 - alpha_bar) / alpha_bar).log() / 2  # (T,), grows with t
+    log_ratio = -half_log_snr(schedules.exact_alpha_bar)  # (T,), grows with t
     edges = torch.cat([log_ratio[:1], (log_ratio[1:] + log_ratio[:-1]) / 2, log_ratio[-1:]])  # (T + 1,)
     share = torch.special.ndtr((edges - mean) / deviation).diff() + 1e-9  # (T,); no timestep is never seen
     return (share / share.sum()).cumsum(0)
@@ -259,7 +263,7 @@ def reverse_steps(schedules: Schedules, steps: int | None = None, sampler: str =
         raise ValueError(f"steps must be from 1 to T = {T}, not {steps}")
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
-    alpha_bar = (1 - schedules.beta.cpu().double()).cumprod(0)  # float64: 1 - alpha_bar cancels badly in float32
+    alpha_bar = schedules.exact_alpha_bar
     visited = _evenly_spaced(alpha_bar, steps, sampler)
     now = alpha_bar[visited]
     before = torch.cat([alpha_bar[visited[1:]], torch.ones(1, dtype=torch.float64)])  # alpha_bar of the next stop
@@ -403,7 +407,7 @@ def _within(schedules: Schedules, interval: tuple[float, float] | None) -> Calla
         low = high = 0.0
     if not low < high:
         raise ValueError(f"guidance_interval must be two numbers, the second the larger, not {interval!r}")
-    snr = half_log_snr((1 - schedules.beta.cpu().double()).cumprod(0)).tolist()
+    snr = half_log_snr(schedules.exact_alpha_bar).tolist()
     return lambda t: low <= snr[t] <= high
 
 
