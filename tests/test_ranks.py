@@ -393,6 +393,26 @@ def test_weights_that_went_apart_are_never_saved(flags, tmp_path):
     assert not list(tmp_path.rglob("*.pt"))
 
 
+QUICK_CLOCK = """
+import os, sys, time, types
+sys.path.insert(0, ".")
+import train
+from common import session
+from common.error_codes import run_main
+if os.environ["RANK"] == "0":
+    session.time = types.SimpleNamespace(**vars(time) | {"monotonic": lambda: 1e6 * time.monotonic()})
+sys.exit(run_main(lambda: train.main(sys.argv[1:])))
+"""
+
+
+def test_all_save_when_the_first_ones_clock_says_so(flags, references, tmp_path):
+    """Its clock runs a million times as fast: for it, it is time after every step, for the other never."""
+    often = flags(LATENT, "--ckpt-every-sec", 100, "--outdir", tmp_path)
+    results = Launched(LATENT, 2, QUICK_CLOCK, *often, script="-c", DDPM_RANK_PATIENCE="60").finish()
+    assert [result.code for result in results] == [0, 0], results
+    assert_same_training(only_run(tmp_path), references(LATENT))
+
+
 def test_a_bad_loss_ends_all_of_them_with_one_line(flags, tmp_path):
     results = Launched(AE, 2, *flags(AE, "--lr", 1e20, "--grad-clip", 0, "--outdir", tmp_path)).finish()
     assert [result.code for result in results] == [NON_FINITE_LOSS] * 2, results
