@@ -25,8 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from common.args import OUR_NETWORK
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, Exit
+from common.flags import OUR_NETWORK
 
 FORMAT = 1
 NAME = "checkpoint_epoch_{epoch:06d}.pt"

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.args import is_own
 from common.ckpt import UnreadableCheckpoint, atomic_write, read_file
 from common.data import HF_MNIST, lasting_cache
+from common.flags import is_own
 from common.rng import generator
 
 NUM_FEATURES = 96

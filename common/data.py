@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import emoji
-from common.args import HUB, MNIST, MNIST_NAME, is_own
 from common.ckpt import UnreadableCheckpoint, atomic_write, read_file
 from common.device import seed_worker
 from common.error_codes import NO_DATA, Exit, run_main
+from common.flags import HUB, MNIST, MNIST_NAME, is_own
 from common.rng import derive_seed, generator
 
 if TYPE_CHECKING:
@@ -382,7 +382,8 @@ def _embedded(split: str, cache_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 def main(argv: list[str] | None = None) -> None:
     """Fetch and decode both splits. Raises Exit(NO_DATA) if only the embedded digits can be had, unless asked for."""
-    from common.args import Parser, add_data_arguments
+    from common.args import Parser
+    from common.flags import add_data_arguments
 
     parser = Parser("Fetch MNIST ahead of time and decode it.", "python -m common.data --cache-dir ./hf_cache")
     add_data_arguments(parser)

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from common.args import DEFAULT_GUIDE_SCALE, SAMPLERS, default_steps, timesteps_left
 from common.device import move
+from common.flags import DEFAULT_GUIDE_SCALE, SAMPLERS, default_steps, timesteps_left
 from common.ranks import World
 from common.rng import generator
 from common.schedules import SCHEDULES

@@ -9,24 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import emoji, threads
-from common.args import (
+from common.args import Args, Parser, flag_of, number
+from common.ckpt import atomic_write, infer_model_from_checkpoint
+from common.device import get_device, memory_in_one_line
+from common.error_codes import BAD_IMAGE, BAD_OUTPUT, USAGE, Exit
+from common.flags import (
     CHECKPOINT,
     COUNT,
     DEFAULT_GUIDANCE,
     DEFAULT_RESAMPLE,
     DEFAULT_STRENGTH,
     OUTPUT,
-    Args,
-    Parser,
     add_sampling_arguments,
     add_scale_argument,
     check_sampling,
-    flag_of,
-    number,
 )
-from common.ckpt import atomic_write, infer_model_from_checkpoint
-from common.device import get_device, memory_in_one_line
-from common.error_codes import BAD_IMAGE, BAD_OUTPUT, USAGE, Exit
 from common.images import (
     check_output,
     make_image_grid,

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from common import ckpt, emoji
-from common.args import HUB, bash_word, flag_of, is_own
+from common.args import bash_word, flag_of
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE, Exit
+from common.flags import HUB, is_own
 from common.images import check_output, one_line
 from common.modules import MODULE_FILES
 from common.ranks import identity

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt
-from common.args import DEFAULT_GUIDANCE, DEFAULT_GUIDE_SCALE, DEFAULT_RESAMPLE, DEFAULT_STRENGTH, why_not_drawn
 from common.device import get_device
 from common.error_codes import Exit
+from common.flags import DEFAULT_GUIDANCE, DEFAULT_GUIDE_SCALE, DEFAULT_RESAMPLE, DEFAULT_STRENGTH, why_not_drawn
 
 CLASSES = 10
 

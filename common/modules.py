@@ -15,8 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from common.args import OUR_NETWORK, flag_of
+from common.args import flag_of
 from common.error_codes import MODEL_MISMATCH, NO_MODEL_SPECIFIED, USAGE, Exit
+from common.flags import OUR_NETWORK
 
 if TYPE_CHECKING:
     import torch

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import data
-from common.args import AUTO, HUB, MNIST, Args, is_own
+from common.args import AUTO, Args
 from common.ckpt import UnreadableCheckpoint, read_file
 from common.error_codes import MODEL_MISMATCH, NO_DATA, Exit
+from common.flags import HUB, MNIST, is_own
 from common.rng import generator
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt, device, emoji, ranks, slurm, threads
-from common.args import AUTO, MNIST, OUR_NETWORK, Args
+from common.args import AUTO, Args
 from common.console import patient
 from common.error_codes import (
     BAD_CHECKPOINT,
@@ -43,6 +43,7 @@ from common.error_codes import (
     USAGE,
     Exit,
 )
+from common.flags import MNIST, OUR_NETWORK
 from common.learner import DrawsFn, Learner, LossFn, learning_rate
 from common.logger_utils import close_handlers, log_args_rich, setup_component_logger
 from common.modules import network_digest

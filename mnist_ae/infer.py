@@ -6,22 +6,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import emoji, threads
-from common.args import (
-    CHECKPOINT,
-    COUNT,
-    OUTPUT,
-    Parser,
-    add_data_arguments,
-    add_device_argument,
-    add_scale_argument,
-    add_threads_argument,
-    number,
-)
+from common.args import Parser, number
 from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
 from common.data import make_mnist_loader
 from common.device import get_device, memory_in_one_line
 from common.error_codes import run_main
 from common.export import export
+from common.flags import (
+    CHECKPOINT,
+    COUNT,
+    OUTPUT,
+    add_data_arguments,
+    add_device_argument,
+    add_scale_argument,
+    add_threads_argument,
+)
 from common.images import over, save_output
 from common.latents import walks_between
 from common.own_data import held_out

@@ -18,21 +18,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import emoji, threads
-from common.args import (
-    CHECKPOINT,
-    COUNT,
-    OUTPUT,
-    Parser,
-    add_data_arguments,
-    add_device_argument,
-    add_threads_argument,
-    bash_word,
-    number,
-)
+from common.args import Parser, bash_word, number
 from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
 from common.ckpt import RUNS, atomic_write
 from common.device import get_device, memory_in_one_line
 from common.error_codes import NO_DATA, USAGE, Exit, run_main
+from common.flags import CHECKPOINT, COUNT, OUTPUT, add_data_arguments, add_device_argument, add_threads_argument
 from common.images import check_output, one_line, over, save_output
 from common.latents import PERPLEXITY, encode_digits, tsne_map
 from common.own_data import held_out

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
-from common.args import OUR_NETWORK
 from common.autoencoder import build_autoencoder, read_autoencoder
 from common.diffusion import (
     Drawing,
@@ -26,6 +25,7 @@ from common.diffusion import (
     takes_labels,
 )
 from common.error_codes import MODEL_MISMATCH, Exit
+from common.flags import OUR_NETWORK
 from common.layers import folded, scaled_linear
 from common.modules import build_network, guiding_network, trained_network
 from common.time_embedding import TIME_DIM, TimeMLP

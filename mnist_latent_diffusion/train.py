@@ -5,12 +5,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.args import AUTO, Args, Parser, add_diffusion_arguments, add_training_arguments, check_betas, number
+from common.args import AUTO, Args, Parser, number
 from common.autoencoder import build_autoencoder, choose_autoencoder, describe, read_named_autoencoder
 from common.data import make_mnist_loader, split_train_val
 from common.drawing import preview_and_scored
 from common.error_codes import run_main
 from common.evaluate import epoch_scorer
+from common.flags import add_diffusion_arguments, add_training_arguments, check_betas
 from common.modules import module_of, named, network_file
 from common.session import open_session
 

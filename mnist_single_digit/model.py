@@ -13,8 +13,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
-from common.args import OUR_NETWORK
 from common.diffusion import Drawing, Schedules, draw, precompute_schedules, q_sample
+from common.flags import OUR_NETWORK
 from common.layers import Scaled, folded, scaled_linear
 from common.modules import build_network, guiding_network, trained_network
 from common.time_embedding import TIME_DIM, TimeMLP

@@ -5,11 +5,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.args import Args, Parser, add_diffusion_arguments, add_training_arguments, check_betas, flag_of, number
+from common.args import Args, Parser, flag_of, number
 from common.data import split_train_val
 from common.drawing import preview_and_scored
 from common.error_codes import run_main
 from common.evaluate import epoch_scorer
+from common.flags import add_diffusion_arguments, add_training_arguments, check_betas
 from common.modules import module_of, named, network_file
 from common.session import open_session
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import AE, LATENT, PIXEL, REPO, call, environment, finish, inside, make_run, only_run, recipe, run, start
 
 from common import error_codes, slurm
-from common.args import Parser, add_training_arguments
+from common.args import Parser
 from common.error_codes import (
     BAD_CHECKPOINT,
     BAD_OUTPUT,
@@ -20,6 +20,7 @@ from common.error_codes import (
     Exit,
     run_main,
 )
+from common.flags import add_training_arguments
 
 SCRIPTS = [(folder, script) for folder in (AE, LATENT, PIXEL) for script in ("train.py", "infer.py")]
 SCRIPTS.append((AE, "run_tsne.py"))

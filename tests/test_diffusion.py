@@ -8,7 +8,7 @@ from diffusers.training_utils import compute_snr
 from helpers import assert_same
 
 from common import diffusion
-from common.args import DPM_STEPS, SAMPLERS
+from common.flags import DPM_STEPS, SAMPLERS
 from common.rng import generator
 
 BETAS = {"beta_start": 1e-4, "beta_end": 2e-2}

@@ -16,9 +16,9 @@ from PIL import Image
 from test_ranks import Launched
 
 from common import diffusion, load
-from common.args import DEFAULT_STRENGTH, SAMPLERS
 from common.ckpt import read_checkpoint, save_checkpoint
 from common.error_codes import BAD_IMAGE, MODEL_MISMATCH, USAGE, Exit
+from common.flags import DEFAULT_STRENGTH, SAMPLERS
 from common.images import read_images, to_bytes
 
 T = 200

@@ -10,9 +10,9 @@ from helpers import LATENT, call, make_run, state_of
 from PIL import Image
 
 from common import ckpt, diffusion, load, picture
-from common.args import DEFAULT_GUIDANCE
 from common.autoencoder import build_autoencoder, read_autoencoder
 from common.error_codes import MODEL_MISMATCH, Exit
+from common.flags import DEFAULT_GUIDANCE
 from common.images import save_image_grid
 from common.modules import module_of
 

@@ -8,9 +8,10 @@ import sys
 from contextlib import suppress
 
 from common import emoji, threads
-from common.args import Parser, add_device_argument, add_threads_argument, number
+from common.args import Parser, number
 from common.device import get_device
 from common.error_codes import run_main
+from common.flags import add_device_argument, add_threads_argument
 from common.play import wishes
 from common.progress import counted
 

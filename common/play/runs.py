@@ -11,19 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from common import ckpt, threads
-from common.args import (
-    AUTO,
-    DEFAULT_GUIDANCE,
-    DEFAULT_RESAMPLE,
-    DEFAULT_STRENGTH,
-    HUB,
-    OUR_NETWORK,
-    bash_word,
-    is_own,
-    why_not_drawn,
-)
+from common.args import AUTO, bash_word
 from common.device import get_device
 from common.error_codes import MODEL_MISMATCH, USAGE, Exit
+from common.flags import DEFAULT_GUIDANCE, DEFAULT_RESAMPLE, DEFAULT_STRENGTH, HUB, OUR_NETWORK, is_own, why_not_drawn
 from common.loading import Autoencoder, Diffusion, load
 from common.modules import MODULE_FILES, ROOT
 from common.own_data import held_out, hub_file

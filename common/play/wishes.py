@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any, NamedTuple
 
-from common.args import SAMPLERS, timesteps_left
+from common.flags import SAMPLERS, timesteps_left
 
 MOST_BYTES = 64 * 1024  # of a message
 MOST_IMAGES = 144

@@ -14,10 +14,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from common import emoji, threads
-from common.args import Parser, add_data_arguments, number
+from common.args import Parser, number
 from common.classifier import judge, load_classifier
 from common.data import HF_MNIST
 from common.error_codes import run_main
+from common.flags import add_data_arguments
 from common.loading import load
 from common.metrics import frechet_distance
 

@@ -30,13 +30,14 @@ from peers import LABEL_DROPOUT, PlainDenoiser, diffusers_unet, lucidrains
 from quality import DIGITS, add_quality, evaluated
 
 from common import threads
-from common.args import Parser, add_data_arguments, number
+from common.args import Parser, number
 from common.classifier import load_classifier
 from common.data import HF_MNIST, split_train_val
 from common.device import get_device, move
 from common.diffusion import PART, draw, epsilon_loss, loss_draws, precompute_schedules, uniform_timesteps
 from common.error_codes import run_main
 from common.evaluate import score
+from common.flags import add_data_arguments
 from common.learner import Learner, learning_rate
 from common.modules import module_of
 from common.rng import generator

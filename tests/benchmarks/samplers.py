@@ -13,12 +13,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from common import emoji
-from common.args import SAMPLERS, Parser, add_data_arguments, number
+from common.args import Parser, number
 from common.classifier import load_classifier
 from common.data import HF_MNIST
 from common.drawing import wanted_labels
 from common.error_codes import USAGE, Exit, run_main
 from common.evaluate import score
+from common.flags import SAMPLERS, add_data_arguments
 from common.modules import module_of
 
 EVALUATIONS = (1, 2, 4, 8, 16, 50, 1000)
