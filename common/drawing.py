@@ -157,7 +157,7 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
 
 
 def sampling_options(args: Any) -> dict[str, Any]:
-    """What the flags of `add_sampling_arguments` say to `diffusion.draw`; labels, seed and guide apart."""
+    """What the flags of `add_sampling_arguments` say to `sampling.draw`; labels, seed and guide apart."""
     return {name: getattr(args, name) for name in ("guidance", "guidance_interval", "guide_scale", "sampler", "steps")}
 
 
@@ -167,7 +167,7 @@ def _row_names(args: Any, trained: dict[str, Any]) -> list[str]:
 
 
 def _edit(args: Any, model: str) -> dict[str, Any]:
-    """What the flags want of a picture, as `diffusion.draw` takes it; {} without --from-image. Raises Exit."""
+    """What the flags want of a picture, as `sampling.draw` takes it; {} without --from-image. Raises Exit."""
     if args.from_image is None:
         for name in ("strength", "inpaint", "resample"):
             if getattr(args, name) is not None:
@@ -219,7 +219,7 @@ def choose_threads(args: Any, draw: Draw, count: int, labels: list[int] | None, 
 
 
 def draw_with_progress(draw: Draw, *, steps: int, passes: int = 1, **how: Any) -> torch.Tensor:
-    """draw(...)'s images on the CPU, showing how far it is. how: see `diffusion.draw`. passes: through each step."""
+    """draw(...)'s images on the CPU, showing how far it is. how: see `sampling.draw`. passes: through each step."""
     total = steps * passes
     with progress("drawing", total, "step", lambda text: print(f"{emoji.info} {text}", flush=True)) as tick:
         return draw(steps=steps, callback=lambda left, _x: left == total or tick(), **how).cpu()

@@ -128,7 +128,7 @@ def read_images(path: str | Path, mask: bool = False) -> tuple[torch.Tensor, tup
 def _arrays(path: Path) -> tuple[torch.Tensor, tuple[int, int]]:
     import numpy
 
-    from common.diffusion import as_images
+    from common.sampling import as_images
 
     with numpy.load(path, allow_pickle=False) as arrays:
         if "images" not in arrays and len(arrays.files) != 1:

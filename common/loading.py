@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from common.diffusion import Watch
+    from common.sampling import Watch
 
 
 class Loaded:
@@ -45,7 +45,7 @@ class Loaded:
 class Diffusion(Loaded):
     """A trained diffusion model, of pixels or of latents; `autoencoder` is the one of its latents, else None.
 
-    `drawer` is what `load_for_drawing` of its experiment returns: see `common.diffusion.draw`.
+    `drawer` is what `load_for_drawing` of its experiment returns: see `common.sampling.draw`.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class Diffusion(Loaded):
         labels: the digit of each image, as a list, an array or a tensor (N,) of 0 to 9; one number means `count` images
         of it, None `count` images of digits drawn from the training data's class shares. guidance: as --guidance
         (default: as infer.py's); guidance_interval, and guide_scale of a model that was loaded with a guide: as the
-        flags of these names. sampler, steps: see `common.diffusion.reverse_steps`; callback, watch: see
-        `common.diffusion.sample`. The same seed draws the same images.
+        flags of these names. sampler, steps: see `common.sampling.reverse_steps`; callback, watch: see
+        `common.sampling.sample`. The same seed draws the same images.
 
         from_image: an image (28, 28) to begin with, or several (K, 1, 28, 28), each for an equal run of those drawn;
         without labels the network is then not told any. strength: how much of it is drawn over, up to 1, all of it
@@ -90,8 +90,8 @@ class Diffusion(Loaded):
         kept exactly (models of pixels only), in `resample` passes (default: as --resample).
         Raises ValueError for what cannot be drawn.
         """
-        from common.diffusion import as_labels
         from common.drawing import wanted_labels
+        from common.sampling import as_labels
 
         if count < 1:
             raise ValueError(f"count must be at least 1, not {count}")

@@ -136,7 +136,7 @@ def trained_network(
 def guiding_network(
     source: str | Path, guided: State, build: Callable[..., nn.Module], device: torch.device | str
 ) -> nn.Module:
-    """The network of the checkpoint at `source`, to guide that of the checkpoint `guided` (see `diffusion.guided`).
+    """The network of the checkpoint at `source`, to guide that of the checkpoint `guided` (see `sampling.guided`).
 
     Raises Exit(MODEL_MISMATCH) if it knows another noise, other latents, or not all of the labels.
     """

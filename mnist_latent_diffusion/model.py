@@ -14,20 +14,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
 from common.autoencoder import build_autoencoder, read_autoencoder
-from common.diffusion import (
-    Drawing,
-    Schedules,
-    ask,
-    draw,
-    precompute_schedules,
-    predictor_of,
-    q_sample,
-    takes_labels,
-)
+from common.diffusion import Schedules, ask, precompute_schedules, predictor_of, q_sample, takes_labels
 from common.error_codes import MODEL_MISMATCH, Exit
 from common.flags import OUR_NETWORK
 from common.layers import folded, scaled_linear
 from common.modules import build_network, guiding_network, trained_network
+from common.sampling import Drawing, draw
 from common.time_embedding import TIME_DIM, TimeMLP
 
 __all__ = ["FiLMCondMLP", "LatentDenoiser", "TimeMLP", "generate_images", "precompute_schedules", "q_sample"]
@@ -157,7 +149,7 @@ def load_for_drawing(
     """(draw, the checkpoint's state); `draw` is `generate_images` with everything filled in that the checkpoint knows.
 
     The denoiser gets its EMA weights; the autoencoder is the one inside the checkpoint, or `ae_ckpt`'s.
-    guide: the checkpoint of a guiding network, see `common.diffusion.guided`.
+    guide: the checkpoint of a guiding network, see `common.sampling.guided`.
     Raises Exit(MODEL_MISMATCH) if a checkpoint holds another kind of model or another latent dimension, or the guide
     does not fit.
     """
@@ -179,7 +171,7 @@ def generate_images(
     schedules: Schedules,
     **how: Unpack[Drawing],
 ) -> torch.Tensor:
-    """Draw latents and decode them: (N, 1, 28, 28) images in [0, 1]. `how`: see `common.diffusion.draw`.
+    """Draw latents and decode them: (N, 1, 28, 28) images in [0, 1]. `how`: see `common.sampling.draw`.
 
     Raises ValueError for `inpaint`.
     """

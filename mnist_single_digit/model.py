@@ -13,10 +13,11 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
-from common.diffusion import Drawing, Schedules, draw, precompute_schedules, q_sample
+from common.diffusion import Schedules, precompute_schedules, q_sample
 from common.flags import OUR_NETWORK
 from common.layers import Scaled, folded, scaled_linear
 from common.modules import build_network, guiding_network, trained_network
+from common.sampling import Drawing, draw
 from common.time_embedding import TIME_DIM, TimeMLP
 
 __all__ = ["Denoiser", "FiLMCond", "TimeMLP", "generate_images", "precompute_schedules", "q_sample"]
@@ -176,7 +177,7 @@ def load_for_drawing(
 ) -> tuple[Callable[..., torch.Tensor], dict]:
     """(draw, the checkpoint's state); `draw` is `generate_images` with everything filled in that the checkpoint knows.
 
-    guide: the checkpoint of a guiding network, see `common.diffusion.guided`.
+    guide: the checkpoint of a guiding network, see `common.sampling.guided`.
     Raises Exit(MODEL_MISMATCH) if a checkpoint holds another kind of model, or the guide does not fit.
     """
     read = ckpt.read_model(path, ("ddpm",))
@@ -191,6 +192,6 @@ def generate_images(
     schedules: Schedules,
     **how: Unpack[Drawing],
 ) -> torch.Tensor:
-    """Draw (N, 1, 28, 28) images in [0, 1]. `how`: see `common.diffusion.draw`."""
+    """Draw (N, 1, 28, 28) images in [0, 1]. `how`: see `common.sampling.draw`."""
     scaled = {"to_images": lambda x: x.add(1).div(2).clamp(0, 1), "of_images": lambda images: 2 * images - 1}
     return draw(net, SHAPE, schedules, **scaled, **how)  # (N, 1, 28, 28)

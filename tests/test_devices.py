@@ -24,9 +24,10 @@ from torch.nn import functional as F
 
 from common import drawing, evaluate, session
 from common.device import move, seed_everything
-from common.diffusion import precompute_schedules, reverse_steps, timestep_distribution
+from common.diffusion import precompute_schedules, timestep_distribution
 from common.error_codes import NON_FINITE_LOSS, OUT_OF_MEMORY, STOPPED_EARLY, run_main
 from common.learner import Learner
+from common.sampling import reverse_steps
 from common.session import LOOK_EVERY, Session
 
 RECIPES = {

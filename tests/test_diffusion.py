@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.training_utils import compute_snr
 from helpers import assert_same
 
-from common import diffusion
+from common import diffusion, sampling
 from common.flags import DPM_STEPS, SAMPLERS
 from common.rng import generator
 
@@ -70,7 +70,7 @@ def test_one_reverse_step_agrees_with_diffusers(t, monkeypatch):
     theirs.alphas_cumprod = (1 - theirs.betas.double()).cumprod(0)  # in float32 theirs loses 1 - alpha_bar at small t
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_args, **_kwargs: z)
     wanted = theirs.step(epsilon, t, x).prev_sample
-    step = diffusion.reverse_steps(diffusion.precompute_schedules(1000, **BETAS))[999 - t]
+    step = sampling.reverse_steps(diffusion.precompute_schedules(1000, **BETAS))[999 - t]
     assert step.t == t
     ours = step.x_scale * x + step.epsilon_scale * epsilon + step.noise_scale * z
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
@@ -81,15 +81,15 @@ def test_whole_loop_against_float64(shape):
     """Equations 7 and 11 of the paper, spelt out in float64, with a predictor that depends on x and t."""
     T = 50
     beta, alpha_bar = float64_schedule(T)
-    noise = diffusion.noise_source(7, shape)
+    noise = sampling.noise_source(7, shape)
     x = noise(0).double().numpy()
     for t in reversed(range(T)):
         epsilon = np.tanh(x) * (t + 1) / T
         mean = (x - beta[t] / np.sqrt(1 - alpha_bar[t]) * epsilon) / np.sqrt(1 - beta[t])
         variance = beta[t] * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) if t else 0.0
         x = mean + np.sqrt(variance) * noise(T - t).double().numpy()
-    plan = diffusion.reverse_steps(diffusion.precompute_schedules(T, **BETAS))
-    ours = diffusion.sample(lambda x, t: torch.tanh(x) * (t + 1) / T, noise, plan)
+    plan = sampling.reverse_steps(diffusion.precompute_schedules(T, **BETAS))
+    ours = sampling.sample(lambda x, t: torch.tanh(x) * (t + 1) / T, noise, plan)
     np.testing.assert_allclose(ours.numpy(), x, rtol=1e-4, atol=1e-5)
 
 
@@ -97,13 +97,13 @@ def test_ddim_agrees_with_diffusers():
     T = 100
     theirs = DDIMScheduler(T, **BETAS, clip_sample=False, set_alpha_to_one=True)
     theirs.set_timesteps(T)
-    noise = diffusion.noise_source(3, (4, 16))
+    noise = sampling.noise_source(3, (4, 16))
     wanted = noise(0)
     for t in theirs.timesteps:
         wanted = theirs.step(torch.tanh(wanted) * 0.9, int(t), wanted, eta=0.0).prev_sample
-    plan = diffusion.reverse_steps(diffusion.precompute_schedules(T, **BETAS), sampler="ddim")
+    plan = sampling.reverse_steps(diffusion.precompute_schedules(T, **BETAS), sampler="ddim")
     assert all(step.noise_scale == 0 for step in plan)
-    ours = diffusion.sample(lambda x, _t: torch.tanh(x) * 0.9, noise, plan)
+    ours = sampling.sample(lambda x, _t: torch.tanh(x) * 0.9, noise, plan)
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -123,8 +123,8 @@ def test_dpm_agrees_with_diffusers_and_with_float64(steps, sampler):
     """Lu et al. 2022b, spelt out: D is the data prediction, extrapolated from the last two."""
     betas = {"beta_start": 1e-4, "beta_end": 1e-2}  # at 2e-2, float32 knows x_0 to 3e-5 at the noisiest timestep
     schedules = diffusion.precompute_schedules(1000, **betas)
-    plan = diffusion.reverse_steps(schedules, steps, sampler)
-    predict, noise = best_of_normal(schedules, 0.5, 0.3), diffusion.noise_source(3, (4, 16))
+    plan = sampling.reverse_steps(schedules, steps, sampler)
+    predict, noise = best_of_normal(schedules, 0.5, 0.3), sampling.noise_source(3, (4, 16))
     assert [step.noise_scale > 0 for step in plan] == [sampler == "dpm-sde"] * (steps - 1) + [False]
     algorithm = {"dpm": "dpmsolver++", "dpm-sde": "sde-dpmsolver++"}[sampler]
     theirs = DPMSolverMultistepScheduler(1000, **betas, algorithm_type=algorithm)
@@ -134,7 +134,7 @@ def test_dpm_agrees_with_diffusers_and_with_float64(steps, sampler):
     wanted = noise(0)
     for i, t in enumerate(theirs.timesteps, 1):
         wanted = theirs.step(predict(wanted, int(t)), t, wanted, variance_noise=noise(i)).prev_sample
-    ours = diffusion.sample(predict, noise, plan)
+    ours = sampling.sample(predict, noise, plan)
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
     x, before = noise(0).double().numpy(), None
     alpha = np.sqrt([alpha_bar[step.t] for step in plan])
@@ -154,29 +154,29 @@ def test_dpm_agrees_with_diffusers_and_with_float64(steps, sampler):
             z = np.sqrt(-np.expm1(-2 * h)) * noise(i + 1).double().numpy()
             x = sigma[i + 1] / sigma[i] * np.exp(-h) * x - alpha[i + 1] * np.expm1(-2 * h) * D + sigma[i + 1] * z
         before = x_0
-    ours = diffusion.sample(predict, lambda index: noise(index).double(), plan)
+    ours = sampling.sample(predict, lambda index: noise(index).double(), plan)
     np.testing.assert_allclose(ours.numpy(), x, rtol=1e-7, atol=1e-7)  # the schedule is kept in float32
 
 
 def test_the_timesteps_of_dpm_are_even_in_log_snr():
     alpha_bar = float64_schedule(1000)[1]
-    visited = [step.t for step in diffusion.reverse_steps(diffusion.precompute_schedules(), 12, "dpm")]
+    visited = [step.t for step in sampling.reverse_steps(diffusion.precompute_schedules(), 12, "dpm")]
     snr = np.log(alpha_bar / (1 - alpha_bar))[visited] / 2
     assert np.diff(snr) == pytest.approx(np.diff(snr).mean(), rel=0.03)
-    assert snr[-1] == pytest.approx(diffusion.LAST_SNR, abs=0.03)
+    assert snr[-1] == pytest.approx(sampling.LAST_SNR, abs=0.03)
 
 
 def test_dpm_is_of_second_order():
     """Twice the steps leave a quarter of the error, where those of ddim leave half; both to the same solution."""
     schedules = diffusion.precompute_schedules(1000, **BETAS)
-    predict, noise = best_of_normal(schedules, 0.5, 0.3), diffusion.noise_source(1, (500, 1))
+    predict, noise = best_of_normal(schedules, 0.5, 0.3), sampling.noise_source(1, (500, 1))
 
     def drawn(plan):
-        return diffusion.sample(predict, noise, plan)
+        return sampling.sample(predict, noise, plan)
 
-    exact = drawn(diffusion.reverse_steps(schedules, 200, "dpm"))
-    errors = {n: (drawn(diffusion.reverse_steps(schedules, n, "dpm")) - exact).abs().mean().item() for n in (12, 24)}
-    first = [step._replace(change_scale=0.0) for step in diffusion.reverse_steps(schedules, 24, "dpm")]
+    exact = drawn(sampling.reverse_steps(schedules, 200, "dpm"))
+    errors = {n: (drawn(sampling.reverse_steps(schedules, n, "dpm")) - exact).abs().mean().item() for n in (12, 24)}
+    first = [step._replace(change_scale=0.0) for step in sampling.reverse_steps(schedules, 24, "dpm")]
     assert errors[24] < 0.33 * errors[12]
     assert errors[24] < 0.2 * (drawn(first) - exact).abs().mean()
 
@@ -185,7 +185,7 @@ def test_dpm_is_of_second_order():
 def test_how_many_steps_a_sampler_takes_unless_told(sampler):
     for T in (1, 2, 1000):
         wanted = min(DPM_STEPS, T) if sampler in ("dpm", "dpm-sde") else T
-        assert len(diffusion.reverse_steps(diffusion.precompute_schedules(T), sampler=sampler)) == wanted
+        assert len(sampling.reverse_steps(diffusion.precompute_schedules(T), sampler=sampler)) == wanted
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -193,7 +193,7 @@ def test_how_many_steps_a_sampler_takes_unless_told(sampler):
 def test_any_number_of_steps_visits_distinct_timesteps(T, sampler):
     schedules = diffusion.precompute_schedules(T, **BETAS)
     for steps in {1, min(2, T), T // 3 + 1, max(T - 1, 1), T}:
-        plan = diffusion.reverse_steps(schedules, steps, sampler)
+        plan = sampling.reverse_steps(schedules, steps, sampler)
         visited = [step.t for step in plan]
         assert len(visited) == steps
         assert visited == sorted(set(visited), reverse=True)
@@ -208,7 +208,7 @@ def test_any_number_of_steps_visits_distinct_timesteps(T, sampler):
 @pytest.mark.parametrize(("steps", "sampler"), [(0, "ddpm"), (21, "ddpm"), (5, "euler")])
 def test_impossible_plans_are_refused(steps, sampler):
     with pytest.raises(ValueError, match="must be"):
-        diffusion.reverse_steps(diffusion.precompute_schedules(20), steps, sampler)
+        sampling.reverse_steps(diffusion.precompute_schedules(20), steps, sampler)
 
 
 @pytest.mark.parametrize(
@@ -218,8 +218,8 @@ def test_the_perfect_denoiser_draws_the_data(sampler, steps):
     """For data N(mean, deviation^2) the best predictor is known; what is drawn must have that mean and deviation."""
     mean, deviation, T = 0.5, 0.3, 200
     schedules = diffusion.precompute_schedules(T, 1e-4, 0.1)
-    plan = diffusion.reverse_steps(schedules, steps, sampler)
-    drawn = diffusion.sample(best_of_normal(schedules, mean, deviation), diffusion.noise_source(1, (20_000, 1)), plan)
+    plan = sampling.reverse_steps(schedules, steps, sampler)
+    drawn = sampling.sample(best_of_normal(schedules, mean, deviation), sampling.noise_source(1, (20_000, 1)), plan)
     assert drawn.mean().item() == pytest.approx(mean, abs=0.02)
     assert drawn.std().item() == pytest.approx(deviation, rel=0.1)
 
@@ -295,7 +295,7 @@ def test_guidance(scale, wanted):
         calls.append(len(x))
         return x * 0 + labels[:, None]
 
-    guided = diffusion.guided(predict, torch.tensor([3, 3]), 10, scale)
+    guided = sampling.guided(predict, torch.tensor([3, 3]), 10, scale)
     torch.testing.assert_close(guided(torch.ones(2, 4), 5), torch.full((2, 4), wanted))
     assert calls == ([2] if scale in (0, 1) else [4])
 
@@ -303,7 +303,7 @@ def test_guidance(scale, wanted):
 def test_null_labels_are_not_guided_away_from_themselves():
     asked = []
     nulls = torch.tensor([10, 10])
-    guided = diffusion.guided(lambda x, t, labels: asked.append(labels) or x, nulls, 10, 1.5)
+    guided = sampling.guided(lambda x, t, labels: asked.append(labels) or x, nulls, 10, 1.5)
     guided(torch.ones(2, 4), 5)
     assert_same(asked, [nulls])
 
@@ -320,7 +320,7 @@ def test_guidance_acts_only_within_its_interval():
             return x * 0.1
 
     how = {"labels": [3, 4], "guidance": 2.0, "guidance_interval": (-1.5, 1.0)}
-    diffusion.draw(Net(), (4,), diffusion.precompute_schedules(50, 1e-3, 0.3), **how)
+    sampling.draw(Net(), (4,), diffusion.precompute_schedules(50, 1e-3, 0.3), **how)
     _, alpha_bar = float64_schedule(50, 1e-3, 0.3)
     snr = np.log(alpha_bar / (1 - alpha_bar)) / 2
     inside = (snr >= -1.5) & (snr <= 1.0)
@@ -341,16 +341,16 @@ def test_a_guide_is_moved_away_from_by_its_scale():
 
     labels, how = torch.tensor([3, 3]), {"guide": guide, "guide_scale": 3.0}
     for scale, acts, wanted in ((2.0, True, -8.0), (2.0, False, -1.0), (1.0, True, -1.0), (0.0, True, 6.0)):
-        guided = diffusion.guided(predict, labels, 10, scale, acts=lambda _t, acts=acts: acts, **how)
+        guided = sampling.guided(predict, labels, 10, scale, acts=lambda _t, acts=acts: acts, **how)
         torch.testing.assert_close(guided(torch.ones(2, 4), 5), torch.full((2, 4), wanted))
     assert_same(told, [labels] * 4)
 
 
 def test_callback_sees_every_step_in_order_and_can_stop():
     T, seen = 12, []
-    noise = diffusion.noise_source(0, (2, 4))
-    plan = diffusion.reverse_steps(diffusion.precompute_schedules(T))
-    x0 = diffusion.sample(lambda x, _t: x * 0.1, noise, plan, lambda left, x: seen.append((left, x.clone())))
+    noise = sampling.noise_source(0, (2, 4))
+    plan = sampling.reverse_steps(diffusion.precompute_schedules(T))
+    x0 = sampling.sample(lambda x, _t: x * 0.1, noise, plan, lambda left, x: seen.append((left, x.clone())))
     assert [left for left, _ in seen] == list(range(T, -1, -1))
     assert torch.equal(seen[0][1], noise(0))
     assert torch.equal(seen[-1][1], x0)
@@ -361,13 +361,13 @@ def test_callback_sees_every_step_in_order_and_can_stop():
 
     evaluated = []
     with pytest.raises(InterruptedError):
-        diffusion.sample(lambda x, t: evaluated.append(t) or x, noise, plan, stop)
+        sampling.sample(lambda x, t: evaluated.append(t) or x, noise, plan, stop)
     assert evaluated == list(range(T - 1, 4, -1))
 
 
 def test_noise_is_a_function_of_seed_and_step():
-    assert torch.equal(diffusion.noise_source(1, (5,))(3), diffusion.noise_source(1, (5,))(3))
-    draws = [diffusion.noise_source(seed, (5,))(step) for seed in (1, 2) for step in (0, 1)]
+    assert torch.equal(sampling.noise_source(1, (5,))(3), sampling.noise_source(1, (5,))(3))
+    draws = [sampling.noise_source(seed, (5,))(step) for seed in (1, 2) for step in (0, 1)]
     assert len({tuple(draw.tolist()) for draw in draws}) == 4
 
 
@@ -383,8 +383,8 @@ def test_large_drawings_go_through_the_net_in_parts(guidance, monkeypatch):
 
     wish = {"labels": list(range(9)), "guidance": guidance, "seed": 1}
     schedules = diffusion.precompute_schedules(12, **BETAS)
-    whole = diffusion.draw(Net(), (4,), schedules, **wish)
-    monkeypatch.setattr(diffusion, "PART", 4)
+    whole = sampling.draw(Net(), (4,), schedules, **wish)
+    monkeypatch.setattr(sampling, "PART", 4)
     Net.asked.clear()
-    torch.testing.assert_close(diffusion.draw(Net(), (4,), schedules, **wish), whole)
+    torch.testing.assert_close(sampling.draw(Net(), (4,), schedules, **wish), whole)
     assert max(Net.asked) == 4

@@ -11,7 +11,7 @@ import torch
 from helpers import AE, LATENT, PIXEL, call, run
 from PIL import Image
 
-from common import curves, diffusion, record
+from common import curves, record, sampling
 from common.ckpt import read_checkpoint, save_checkpoint
 from common.curves import draw_curves
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE
@@ -149,12 +149,12 @@ def test_a_model_of_one_digit_draws_its_digit(folder, runs, tmp_path):
 @pytest.mark.parametrize("folder", [LATENT, PIXEL])
 def test_only_labels_are_guided_and_what_is_not_guided_says_so(folder, runs, tmp_path, monkeypatch):
     """With --digit none every image is one row of the network's work, not two of the same null label."""
-    asked, guided = [], diffusion.guided
+    asked, guided = [], sampling.guided
 
     def spy(predict, *how, **more):
         return guided(lambda x, t, labels: asked.append(len(x)) or predict(x, t, labels), *how, **more)
 
-    monkeypatch.setattr(diffusion, "guided", spy)
+    monkeypatch.setattr(sampling, "guided", spy)
     flags = ("--ckpt", runs[folder], "--num-images", 4, "--steps", 3, "--save-npz", tmp_path / "a.npz")
     for more, rows, guidance in (
         ((), 4, 1.0),
@@ -261,7 +261,7 @@ def test_bytes_are_rounded_as_in_the_grid():
     ],
 )
 def test_a_bad_wish_is_one_line_before_anything_is_drawn(flags, code, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("common.diffusion.sample", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr("common.sampling.sample", lambda *_: pytest.fail("drawn"))
     result = call(LATENT, "infer.py", "--ckpt", runs[LATENT], "--output", tmp_path / "a.png", *flags)
     assert result.code == code, result.text
     assert len(result.text.splitlines()) == 1

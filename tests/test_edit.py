@@ -15,7 +15,7 @@ from helpers import AE, LATENT, PIXEL, call
 from PIL import Image
 from test_ranks import Launched
 
-from common import diffusion, load
+from common import diffusion, load, sampling
 from common.ckpt import read_checkpoint, save_checkpoint
 from common.error_codes import BAD_IMAGE, MODEL_MISMATCH, USAGE, Exit
 from common.flags import DEFAULT_STRENGTH, SAMPLERS
@@ -64,11 +64,11 @@ def test_an_image_is_noised_to_its_strength_and_denoised_from_there(sampler, str
     image = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(1))
     net.watch = asked.append
     how = {"count": 3, "sampler": sampler, "seed": 5, "callback": lambda left, x: seen.append(x)}
-    diffusion.draw(net, (1, 28, 28), SCHEDULES, from_image=image, strength=strength, **how)
-    z = diffusion.noise_source(5, (3, 1, 28, 28))(0)
+    sampling.draw(net, (1, 28, 28), SCHEDULES, from_image=image, strength=strength, **how)
+    z = sampling.noise_source(5, (3, 1, 28, 28))(0)
     noised = diffusion.q_sample(image, torch.full((3,), timesteps - 1), z, SCHEDULES)
     torch.testing.assert_close(seen[0], z if strength == 1 else noised)
-    assert asked == [step.t for step in diffusion.reverse_steps(SCHEDULES.first(timesteps), sampler=sampler)]
+    assert asked == [step.t for step in sampling.reverse_steps(SCHEDULES.first(timesteps), sampler=sampler)]
     assert asked[0] == timesteps - 1
 
 
@@ -106,9 +106,9 @@ def test_the_perfect_denoiser_keeps_of_an_image_what_noise_leaves(sampler):
             abar = SCHEDULES.alpha_bar[t].double().item()
             return (x - abar**0.5 * mean) * (1 - abar) ** 0.5 / (abar * deviation**2 + 1 - abar)
 
-        plan = diffusion.reverse_steps(some, min(timesteps, 40) if sampler.startswith("dpm") else None, sampler)
-        source = diffusion.noise_source(1, (20_000, 1))
-        drawn = diffusion.sample(best, source, plan, start=torch.full((20_000, 1), x0))
+        plan = sampling.reverse_steps(some, min(timesteps, 40) if sampler.startswith("dpm") else None, sampler)
+        source = sampling.noise_source(1, (20_000, 1))
+        drawn = sampling.sample(best, source, plan, start=torch.full((20_000, 1), x0))
         variance = signal**2 * deviation**2 + noise**2  # of x_t
         if sampler in ("ddpm", "dpm-sde"):
             share = (signal * deviation) ** 2 / variance
@@ -123,7 +123,7 @@ def test_the_perfect_denoiser_keeps_of_an_image_what_noise_leaves(sampler):
 def test_at_full_strength_nothing_of_the_image_is_left(net):
     image = torch.rand(28, 28)
     plain, over, nearly = (
-        diffusion.draw(net, (1, 28, 28), SCHEDULES, count=2, **how)
+        sampling.draw(net, (1, 28, 28), SCHEDULES, count=2, **how)
         for how in ({}, {"from_image": image}, {"from_image": image, "strength": 0.997})
     )
     assert torch.equal(plain, over)
@@ -147,11 +147,11 @@ def test_what_is_drawn_anew_fits_what_is_kept_and_resampling_makes_it_fit_better
     """Of pairs with correlation 0.9 the first is kept at 1.5: the second's expectation is 1.35."""
     rows, rho, kept = 20_000, 0.9, 1.5
     x_0, anew = torch.tensor([kept, 7.0]).expand(rows, 2), torch.tensor([False, True]).expand(rows, 2)
-    plan = diffusion.reverse_steps(SCHEDULES, 40, sampler)
+    plan = sampling.reverse_steps(SCHEDULES, 40, sampler)
     errors = {}
     for times in (1, 8):
-        some = diffusion.resampled(plan, times)
-        drawn = diffusion.sample(correlated(rho), diffusion.noise_source(1, (rows, 2)), some, known=(x_0, anew))
+        some = sampling.resampled(plan, times)
+        drawn = sampling.sample(correlated(rho), sampling.noise_source(1, (rows, 2)), some, known=(x_0, anew))
         assert (drawn[:, 0] - kept).abs().max() < 1e-6
         errors[times] = abs(drawn[:, 1].mean().item() - rho * kept)
     assert errors[1] < 0.8  # 1.35 for what does not look at what is kept
@@ -162,9 +162,9 @@ def test_what_is_drawn_anew_fits_what_is_kept_and_resampling_makes_it_fit_better
 def test_on_the_way_what_is_kept_is_as_noisy_as_the_rest(sampler):
     rows, kept, seen = 20_000, 1.5, []
     x_0, anew = torch.tensor([kept, 7.0]).expand(rows, 2), torch.tensor([False, True]).expand(rows, 2)
-    plan = diffusion.reverse_steps(SCHEDULES, 12, sampler)
-    noise, known = diffusion.noise_source(1, (rows, 2)), (x_0, anew)
-    diffusion.sample(correlated(0.9), noise, plan, lambda left, x: seen.append(x[:, 0]), known=known)
+    plan = sampling.reverse_steps(SCHEDULES, 12, sampler)
+    noise, known = sampling.noise_source(1, (rows, 2)), (x_0, anew)
+    sampling.sample(correlated(0.9), noise, plan, lambda left, x: seen.append(x[:, 0]), known=known)
     for step, x in zip(plan, seen[1:], strict=True):
         assert x.mean().item() == pytest.approx(step.next_signal * kept, abs=0.03)
         assert x.std().item() == pytest.approx((1 - step.next_signal**2) ** 0.5, abs=0.02)
@@ -174,8 +174,8 @@ def test_on_the_way_what_is_kept_is_as_noisy_as_the_rest(sampler):
 @pytest.mark.parametrize("steps", [1, 9, 10, 25, 40])
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_resampling_goes_every_stretch_again_and_each_step_begins_where_the_last_one_led(sampler, steps, times):
-    plan = diffusion.reverse_steps(SCHEDULES, steps, sampler)
-    some = diffusion.resampled(plan, times)
+    plan = sampling.reverse_steps(SCHEDULES, steps, sampler)
+    some = sampling.resampled(plan, times)
     assert len(some) == times * steps
     assert sorted(step.t for step in some) == sorted([step.t for step in plan] * times)
     for before, after in pairwise(some):
@@ -384,7 +384,7 @@ FROM = ("--from-image", "digit.png")
     ids=str,
 )
 def test_a_wrong_wish_is_one_line_before_anything_is_drawn(flags, code, said, files, pixel_run, monkeypatch):
-    monkeypatch.setattr("common.diffusion.sample", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr("common.sampling.sample", lambda *_: pytest.fail("drawn"))
     paths = [files / flag if isinstance(flag, str) and flag.endswith(("png", "npz")) else flag for flag in flags]
     result = call(PIXEL, "infer.py", "--ckpt", pixel_run, "--output", files / "a.png", *paths)
     assert result.code == code, result.text

@@ -9,7 +9,7 @@ import torch
 from helpers import LATENT, call, make_run, state_of
 from PIL import Image
 
-from common import ckpt, diffusion, load, picture
+from common import ckpt, load, picture, sampling
 from common.autoencoder import build_autoencoder, read_autoencoder
 from common.error_codes import MODEL_MISMATCH, Exit
 from common.flags import DEFAULT_GUIDANCE
@@ -135,14 +135,14 @@ def test_a_picture_is_the_grid_and_scales(tmp_path):
 
 
 def test_the_options_of_both_models_are_those_of_draw():
-    parameters = inspect.signature(diffusion.draw).parameters.values()
+    parameters = inspect.signature(sampling.draw).parameters.values()
     options = {
         it.name: it.annotation
         for it in parameters
         if it.kind is it.KEYWORD_ONLY and it.name not in ("to_images", "of_images")
     }
-    assert diffusion.Drawing.__annotations__.keys() == options.keys()
-    assert {name: it.__forward_arg__ for name, it in diffusion.Drawing.__annotations__.items()} == options
+    assert sampling.Drawing.__annotations__.keys() == options.keys()
+    assert {name: it.__forward_arg__ for name, it in sampling.Drawing.__annotations__.items()} == options
 
 
 # --- a folder of runs -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from helpers import AE, PIXEL, REPO, executed, stored
 
-from common.diffusion import ReverseStep
+from common.sampling import ReverseStep
 
 WALKTHROUGH = REPO / PIXEL / "walkthrough.ipynb"
 LARGEST = 600_000  # bytes

@@ -8,7 +8,7 @@ import torch
 from forks import start
 from helpers import AE, LATENT, PIXEL, REPO, assert_same_training, call, finish, newest_state, only_run
 
-from common import ckpt, classifier, diffusion, load, modules
+from common import ckpt, classifier, diffusion, load, modules, sampling
 from common.error_codes import MODEL_MISMATCH, NO_MODEL_SPECIFIED, OK, USAGE
 from common.modules import module_of
 from common.play import drawings as play
@@ -213,13 +213,13 @@ def test_labels_are_hidden_and_shown_to_a_network_that_takes_them():
             return torch.zeros_like(x)
 
     schedules = diffusion.precompute_schedules(3)
-    diffusion.draw(Net(), (2,), schedules, labels=[4, 7])
+    sampling.draw(Net(), (2,), schedules, labels=[4, 7])
     assert asked == [(2, [4, 7]), (1, [4, 7]), (0, [4, 7])]
     asked.clear()
-    diffusion.draw(Net(), (2,), schedules, count=2)
+    sampling.draw(Net(), (2,), schedules, count=2)
     assert {tuple(labels) for _, labels in asked} == {(10, 10)}
     asked.clear()
-    diffusion.draw(Net(), (2,), schedules, labels=[4, 7], guidance=2.0)
+    sampling.draw(Net(), (2,), schedules, labels=[4, 7], guidance=2.0)
     assert {tuple(labels) for _, labels in asked} == {(4, 7, 10, 10)}
 
 
@@ -237,7 +237,7 @@ def test_a_net_without_a_predictor_draws_what_it_draws_with_one():
     net = module_of("ddpm").Denoiser(8, schedules=schedules).eval()
     for weight in net.parameters():
         torch.nn.init.normal_(weight, std=0.05)
-    one, two = (diffusion.draw(each, (1, 28, 28), schedules, labels=[1, 2], guidance=2.0) for each in (net, Plain(net)))
+    one, two = (sampling.draw(each, (1, 28, 28), schedules, labels=[1, 2], guidance=2.0) for each in (net, Plain(net)))
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
 
 

@@ -13,10 +13,11 @@ from helpers import AE, LATENT, PIXEL, REPO, call, newest_state, only_run, scala
 from PIL import Image
 
 from common import ckpt
-from common.diffusion import precompute_schedules, reverse_steps
+from common.diffusion import precompute_schedules
 from common.error_codes import MODEL_MISMATCH, STOPPED_EARLY, USAGE
 from common.modules import module_of
 from common.rng import generator
+from common.sampling import reverse_steps
 
 
 @pytest.fixture(scope="module")

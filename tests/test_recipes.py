@@ -12,7 +12,7 @@ import torch
 from helpers import AE, LATENT, PIXEL, call, metrics, newest_state, only_run, recipe
 from torch.nn.functional import mse_loss
 
-from common import classifier, diffusion, drawing, evaluate
+from common import classifier, diffusion, drawing, evaluate, sampling
 from common.args import Args
 from common.autoencoder import build_autoencoder
 from common.ckpt import atomic_write, load_averaged, read_checkpoint
@@ -231,7 +231,7 @@ def test_an_autoencoders_validation_loss_is_its_squared_error(ae_run, cache):
 
 
 def test_drawn_latents_are_decoded_at_their_own_scale(latent_run, monkeypatch):
-    monkeypatch.setattr(diffusion, "sample", lambda *_, **__: torch.stack([torch.zeros(16), torch.ones(16)]))
+    monkeypatch.setattr(sampling, "sample", lambda *_, **__: torch.stack([torch.zeros(16), torch.ones(16)]))
     draw, state = module_of("lddpm").load_for_drawing(latent_run)
     mean, std = state["model"]["latent_mean"], state["model"]["latent_std"]
     with torch.no_grad():

@@ -18,9 +18,10 @@ from measure import ROOT, Figures, best_of, matmul_rate, run, train
 from peers import PlainDenoiser, seconds_per_epoch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.diffusion import draw, precompute_schedules
+from common.diffusion import precompute_schedules
 from common.error_codes import STOPPED_EARLY
 from common.modules import module_of
+from common.sampling import draw
 
 TRAIN_IMAGES = 54_000
 FIRST_STEP = """
