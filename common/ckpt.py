@@ -16,16 +16,16 @@ import hashlib
 import io
 import os
 import re
-import shutil
 import time
 import uuid
 import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, Exit
+from common.files import atomic_write, link
 from common.flags import OUR_NETWORK
 
 FORMAT = 1
@@ -34,14 +34,11 @@ _NAME = re.compile(r"checkpoint_epoch_(\d{6,})\.pt")
 LATEST, BEST = "latest.pt", "best.pt"
 EXPORTED = "exported"  # the key of files that infer.py --export wrote
 RUNS = "checkpoints"  # the folder that runs' folders lie in
-A_DAY = 24 * 3600  # seconds
 TIMESTAMP = re.compile(r"-\d{8}-\d{6}$")  # of a run's name
 MODEL_TYPES = ("ae-mlp", "ae-conv", "lddpm", "ddpm")
 
 State = dict[str, Any]
 Warn = Callable[[str], None]
-
-
 T = TypeVar("T")
 
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # a file server that does not answer now says nothing of the file
@@ -60,93 +57,11 @@ class UnreadableCheckpoint(Exit):
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def atomic_write(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it over `path`.
-
-    Whatever interrupts this leaves the old file whole. Raises OSError if the disk is full, read-only or gone.
-    What killed writes of any file left in the folder goes first.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _clear_abandoned(path.parent)
-    temporary = _temporary(path.parent, path.name)
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except RuntimeError as error:  # how torch reports a failing write, and Ctrl-C during it
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _temporary(folder: Path, name: str) -> Path:
-    """A new file's name that no reader's pattern matches, and that says which process writes it."""
-    return folder / f".{name}.{os.getpid()}@{_host()}.{uuid.uuid4().hex[:8]}.tmp"
-
-
-_TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
-
-
-def _host() -> str:
-    return os.uname().nodename[:16]
-
-
-def _clear_abandoned(folder: Path) -> None:
-    """Remove temporary files whose process, on this host, is gone, and those that are a day old."""
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder):
-            if match := _TEMPORARY.fullmatch(entry.name):
-                old = time.time() - entry.stat(follow_symlinks=False).st_mtime > A_DAY
-                if old or (match[2] == _host() and not _lives(int(match[1]))):
-                    os.unlink(entry.path)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the folder's own entries, so that a rename survives a power cut (a no-op where that is not possible)."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def save_checkpoint(path: str | Path, state: State) -> None:
     """Write `state` to `path` atomically. Raises OSError if it cannot; an earlier file at `path` then stays whole."""
     import torch
 
     atomic_write(path, lambda file: torch.save(state, file))
-
-
-def link(target: Path, name: str) -> None:
-    """Make `name`, beside `target`, a relative symlink to it (a copy where symlinks are not allowed)."""
-    temporary = _temporary(target.parent, name)
-    try:
-        try:
-            os.symlink(target.name, temporary)
-        except OSError:
-            shutil.copyfile(target, temporary)
-        os.replace(temporary, target.parent / name)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint_and_link_latest(folder: str | Path, state: State) -> Path:
@@ -187,13 +102,6 @@ def set_aside(folder: str | Path, after: int) -> list[Path]:
     """
     later = [path for epoch, path in run_checkpoints(folder) if epoch > after]
     return [path.rename(path.with_name(f"{path.name}.aside-{uuid.uuid4().hex[:8]}")) for path in later]
-
-
-def clear_leftovers(folder: str | Path, name: str = "*") -> None:
-    """Remove the temporary files that killed writes of `name` left in `folder`."""
-    for leftover in Path(folder).glob(f".{name}.*.tmp"):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
 
 
 def _holds_an_epoch(path: Path) -> bool:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.ckpt import UnreadableCheckpoint, atomic_write, read_file
+from common.ckpt import UnreadableCheckpoint, read_file
 from common.data import HF_MNIST, lasting_cache
+from common.files import atomic_write
 from common.flags import is_own
 from common.rng import generator
 

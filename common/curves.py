@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from common.ckpt import atomic_write
+from common.files import atomic_write
 
 A_DECADE = 10  # from which ratio on a logarithmic axis gets the ticks 1, 2 and 5 of every decade
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import emoji
-from common.ckpt import UnreadableCheckpoint, atomic_write, read_file
+from common.ckpt import UnreadableCheckpoint, read_file
 from common.device import seed_worker
 from common.error_codes import NO_DATA, Exit, run_main
+from common.files import atomic_write
 from common.flags import HUB, MNIST, MNIST_NAME, is_own
 from common.rng import derive_seed, generator
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from common import emoji, threads
 from common.args import Args, Parser, flag_of, number
-from common.ckpt import atomic_write, infer_model_from_checkpoint
+from common.ckpt import infer_model_from_checkpoint
 from common.device import get_device, memory_in_one_line
 from common.error_codes import BAD_IMAGE, BAD_OUTPUT, USAGE, Exit
+from common.files import atomic_write
 from common.flags import (
     CHECKPOINT,
     COUNT,

@@ -19,12 +19,12 @@ from common.args import Parser, number
 from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress, sampling_options, wanted_labels
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit, run_main
+from common.files import write_text
 from common.flags import CHECKPOINT, COUNT, add_data_arguments, add_sampling_arguments, check_sampling
 from common.images import check_output
 from common.modules import guiding_network, module_of
 from common.own_data import held_out
 from common.ranks import World, identity, joined
-from common.record import write_text
 from common.run import require_checkpoint
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from common import ckpt, emoji, peek
 from common.args import Parser, number
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
 from common.evaluate import read_scores, scores_file
+from common.files import atomic_write
 from common.inspect_ckpt import SUFFIXES
 
 _RISING = ("acc", "precision", "recall", "agreement", "confident", "tstr", "per_second")
@@ -176,7 +177,7 @@ def _copy(source: Path, target: Path, force: bool) -> None:
         raise Exit(BAD_OUTPUT, f"{target} exists; --force overwrites it")
     try:
         with open(source, "rb") as file:
-            ckpt.atomic_write(target, lambda out: shutil.copyfileobj(file, out))
+            atomic_write(target, lambda out: shutil.copyfileobj(file, out))
     except OSError as error:
         raise Exit(BAD_OUTPUT, f"cannot write {target}: {error.strerror or error}") from None
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.ckpt import atomic_write
 from common.error_codes import BAD_IMAGE, BAD_OUTPUT, Exit
+from common.files import atomic_write
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.args import Args
-from common.ckpt import atomic_write, clear_leftovers
 from common.events import Appended, Events
+from common.files import clear_leftovers, write_text
 from common.ranks import identity
 
 if TYPE_CHECKING:
@@ -29,11 +29,6 @@ if TYPE_CHECKING:
     from common.run import Run
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
-    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def flags_in(folder: Path) -> dict[str, Any]:

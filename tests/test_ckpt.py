@@ -15,6 +15,7 @@ from helpers import AE, LATENT, REPO, call, finish, make_run, newest_state, star
 from common import ckpt
 from common.data import HF_MNIST
 from common.error_codes import MODEL_MISMATCH
+from common.files import atomic_write
 
 # --- writing ---
 
@@ -29,7 +30,7 @@ def test_a_write_that_fails_midway_leaves_the_old_file_and_no_other(tmp_path, er
         raise error
 
     with pytest.raises(OSError):  # noqa: PT011 - any OSError is what callers handle
-        ckpt.atomic_write(path, fail)
+        atomic_write(path, fail)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file.pt"]
 
@@ -64,13 +65,13 @@ def test_the_temporary_file_of_a_living_writer_stays(tmp_path):
     stay |= {at(10**6, ".x.pt.tmp"), at(10**6, ".notes.0123abcd.tmp"), at(10**6, f"x.pt.{gone}@{host}.0123abcd.tmp")}
     at(0, f".y.png.{gone}@{host}.0123abcd.tmp")
     at(90_000, f".y.png.{os.getpid()}@another.0123abcd.tmp")
-    ckpt.atomic_write(tmp_path / "file", lambda file: file.write(b"x"))
+    atomic_write(tmp_path / "file", lambda file: file.write(b"x"))
     assert {path.name for path in tmp_path.iterdir()} == stay | {"file"}
 
 
 def test_no_reader_takes_a_temporary_file_for_a_checkpoint(tmp_path):
     during = []
-    ckpt.atomic_write(tmp_path / "checkpoint_epoch_000001.pt", lambda _: during.extend(os.listdir(tmp_path)))
+    atomic_write(tmp_path / "checkpoint_epoch_000001.pt", lambda _: during.extend(os.listdir(tmp_path)))
     assert len(during) == 1
     shutil.copy(make_run(tmp_path / "real", [1]) / "checkpoint_epoch_000001.pt", tmp_path / during[0])
     (tmp_path / "checkpoint_epoch_000001.pt").unlink()

@@ -15,8 +15,9 @@ from torch.nn.functional import mse_loss
 from common import classifier, diffusion, drawing, evaluate, sampling
 from common.args import Args
 from common.autoencoder import build_autoencoder
-from common.ckpt import atomic_write, load_averaged, read_checkpoint
+from common.ckpt import load_averaged, read_checkpoint
 from common.data import HF_MNIST, split_train_val
+from common.files import atomic_write
 from common.learner import Learner
 from common.metrics import frechet_distance
 from common.modules import module_of

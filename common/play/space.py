@@ -10,6 +10,7 @@ import zipfile
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt
+from common.files import atomic_write
 from common.play import wishes
 from common.play.drawings import TELL_EVERY, Send, bytes_of, threads_of
 from common.play.runs import Opened, Shelf
@@ -82,7 +83,7 @@ class Space:
         content = io.BytesIO()
         numpy.savez(content, **arrays)
         with contextlib.suppress(OSError):
-            ckpt.atomic_write(self.opened.entry.kept(KEPT), lambda file: file.write(content.getvalue()))
+            atomic_write(self.opened.entry.kept(KEPT), lambda file: file.write(content.getvalue()))
 
 
 def _space(shelf: Shelf, asked: dict[str, Any]) -> Space:

@@ -1,0 +1,109 @@
+"""Files that are there whole or not at all, whatever interrupts their writing; and what interrupted writing leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+A_DAY = 24 * 3600  # seconds
+
+
+def atomic_write(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it over `path`.
+
+    Whatever interrupts this leaves the old file whole. Raises OSError if the disk is full, read-only or gone.
+    What killed writes of any file left in the folder goes first.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_abandoned(path.parent)
+    temporary = _temporary(path.parent, path.name)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except RuntimeError as error:  # how torch reports a failing write, and Ctrl-C during it
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary(folder: Path, name: str) -> Path:
+    """A new file's name that no reader's pattern matches, and that says which process writes it."""
+    return folder / f".{name}.{os.getpid()}@{_host()}.{uuid.uuid4().hex[:8]}.tmp"
+
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
+
+
+def _host() -> str:
+    return os.uname().nodename[:16]
+
+
+def _clear_abandoned(folder: Path) -> None:
+    """Remove temporary files whose process, on this host, is gone, and those that are a day old."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if match := _TEMPORARY.fullmatch(entry.name):
+                old = time.time() - entry.stat(follow_symlinks=False).st_mtime > A_DAY
+                if old or (match[2] == _host() and not _lives(int(match[1]))):
+                    os.unlink(entry.path)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the folder's own entries, so that a rename survives a power cut (a no-op where that is not possible)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def link(target: Path, name: str) -> None:
+    """Make `name`, beside `target`, a relative symlink to it (a copy where symlinks are not allowed)."""
+    temporary = _temporary(target.parent, name)
+    try:
+        try:
+            os.symlink(target.name, temporary)
+        except OSError:
+            shutil.copyfile(target, temporary)
+        os.replace(temporary, target.parent / name)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def clear_leftovers(folder: str | Path, name: str = "*") -> None:
+    """Remove the temporary files that killed writes of `name` left in `folder`."""
+    for leftover in Path(folder).glob(f".{name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
