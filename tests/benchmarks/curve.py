@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 CELL = re.compile(r"([\d.]+), [\d.]+ %")  # distance, taken for the wanted digit[, recall]
 MINUTES = (1, 3, 10)
 TICKS = (0.5, 1, 2, 5, 10, 20, 50)
+COLOURS = plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2]  # the strong ones first
 Distances = dict[str, dict[int, list[float]]]  # by network and minutes, of each seed
 
 
@@ -39,10 +40,10 @@ def tables(text: str) -> dict[str, tuple[float, Distances]]:
 def main() -> None:
     found = tables((HERE / "README.md").read_text())
     fig, axes = plt.subplots(1, len(found), figsize=(11, 5.5), sharex=True, sharey=True, layout="constrained")
-    colours: dict[str, str] = {}
+    colours: dict[str, tuple[float, ...]] = {}
     for ax, (title, (real, networks)) in zip(axes, found.items(), strict=True):
         for name, seeds in networks.items():
-            colour = colours.setdefault(name, f"C{len(colours)}")
+            colour = colours.setdefault(name, COLOURS[len(colours)])
             means = [sum(distances) / len(distances) for distances in seeds.values()]
             ax.plot(list(seeds), means, "-" if name.startswith("ours") else "--", color=colour)
             for m, distances in seeds.items():
