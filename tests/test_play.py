@@ -212,7 +212,7 @@ def test_an_exported_file_can_be_played_with(latent_run, tmp_path, monkeypatch):
     for entries in (find([str(file)], print), find([], print), find([str(latent_run), str(file)], print)[1:]):
         shelf = Shelf(entries, "cpu", 1, None)
         assert [run["id"] for run in shelf.described()] == ["pretrained"]
-        assert torch.equal(shelf.open("pretrained").sampling.draw(3, count=2), load(file, "cpu").draw(3, count=2))
+        assert torch.equal(shelf.open("pretrained").diffusion.draw(3, count=2), load(file, "cpu").draw(3, count=2))
     file.write_bytes(b"damaged")
     warned = []
     monkeypatch.setenv("SCRATCH", str(latent_run.parent.parent))
