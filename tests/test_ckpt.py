@@ -1,5 +1,6 @@
 """Checkpoints: written so that no crash loses one, found by what they recorded."""
 
+import ast
 import errno
 import io
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import AE, LATENT, REPO, call, finish, make_run, newest_state, start, state_of
+from helpers import AE, LATENT, PIXEL, REPO, call, finish, make_run, newest_state, start, state_of
 
 from common import ckpt
 from common.data import HF_MNIST
@@ -101,8 +102,15 @@ def test_latest_is_a_copy_where_symlinks_are_not_allowed(tmp_path, monkeypatch):
 
 
 def test_nothing_loads_without_weights_only():
-    sources = [path for folder in ("common", AE, LATENT) for path in (REPO / folder).rglob("*.py")]
-    assert not [path for path in sources if "weights_only=False" in path.read_text()]
+    calls = [
+        ast.unparse(node)
+        for folder in ("common", AE, LATENT, PIXEL)
+        for path in (REPO / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads")
+    ]
+    assert calls
+    assert all("weights_only=True" in call for call in calls), calls
 
 
 @pytest.mark.parametrize(
