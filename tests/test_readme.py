@@ -28,7 +28,7 @@ LONGEST = 9000  # characters of README.md
 EXCEPTIONS = {
     # how a command that is not typed begins: why
     "bash tests/run.sh": "is what runs this test",
-    "python -m venv": "an environment is active, and packages come from the network",
+    "python3 -m venv": "an environment is active, and packages come from the network",
     "job=$(cd mnist_ae && sbatch": "needs a cluster: tests/slurm has one",
     "(cd mnist_latent_diffusion && sbatch": "needs a cluster: tests/slurm has one",
     "(cd mnist_single_digit && sbatch": "needs a cluster: tests/slurm has one",
