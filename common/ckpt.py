@@ -356,6 +356,11 @@ def read_model(
     return path, state
 
 
+def very_file(path: Path) -> str:
+    """What read_model returned, so that another process reads the same: a folder's newest, or best.pt, moves on."""
+    return str(path.resolve() if path.is_symlink() else path)
+
+
 def is_epochs_name(name: str) -> bool:
     """Is a file of this name a run's checkpoint of an epoch?"""
     return _NAME.fullmatch(name) is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.ckpt import UnreadableCheckpoint, read_file
+from common.ckpt import UnreadableCheckpoint, read_file, weights_digest
 from common.data import HF_MNIST, lasting_cache
 from common.files import atomic_write
 from common.flags import is_own
@@ -170,11 +169,8 @@ def _kept(path: Path) -> tuple[DigitClassifier, float] | None:
 
 
 def fingerprint(net: DigitClassifier) -> str:
-    """12 hex digits of the SHA-256 of all weights: figures of classifiers that differ in it do not compare."""
-    digest = hashlib.sha256()
-    for tensor in net.state_dict().values():
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
+    """Of all weights: figures of classifiers that differ in it do not compare."""
+    return weights_digest(net.state_dict())
 
 
 @torch.no_grad()

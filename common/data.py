@@ -18,7 +18,7 @@ from common.device import seed_worker
 from common.error_codes import NO_DATA, Exit, run_main
 from common.files import atomic_write
 from common.flags import HUB, MNIST, MNIST_NAME, is_own
-from common.rng import derive_seed, generator
+from common.rng import generator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,7 +55,7 @@ class HF_MNIST:
         source: str = "auto",
         warn: Callable[[str], None] | None = None,
     ) -> None:
-        source, cache_dir, warn = _meant(source), Path(cache_dir), warn or _warn
+        source, cache_dir, warn = _meant(source), Path(cache_dir), warn or warn_on_stderr
         if is_own(source):
             from common.own_data import read_own
 
@@ -173,7 +173,7 @@ def make_mnist_loader(
         worker_init_fn=seed_worker,
         persistent_workers=False,
         pin_memory=False,
-        generator=torch.Generator().manual_seed(derive_seed(seed, "workers")),
+        generator=torch.Generator(),  # of the workers' seeds: see `Session.batches`
     )
 
 
@@ -188,7 +188,7 @@ def _into_shared_memory(batch: Any) -> list[torch.Tensor]:
 # --- where the digits come from ---------------------------------------------------------------------------------------
 
 
-def _warn(message: str) -> None:
+def warn_on_stderr(message: str) -> None:
     print(f"{emoji.warning} {message}", file=sys.stderr)
 
 
@@ -278,7 +278,7 @@ def keep(path: Path, arrays: dict[str, Any]) -> None:
     try:
         atomic_write(path, lambda file: torch.save(content, file))
     except OSError as error:
-        _warn(
+        warn_on_stderr(
             f"cannot keep the decoded digits in {path.parents[1]} ({error.strerror or error}); decoding them each time"
         )
 
@@ -331,6 +331,7 @@ def hub_answers() -> bool:
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     ):
         return False
+    from http.client import HTTPException
     from urllib.request import Request, urlopen
 
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -341,7 +342,7 @@ def hub_answers() -> bool:
             request = Request(f"{endpoint}/api/datasets/{HUB_NAME}", headers={"User-Agent": "ddpm-mnist"})
             with urlopen(request, timeout=_HUB_PATIENCE) as reply:
                 answers.append(reply.status)
-        except (OSError, ValueError):
+        except (OSError, ValueError, HTTPException):  # a proxy may answer anything
             pass
 
     thread = threading.Thread(target=ask, daemon=True)  # a name server that hangs ignores urlopen's timeout

@@ -41,7 +41,7 @@ def get_device(name: str | None = None, me: Identity = ALONE) -> torch.device:
             raise Exit(
                 NO_DEVICE, f"{me.local_size} processes on a machine with {gpus} CUDA devices: start one for each"
             )
-        return torch.device("cuda", me.local % gpus)
+        return torch.device("cuda", me.local % gpus)  # that no other has it too is seen to by `ranks.joined`
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -50,6 +50,8 @@ def get_device(name: str | None = None, me: Identity = ALONE) -> torch.device:
         raise Exit(NO_DEVICE, f"--device {name}: only cuda, mps and cpu are supported")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise Exit(NO_DEVICE, f"--device {name}: this machine offers {gpus} CUDA device(s); use --device cpu")
+    if device.index is not None and me.local_size > 1:
+        raise Exit(NO_DEVICE, f"--device {name}: several processes need a device each; use --device cuda, or cpu")
     if device.type == "mps" and not mps:
         raise Exit(NO_DEVICE, f"--device {name}: MPS is not available here; use --device cpu")
     return device

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import emoji, threads
+from common import ckpt, emoji, threads
 from common.args import Args, Parser, flag_of, number
-from common.ckpt import infer_model_from_checkpoint
+from common.autoencoder import AUTOENCODERS
 from common.device import get_device, memory_in_one_line
 from common.error_codes import BAD_IMAGE, BAD_OUTPUT, USAGE, Exit
 from common.files import atomic_write
@@ -39,6 +39,7 @@ from common.images import (
 from common.progress import counted, progress
 from common.ranks import World, identity, joined
 from common.rng import generator
+from common.run import require_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -82,11 +83,26 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
     return parser
 
 
+def what_to_draw_with(args: Any, model: str) -> tuple[Path, dict[str, Any]]:
+    """(file, state) that --ckpt means: a `model` of this type. Raises Exit.
+
+    From now on the flags name the very files, so that several processes draw with the same: of a folder that they name
+    the newest may be another by the time that the others look.
+    """
+    require_checkpoint(args.ckpt, (model,))
+    path, state = ckpt.read_model(args.ckpt, (model,))
+    args.ckpt = ckpt.very_file(path)
+    for name, types in (("guide", (model,)), ("ae_ckpt", AUTOENCODERS)):
+        if getattr(args, name, None) is not None:
+            setattr(args, name, ckpt.very_file(ckpt.read_model(getattr(args, name), types)[0]))
+    return path, state
+
+
 def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str, Any]]]) -> None:
     """Draw what the flags ask for and save it in the forms they ask for.
 
-    load(device) is the experiment's `load_for_drawing`. Raises Exit, for a bad output before anything is drawn. Several
-    processes share the drawing, and the first writes.
+    load(device) is the experiment's `load_for_drawing` of `what_to_draw_with`. Raises Exit, for a bad output before
+    anything is drawn. Several processes share the drawing, and the first writes.
     """
     with memory_in_one_line(f"draw fewer than --num-images {args.num_images} at a time"), joined() as world:
         _draw_to_file(args, load, world)
@@ -113,7 +129,7 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
     def check() -> tuple[dict[str, Any], dict[str, Any]]:  # by the first process, so that what is wrong is said once
         _check_outputs(args)
         known.append(load(device))
-        edit = _edit(args, infer_model_from_checkpoint(known[0][1]))
+        edit = _edit(args, ckpt.infer_model_from_checkpoint(known[0][1]))
         trained = known[0][1]["args"]
         if edit and args.digit is None and trained["only_digit"] is None:
             args.digit = []  # nobody knows what is in the picture

@@ -274,10 +274,10 @@ def main(argv: list[str] | None = None) -> None:
         known: list[Subject] = []
 
         def prepare() -> tuple[dict[str, Any], str, list[int] | None]:
-            known.append(_prepare(args))
+            known.append(_prepare(args, world.is_over))
             return vars(args), known[0].model, known[0].labels
 
-        flags, model, labels = world.first(prepare)
+        flags, model, labels = world.first_at_length(prepare)  # it may have to train the classifier
         if known:
             _evaluate(args, known[0], world)
         elif not model.startswith("ae-"):  # reconstructing is not shared
@@ -310,8 +310,8 @@ def _say(text: str) -> None:
     print(f"{emoji.info} {text}")
 
 
-def _prepare(args: Any) -> Subject:
-    """Check all that can be checked before anything is drawn. Raises Exit."""
+def _prepare(args: Any, poll: Callable[[], object]) -> Subject:
+    """Check all that can be checked before anything is drawn; poll is called where that lasts. Raises Exit."""
     require_checkpoint(args.ckpt, ckpt.MODEL_TYPES)
     path, state = ckpt.read_model(args.ckpt, ckpt.MODEL_TYPES)
     path = path.resolve()
@@ -320,7 +320,9 @@ def _prepare(args: Any) -> Subject:
     if not model.startswith("ae-"):
         check_sampling(args, state["args"])
         labels = wanted_labels(args.digit, args.n, args.seed, state["args"])
+        args.ckpt = ckpt.very_file(path)  # for the other processes
         if args.guide is not None:
+            args.guide = ckpt.very_file(ckpt.read_model(args.guide, (model,))[0])
             guiding_network(args.guide, state, module_of(model).build, "cpu")  # does it fit?
     elif args.sampler != "ddpm" or any(getattr(args, name) is not None for name in SAMPLING):
         raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
@@ -328,7 +330,7 @@ def _prepare(args: Any) -> Subject:
         why = "leave out --digit none" if args.digit == [] else "this model's network takes none"
         raise Exit(USAGE, f"--tstr learns from the images' labels; {why}")
     subject = Subject(path, state, model, labels, None, None, 0.0)
-    real, classifier, accuracy = _judges(args, state["args"], args.digit or subject.digits, _say)
+    real, classifier, accuracy = _judges(args, state["args"], args.digit or subject.digits, _say, poll)
     return subject._replace(real=real, classifier=classifier, accuracy=accuracy)
 
 

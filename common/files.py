@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,8 +51,13 @@ def _temporary(folder: Path, name: str) -> Path:
 _TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 
 
+@cache
 def _host() -> str:
-    return os.uname().nodename[:16]
+    """Where process numbers mean the same processes: a machine, or a container on it."""
+    place = os.uname().nodename
+    with contextlib.suppress(OSError):  # only Linux has it
+        place += os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def _clear_abandoned(folder: Path) -> None:

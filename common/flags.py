@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -355,3 +357,13 @@ def check_betas(parser: Parser, args: Args) -> None:
         parser.error(f"{flag_of(typed[0])} shapes the linear schedule, not --schedule {args.schedule}: drop it")
     if args.beta_start >= args.beta_end:
         parser.error(f"--beta-start {args.beta_start} must be below --beta-end {args.beta_end}")
+    if args.schedule == "linear" and _log_alpha_bar(args) < math.log(sys.float_info.min):
+        parser.error(
+            f"{args.T} steps up to --beta-end {args.beta_end} leave no trace of the image: make either smaller"
+        )
+
+
+def _log_alpha_bar(args: Args) -> float:
+    """Of the last timestep of the linear schedule."""
+    each = (args.beta_end - args.beta_start) / max(args.T - 1, 1)
+    return sum(math.log1p(-args.beta_start - each * t) for t in range(args.T))

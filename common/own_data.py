@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 NAMES = ("images", "labels", "test_images", "test_labels")
 FEWEST = {"": 90, "test_": 10}  # images, so of one set 100
 TENTH = "a tenth of the images, always the same"
+SEEN = "training digits of full MNIST, which it has learned from"
 
 
 class OwnData(NamedTuple):
@@ -227,11 +228,15 @@ def held_out(asked: str, cache_dir: str | Path, trained: dict[str, Any], digit: 
     """The images for tests, perhaps of one digit, with which a tool looks at a run with the flags `trained`.
 
     asked: the tool's --data; unless it was given, the run's own other data are taken.
-    Raises Exit(MODEL_MISMATCH) if the run learned from other data than these.
+    The embedded digits are training digits of full MNIST: that a run has learned from them is said, and marked in
+    `held_out`. Raises Exit(MODEL_MISMATCH) if the run learned from other data than these.
     """
     own = trained.get("data", AUTO)
     real = data.HF_MNIST("test", cache_dir, digit, own if asked == AUTO and is_own(own) else asked)
     if real.fingerprint != dataset_of(trained):
         theirs = f"{trained.get('data', 'hub')} ({dataset_of(trained)})"
         raise Exit(MODEL_MISMATCH, f"this run learned from {theirs}, and {real.source} is other data")
+    if real.source == "embedded" and trained.get("data") == "hub":
+        real.held_out = SEEN
+        data.warn_on_stderr(f"the embedded digits are {SEEN}: they flatter this run; --cache-dir says where MNIST is")
     return real

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.error_codes import RANK_FAILED, Exit
+from common.error_codes import NO_DEVICE, RANK_FAILED, Exit
 
 if TYPE_CHECKING:
     import torch
@@ -41,16 +41,16 @@ ALONE = Identity()
 
 def identity() -> Identity:
     """As the launcher's variables tell: torchrun's, or Slurm's in a step of several tasks; else a process alone."""
-    env = os.environ
-    if all(env.get(name, "").isdigit() for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")) and env.get("MASTER_ADDR"):
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        return Identity(*(int(env.get(name) or default) for name, default in zip(names, ALONE, strict=True)))
+    env, me = os.environ, ALONE
     # a batch script has most of these variables too, but it is no step of several tasks
     if int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and env.get("SLURM_PROCID", "").isdigit():
         local_sizes = _per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or "1")
         here = local_sizes[min(int(env.get("SLURM_NODEID") or 0), len(local_sizes) - 1)]
-        return Identity(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), here)
-    return ALONE
+        me = Identity(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), here)
+    if all(env.get(name, "").isdigit() for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")) and env.get("MASTER_ADDR"):
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        me = Identity(*(int(env.get(name) or known) for name, known in zip(names, me, strict=True)))
+    return me
 
 
 def _per_node(text: str) -> list[int]:
@@ -78,34 +78,34 @@ def _meeting_point() -> tuple[str, int]:
 
 
 @contextmanager
-def joined(cuda: bool = False) -> Iterator[World]:
-    """The processes of this run, connected until the end of the block. cuda: gradients lie on GPUs, one a process.
+def joined(where: torch.device | None = None) -> Iterator[World]:
+    """The processes of this run, connected until the end of the block. where: they train, and gradients lie there.
 
-    Raises Exit(RANK_FAILED) if they do not find each other.
+    Raises Exit(RANK_FAILED) if they do not find each other, Exit(NO_DEVICE) if they cannot train there together.
     """
     me = identity()
     if me.size == 1:
         yield World(me)
         return
-    import torch
     from torch import distributed
 
+    if where is not None and where.type == "mps":
+        raise Exit(NO_DEVICE, "several processes cannot train on MPS: start one, or give --device cpu")
     if "MASTER_PORT" not in os.environ:
         host, port = _meeting_point()
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     patience = timedelta(seconds=PATIENCE)
-    with _in_touch(f"the {me.size} processes of this run do not find each other at {where}"):
+    with _in_touch(f"the {me.size} processes of this run do not find each other at {place}"):
         store = next(distributed.rendezvous("env://", me.rank, me.size, timeout=patience))[0]
         if me.size == me.local_size:  # torchrun starts processes again beside a store that still knows the dead ones
             store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # decisions are words between hosts; only gradients need to go from device to device
         distributed.init_process_group("gloo", store=store, rank=me.rank, world_size=me.size, timeout=patience)
-        if cuda:
-            torch.cuda.set_device(me.local % torch.cuda.device_count())  # as device.get_device does
-        gradients = distributed.new_group(backend="nccl", timeout=patience) if cuda else None
-    world = World(me, gradients)
+    world = World(me)
     try:
+        if where is not None and where.type == "cuda":
+            world.meet_on(where)
         yield world
         world.leave()
     except Exit as end:
@@ -132,9 +132,23 @@ def _in_touch(what: str) -> Iterator[None]:
 class World:
     """The processes of a run. All of them call each method at the same point; a world of size 1 sends nothing."""
 
-    def __init__(self, me: Identity = ALONE, gradients: Any = None) -> None:
-        self.rank, self.size, self.local = me.rank, me.size, me.local
-        self._gradients = gradients
+    def __init__(self, me: Identity = ALONE) -> None:
+        self.rank, self.size = me.rank, me.size
+        self._gradients: Any = None  # the group for them; None: the one for all else
+
+    def meet_on(self, gpu: torch.device) -> None:
+        """Exchange gradients from GPU to GPU from now on. Raises Exit(NO_DEVICE) if two processes have the same one."""
+        import torch
+        from torch import distributed
+
+        torch.cuda.set_device(gpu)
+        chip = torch.cuda.get_device_properties(gpu)
+        chips = self.all((os.uname().nodename, str(getattr(chip, "uuid", gpu))))
+        if len(set(chips)) < self.size:
+            few = f"{self.size} processes have {len(set(chips))} CUDA device(s)"
+            raise Exit(NO_DEVICE, f"{few}: start one for each, or give --device cpu", everywhere=True)
+        with _in_touch("another process of this run"):
+            self._gradients = distributed.new_group(backend="nccl", timeout=timedelta(seconds=PATIENCE))
 
     def mine(self, shards: int) -> range:
         """Which of so many shards this process computes."""
@@ -186,6 +200,37 @@ class World:
         if error is not None:
             raise error
         return value
+
+    def first_at_length(self, work: Callable[[], Any], agree: Callable[[bool], bool] | None = None) -> Any:
+        """As `first`, for work that may outlast the others' patience: it calls agree(False) now and then.
+
+        So do the others, as long as agree returns false; when it is over all are told by agree(True). agree: what they
+        say to each other meanwhile, if more than `is_over` does.
+        """
+        agree = agree or self.is_over
+        if self.rank:
+            while not agree(False):
+                pass
+            return self.first(work)
+
+        def done() -> Any:
+            if failed is not None:
+                raise failed
+            return result
+
+        result = failed = None
+        try:
+            result = work()
+        except (Exit, OSError) as error:
+            if getattr(error, "everywhere", False):  # raised by an agree, in which the others took part
+                raise
+            failed = error
+        agree(True)
+        return self.first(done)
+
+    def is_over(self, over: bool = False) -> bool:
+        """Does the first process say that what it does alone is over?"""
+        return bool(self.numbers([int(over)])[0][0])
 
     def sum_in_order(self, parts: torch.Tensor) -> torch.Tensor:
         """(shards of this process, P) -> (P,): the sum over all shards of all processes, ((s0 + s1) + s2) + ...

@@ -117,7 +117,7 @@ class Record:
 
     def _filter(self, path: Path, keep: Callable[[str], bool]) -> None:
         if path.is_file():
-            lines = path.read_text(errors="replace").splitlines(keepends=True)
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if keep(line)]
             if kept != lines:
                 self._try(path.name, lambda: write_text(path, "".join(kept)))

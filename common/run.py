@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -58,9 +57,13 @@ class Run:
 
         Raises Exit(RUN_LOCKED) if another process has taken it since.
         """
-        with suppress(OSError):
+        try:
             if os.path.samestat(os.stat(self.checkpoints / LOCK), os.fstat(self.lock.fileno())):
                 return False
+        except FileNotFoundError:
+            pass
+        except OSError:  # a file server that fails: to open the lock's file again would give up the lock
+            return False
         before, self.lock = self.lock, _lock(self.checkpoints, 0)
         before.close()
         return True
@@ -145,16 +148,16 @@ def require_checkpoint(path: str | None, types: tuple[str, ...]) -> None:
 
 
 def find_run(
-    args: Args, checkpoints: Path, models: tuple[str, ...], warn: ckpt.Warn, since: str = ""
+    args: Args, checkpoints: Path, models: tuple[str, ...], warn: ckpt.Warn, beyond: tuple[int, int] = (0, -1)
 ) -> tuple[tuple[Path, ckpt.State] | None, tuple[Path, Difference] | None]:
     """(the newest run that today's flags mean, the newest other one of this trainer and in what it differs).
 
-    A run is a checkpoint's (file, state). A run is what it does: see `Args.difference`. since: only runs that recorded
-    a later time.
+    A run is a checkpoint's (file, state). A run is what it does: see `Args.difference`. beyond: only runs that are
+    further than this (epoch, global step).
     """
     passed_over = None
     for folder, glance in recorded_runs(checkpoints, warn):
-        if glance["args"].get("model") not in models or str(glance.get("timestamp")) <= since:
+        if glance["args"].get("model") not in models or (glance["epoch"], glance["global_step"]) <= beyond:
             continue
         difference = args.difference(glance["args"])
         if difference is None and (found := ckpt.newest_readable(folder, warn)):
@@ -202,11 +205,11 @@ def resume_target(
 def _begun_from(
     args: Args, state: ckpt.State, checkpoints: Path, models: tuple[str, ...], warn: ckpt.Warn
 ) -> tuple[Path, ckpt.State] | None:
-    """The run that an earlier start with the same --resume COPY began."""
+    """The run that an earlier start with the same --resume COPY began: of its flags, and further than the copy."""
     args.adopt(state["args"])
-    found, _ = find_run(args, checkpoints, models, warn, since=str(state["timestamp"]))
+    found, _ = find_run(args, checkpoints, models, warn, beyond=(state["epoch"], state["global_step"]))
     if found:
-        warn(f"{found[0].parent.name} is newer than {args.resume}: going on with it")
+        warn(f"{found[0].parent.name} is further than {args.resume}: going on with it")
     return found
 
 

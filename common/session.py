@@ -94,7 +94,7 @@ def open_session(
             if asked and args.threads == AUTO:
                 args.derive("OMP_NUM_THREADS", threads=asked)
             where = device.get_device(args.device, ranks.identity())
-            with ranks.joined(cuda=where.type == "cuda") as world:
+            with ranks.joined(where) as world:
 
                 def found() -> tuple[Run, dict[str, Any]]:
                     nonlocal run
@@ -257,6 +257,9 @@ class Session:
             self.log.warning(f"{wanted}: its last bits may differ")
         if getattr(self.args, "network", OUR_NETWORK) != OUR_NETWORK:
             self.args.derive(network_digest=network_digest(self.args.model, self.args.network))
+        if self.args.shards > 1 and any(getattr(module, "running_mean", None) is not None for module in net.modules()):
+            text = "a batch norm's running statistics would differ between processes: --shards 1, or another norm"
+            raise Exit(MODEL_MISMATCH, text, everywhere=True)
         self.record.start(self.args, self.device)  # here, because the recipe has settled its flags
         args, total = self.args, self.args.epochs * steps_per_epoch
         self.steps_per_epoch = steps_per_epoch
@@ -308,25 +311,7 @@ class Session:
 
     def on_first(self, work: Callable[[], Any]) -> Any:
         """What work() returns: the first process does it, the others wait, and take part in every `poll` in it."""
-        if self.world.rank:
-            while not self._agree():
-                pass
-            return self.world.first(work)
-
-        def done() -> Any:
-            if failed is not None:
-                raise failed
-            return result
-
-        result = failed = None
-        try:
-            result = work()
-        except Exit as error:
-            if error.everywhere:  # raised by a poll, in which the others took part
-                raise
-            failed = error
-        self._agree(over=True)
-        return self.world.first(done)
+        return self.world.first_at_length(work, self._agree)
 
     def _agree(self, over: bool = False) -> bool:
         """The one decision of all processes: leave, if a signal asked any of them for it; save, if it is time.
@@ -388,6 +373,7 @@ class Session:
     def batches(self, loader: DataLoader) -> Iterator[Any]:
         """The epoch's batches from where it stands, on the device; between them, saves when due and obeys stops."""
         loader.sampler.epoch, loader.sampler.start = self.epoch, self.at.batch
+        loader.generator.manual_seed(derive_seed(self.args.seed, "workers", self.epoch))
         self.net.train()
         if self.args.threads != AUTO:
             threads.use(self.args.threads)

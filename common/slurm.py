@@ -29,7 +29,7 @@ def _on_signal(number: int, _frame: object) -> None:
 
 
 def install_signal_handlers() -> dict[int, object]:
-    """Handle SIGUSR1, SIGUSR2, SIGTERM and Ctrl-C from now on; returns the handlers that stood before.
+    """Handle SIGUSR1, SIGUSR2, SIGTERM, SIGHUP and Ctrl-C from now on; returns the handlers that stood before.
 
     Call it before anything slow is imported: a signal that finds no handler kills the process. Outside the main
     thread Python forbids handlers, and nothing is installed.

@@ -12,7 +12,7 @@ SINUSOIDS = 64
 
 
 def sinusoidal_embedding(t: torch.Tensor, dim: int = SINUSOIDS) -> torch.Tensor:
-    """(B,) timesteps -> (B, dim): cosines, then sines, at frequencies from 1 to 1e-4 (Vaswani et al. 2017, 3.5)."""
+    """(B,) timesteps -> (B, dim): cosines, then sines, of frequencies from 1 to 1.3e-4 (Vaswani et al. 2017, 3.5)"""
     half = dim // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)  # (half,)
     angles = t.float()[:, None] * frequencies[None]  # (B, half)

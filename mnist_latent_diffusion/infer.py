@@ -5,11 +5,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.drawing import draw_to_file, drawing_parser
+from common.drawing import draw_to_file, drawing_parser, what_to_draw_with
 from common.error_codes import MODEL_MISMATCH, Exit, run_main
 from common.export import export
 from common.modules import module_of
-from common.run import require_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,8 +22,9 @@ def main(argv: list[str] | None = None) -> None:
     def load(device):
         if args.inpaint:
             raise Exit(MODEL_MISMATCH, f"--{module_of('lddpm').ONLY_PIXELS}")
-        require_checkpoint(args.ckpt, ("lddpm",))
-        return module_of("lddpm").load_for_drawing(args.ckpt, device, args.ae_ckpt, guide=args.guide)
+        return module_of("lddpm").load_for_drawing(
+            what_to_draw_with(args, "lddpm"), device, args.ae_ckpt, guide=args.guide
+        )
 
     draw_to_file(args, load)
 

@@ -14,7 +14,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
 from common.autoencoder import build_autoencoder, read_autoencoder
-from common.diffusion import Schedules, ask, precompute_schedules, predictor_of, q_sample, takes_labels
+from common.diffusion import (
+    Schedules,
+    ask,
+    null_label_of,
+    precompute_schedules,
+    predictor_of,
+    q_sample,
+    takes_labels,
+)
 from common.error_codes import MODEL_MISMATCH, Exit
 from common.flags import OUR_NETWORK
 from common.layers import folded, scaled_linear
@@ -69,7 +77,7 @@ class Own(OnLatents):
 
     def __init__(self, net: nn.Module, latent_dim: int) -> None:
         super().__init__(latent_dim)
-        self.net, self.takes_labels = net, takes_labels(net)
+        self.net, self.takes_labels, self.null_label = net, takes_labels(net), null_label_of(net)
 
     def forward(self, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """z (B, D), t (B,) in [0, T), labels (B,) -> epsilon (B, D)."""

@@ -5,11 +5,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.drawing import draw_to_file, drawing_parser
+from common.drawing import draw_to_file, drawing_parser, what_to_draw_with
 from common.error_codes import run_main
 from common.export import export
 from common.modules import module_of
-from common.run import require_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,8 +19,7 @@ def main(argv: list[str] | None = None) -> None:
         return export(args.ckpt, args.export, parser.typed(argv), ("ddpm",))
 
     def load(device):
-        require_checkpoint(args.ckpt, ("ddpm",))
-        return module_of("ddpm").load_for_drawing(args.ckpt, device, guide=args.guide)
+        return module_of("ddpm").load_for_drawing(what_to_draw_with(args, "ddpm"), device, guide=args.guide)
 
     draw_to_file(args, load)
 

@@ -8,12 +8,13 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import AE, LATENT, PIXEL, REPO, call, finish, make_run, newest_state, start, state_of
 
-from common import ckpt
+from common import ckpt, files
 from common.data import HF_MNIST
 from common.error_codes import MODEL_MISMATCH
 from common.files import atomic_write
@@ -61,13 +62,22 @@ def test_the_temporary_file_of_a_living_writer_stays(tmp_path):
         os.utime(tmp_path / name, (time.time() - age,) * 2)
         return name
 
-    host, gone = os.uname().nodename[:16], 2**22 + 1  # above any process number
+    host, gone = files._host(), 2**22 + 1  # above any process number
     stay = {at(80_000, f".x.pt.{os.getpid()}@{host}.0123abcd.tmp"), at(80_000, f".x.pt.{gone}@another.0123abcd.tmp")}
     stay |= {at(10**6, ".x.pt.tmp"), at(10**6, ".notes.0123abcd.tmp"), at(10**6, f"x.pt.{gone}@{host}.0123abcd.tmp")}
     at(0, f".y.png.{gone}@{host}.0123abcd.tmp")
     at(90_000, f".y.png.{os.getpid()}@another.0123abcd.tmp")
     atomic_write(tmp_path / "file", lambda file: file.write(b"x"))
     assert {path.name for path in tmp_path.iterdir()} == stay | {"file"}
+
+
+def test_machines_are_told_apart_by_their_whole_names(monkeypatch):
+    names = ("cluster-compute-node-001", "cluster-compute-node-002")
+    hosts = set()
+    for name in names:
+        monkeypatch.setattr(files.os, "uname", lambda name=name: SimpleNamespace(nodename=name))
+        hosts.add(files._host.__wrapped__())
+    assert len(hosts) == 2
 
 
 def test_no_reader_takes_a_temporary_file_for_a_checkpoint(tmp_path):

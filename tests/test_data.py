@@ -12,8 +12,9 @@ import torch
 from helpers import CLOSED_PORT, LATENT, call, run
 
 from common import data
-from common.data import HF_MNIST, make_mnist_loader, split_train_val
+from common.data import HF_MNIST, hub_answers, make_mnist_loader, split_train_val
 from common.error_codes import NO_DATA, Exit
+from common.own_data import SEEN, held_out
 
 SOON = 30  # seconds: five for the hub to answer, and more for a busy machine to read the digits
 
@@ -108,6 +109,14 @@ def test_start_continues_the_epoch_exactly(train):
     for start in range(5):
         assert order_of(loader, 3, start) == whole[start:]
         assert len(loader.sampler) == 4 - start
+
+
+def test_embedded_digits_are_no_test_of_a_run_that_learned_from_all(cache, capsys):
+    """They are training digits of full MNIST."""
+    for learned, seen in (("hub", True), ("embedded", False)):
+        digits = held_out("embedded", cache, {"data": learned})
+        assert (digits.held_out == SEEN) is seen
+        assert ("it has learned from" in capsys.readouterr().err) is seen
 
 
 def test_workers_change_nothing(train):
@@ -273,6 +282,11 @@ def test_offline_variables_are_obeyed(cache, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     monkeypatch.setattr("urllib.request.urlopen", lambda *_args, **_kwargs: pytest.fail("asked the network"))
     assert HF_MNIST("test", cache, warn=lambda _: None).source == "embedded"
+
+
+def test_a_hub_that_talks_nonsense_does_not_answer(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://my mirror")  # http.client.InvalidURL: neither OSError nor ValueError
+    assert hub_answers() is False
 
 
 def test_fetch_ahead_of_time(fetched):

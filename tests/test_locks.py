@@ -1,7 +1,9 @@
 """Two processes never train one run: names are claimed exclusively, and a run in training is locked."""
 
+import errno
 import json
 import multiprocessing
+import os
 import shutil
 from time import sleep
 
@@ -64,6 +66,23 @@ def test_a_lock_is_taken_again_where_the_folder_was_deleted(tmp_path):
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply(lock_code, (folder,)) == RUN_LOCKED
     run.lock.close()
+
+
+def test_a_failing_file_server_costs_no_lock(tmp_path, monkeypatch):
+    """Any second descriptor of the lock's file, once closed, would give up the lock."""
+    folder = tmp_path / "checkpoints" / "run"
+    folder.mkdir(parents=True)
+    run = run_module.Run("run", tmp_path, tmp_path / "logs", run_module._lock(folder, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.os, "stat", stale)
+        assert run.lock_again() is False
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(lock_code, (folder,)) == RUN_LOCKED
+    run.lock.close()
+
+
+def stale(*_args, **_how):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
 def lock_code(folder):

@@ -223,6 +223,15 @@ def test_labels_are_hidden_and_shown_to_a_network_that_takes_them():
     assert {tuple(labels) for _, labels in asked} == {(4, 7, 10, 10)}
 
 
+def test_latents_keep_a_networks_own_null_label():
+    class Net(torch.nn.Module):
+        null_label = 3
+
+        def forward(self, x, t, labels): ...
+
+    assert diffusion.null_label_of(module_of("lddpm").Own(Net(), 16)) == 3
+
+
 def test_a_net_without_a_predictor_draws_what_it_draws_with_one():
     class Plain(torch.nn.Module):
         def __init__(self, net):
@@ -256,6 +265,13 @@ FAULTS = [
     ("import no_such_module", (), NO_MODEL_SPECIFIED, "mine.py, line 1: ModuleNotFoundError: No module named"),
     ("import sys\nsys.exit(3)", (), NO_MODEL_SPECIFIED, "mine.py, line 2: SystemExit: 3"),
     ("class Denoiser:\n    def __init__(self, depth): ...", (), NO_MODEL_SPECIFIED, "argument: 'depth'"),
+    (
+        SHAPES.format("self.norm(x)") + "    def __init__(self):\n        super().__init__()\n"
+        "        self.norm = torch.nn.BatchNorm2d(1)\n",
+        ("--shards", 2),
+        MODEL_MISMATCH,
+        "running statistics would differ between processes: --shards 1",
+    ),
     (SHAPES.format("x"), ("--base-ch", 16), USAGE, "--base-ch has no effect on --network mine: drop it"),
 ]
 

@@ -4,11 +4,14 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from forks import start
@@ -17,7 +20,7 @@ from torch import nn
 
 from common import ckpt, ranks
 from common.device import get_device
-from common.error_codes import NON_FINITE_LOSS, RANK_FAILED, SAVE_FAILED, STOPPED_EARLY, USAGE, Exit
+from common.error_codes import NO_DEVICE, NON_FINITE_LOSS, RANK_FAILED, SAVE_FAILED, STOPPED_EARLY, USAGE, Exit
 from common.learner import Learner
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node"
@@ -106,6 +109,11 @@ def saved(outdir) -> list[int]:
             (3, 4, 1, 2),
         ),
         ({"RANK": 3}, (0, 1, 0, 1)),  # some other program's
+        (  # set by hand in a step, where Slurm knows the rest
+            {"RANK": 3, "WORLD_SIZE": 4, "MASTER_ADDR": "a", "MASTER_PORT": 1, "SLURM_PROCID": 3, "SLURM_LOCALID": 1}
+            | {"SLURM_NODEID": 1, "SLURM_STEP_NUM_TASKS": 4, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
+            (3, 4, 1, 2),
+        ),
         # a batch script of two tasks, outside of any step
         ({"SLURM_JOB_ID": 7, "SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_NTASKS": 2}, (0, 1, 0, 1)),
         (
@@ -146,8 +154,35 @@ def test_each_process_gets_a_gpu_of_its_own(gpus, slurm, wanted, monkeypatch):
         else:
             with pytest.raises(Exit, match="4 processes on a machine with 2 CUDA devices"):
                 get_device(name, me)
-    assert str(get_device("cuda:0", me)) == "cuda:0"
     assert str(get_device("cpu", me)) == "cpu"
+    with pytest.raises(Exit, match="--device cuda:0: several processes need a device each"):
+        get_device("cuda:0", me)
+    assert str(get_device("cuda:0", ranks.Identity(1, 2, 0, 1))) == "cuda:0"  # each on a machine of its own
+
+
+@pytest.mark.parametrize("chips", [("a", "b"), ("a", "a")])
+def test_two_processes_on_one_gpu_are_one_line(chips, monkeypatch):
+    """Where Slurm shows each process one GPU, only the GPUs themselves tell whether it is the same."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=chips[0]))
+    monkeypatch.setattr(ranks.World, "all", lambda _, mine: [mine, (mine[0], chips[1])])
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **how: how["backend"])
+    world = ranks.World(ranks.Identity(0, 2, 0, 2))
+    if len(set(chips)) == 2:
+        world.meet_on(torch.device("cuda", 0))
+        assert world._gradients == "nccl"
+    else:
+        with pytest.raises(Exit, match="2 processes have 1 CUDA device") as found:
+            world.meet_on(torch.device("cuda", 0))
+        assert (found.value.code, found.value.everywhere) == (NO_DEVICE, True)
+
+
+def test_several_processes_do_not_train_on_mps(monkeypatch):
+    """Its tensors cannot be sent."""
+    monkeypatch.setattr(ranks, "identity", lambda: ranks.Identity(0, 2, 0, 2))
+    with pytest.raises(Exit, match="cannot train on MPS") as found, ranks.joined(torch.device("mps")):
+        pass
+    assert found.value.code == NO_DEVICE
 
 
 # --- the gradient of a batch in shards ---
@@ -466,6 +501,65 @@ def test_processes_draw_together_what_one_draws(latent_run, tmp_path):
     for name in names:
         one, two = ((tmp_path / size / name).read_bytes() for size in "12")
         assert one == two, name
+
+
+THEN_A_NEWER = """
+import os, sys
+sys.path.insert(0, ".")
+import infer
+from common import ckpt
+from common.error_codes import run_main
+read = ckpt.read_model
+def then_a_newer(*what):
+    found = read(*what)
+    if os.environ["RANK"] == "0" and os.path.exists(os.environ["LATER"]):
+        os.rename(os.environ["LATER"], os.environ["NOW"])
+    return found
+ckpt.read_model = then_a_newer
+sys.exit(run_main(lambda: infer.main(sys.argv[1:])))
+"""
+
+
+def test_all_draw_with_the_checkpoint_that_the_first_one_found(latent_run, copy_of, tmp_path):
+    """A training goes on meanwhile: once the first has looked, its folder has a newer one."""
+    run, later = copy_of(latent_run), tmp_path / "later.pt"
+    newest = run / "checkpoint_epoch_000002.pt"
+    newest.rename(later)
+    flags = ("--num-images", 300, "--device", "cpu", "--output", tmp_path / "a.png", "--save-npz", tmp_path / "a.npz")
+    alone = call(LATENT, "infer.py", "--ckpt", run, *flags)
+    assert alone.code == 0, alone.text
+    with np.load(tmp_path / "a.npz") as one:
+        wanted, settings = one["images"], json.loads(str(one["settings"]))
+    assert settings["ckpt"] == str(run / "checkpoint_epoch_000001.pt")
+    moved = {"LATER": str(later), "NOW": str(newest)}
+    results = Launched(LATENT, 2, THEN_A_NEWER, "--ckpt", run, *flags, script="-c", **moved).finish()
+    assert [result.code for result in results] == [0, 0], results
+    assert newest.exists()
+    with np.load(tmp_path / "a.npz") as two:
+        assert np.array_equal(two["images"], wanted)
+
+
+SLOW_TO_JUDGE = """
+import sys, time
+from common import classifier, evaluate
+from common.error_codes import run_main
+def slowly(_digits, *, progress, poll):
+    for _ in range(60):
+        time.sleep(0.1)
+        poll()
+    return classifier.DigitClassifier().eval()
+classifier.train_classifier = slowly
+sys.exit(run_main(lambda: evaluate.main(sys.argv[1:])))
+"""
+
+
+def test_all_wait_while_the_first_one_trains_the_classifier(latent_run, cache, tmp_path):
+    """Longer than they would wait for one that says nothing."""
+    own = shutil.copytree(cache, tmp_path / "cache", ignore=shutil.ignore_patterns("classifier-*"))
+    flags = ("--ckpt", latent_run, "--n", 200, "--data", "embedded", "--cache-dir", own, "--device", "cpu")
+    given = (*flags, "--json", tmp_path / "a.json")
+    results = Launched(".", 2, SLOW_TO_JUDGE, *given, script="-c", DDPM_RANK_PATIENCE="4").finish()
+    assert [result.code for result in results] == [0, 0], results
 
 
 def test_a_wrong_drawing_is_one_line(latent_run, tmp_path):
