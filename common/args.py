@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -32,6 +33,7 @@ _KINDS = {
     "books": "how long, and what is kept (kept on resume unless given; the same run whatever these say)",
     "input": "what to begin with (its content counts, not its path; a resumed run carries its own)",
 }
+MOST = 10**6  # of anything that is counted
 AUTO = "auto"  # a value that is not known before data or an autoencoder is read: until then it matches anything
 
 
@@ -162,6 +164,7 @@ class Parser(argparse.ArgumentParser):
         self._environment: set[str] = set()
         self._wrong: dict[str, str] = {}  # by flag, what is wrong with its variable
         self._by_kind: dict[str, argparse._ArgumentGroup] = {}
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -5e-1 for a flag
 
     def flag(self, kind: str, *names: str, env: str = "", **options: Any) -> None:
         """Declare a flag of the given kind. If the variable `env` is set and not empty, it is the default."""
@@ -193,6 +196,14 @@ class Parser(argparse.ArgumentParser):
             args.origin[name] = "flag" if name in typed else "environment" if is_env else "default"
         return args
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does it, but an empty value, of a shell's variable that is not set, is an error."""
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if action.option_strings and getattr(found, action.dest, None) == "":
+                self.error(f"argument {'/'.join(action.option_strings)}: the value is empty")
+        return found, rest
+
     def typed(self, argv: list[str] | None = None) -> dict[str, Any]:
         """The flags that `argv` really has, with their values; to be asked after everything else."""
         for action in self._actions:
@@ -207,7 +218,10 @@ class Parser(argparse.ArgumentParser):
 def number(
     kind: type, low: float | None = None, high: float | None = None, *, above: float | None = None
 ) -> Callable[[str], Any]:
-    """An argparse type: a finite `kind` (int or float) in [low, high], and greater than `above`."""
+    """An argparse type: a finite `kind` (int or float) in [low, high], and greater than `above`.
+
+    An int without a `high` is at most MOST, which nothing needs, and which torch can still count.
+    """
     limits = [f"at least {low}"] if low is not None else []
     limits += [f"greater than {above}"] if above is not None else []
     limits += [f"at most {high}"] if high is not None else []
@@ -218,6 +232,8 @@ def number(
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if kind is int and high is None and value > MOST:
+            raise argparse.ArgumentTypeError(f"{text!r} is more than {MOST:,}")
         inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
         if not inside or value != value or value in (float("inf"), float("-inf")):
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")

@@ -12,7 +12,7 @@ from common import ckpt, emoji, threads
 from common.args import Args, Parser, flag_of, number
 from common.autoencoder import AUTOENCODERS
 from common.device import get_device, memory_in_one_line
-from common.error_codes import BAD_IMAGE, BAD_OUTPUT, USAGE, Exit
+from common.error_codes import BAD_CHECKPOINT, BAD_IMAGE, BAD_OUTPUT, USAGE, Exit
 from common.files import atomic_write
 from common.flags import (
     CHECKPOINT,
@@ -77,7 +77,7 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
     mask = "keep the picture as it is but where this one, of the same size, is white (pixel diffusion only)"
     add("--inpaint", metavar="MASK", help=mask)
     times = f"with --inpaint, go every stretch of steps N times (RePaint's resampling; default: {DEFAULT_RESAMPLE})"
-    add("--resample", type=number(int, 1), metavar="N", help=times)
+    add("--resample", type=number(int, 1, 1000), metavar="N", help=times)
     add("--export", metavar="FILE", help="draw nothing, but write what drawing needs of the run to this file (.pt)")
     add_sampling_arguments(parser)
     return parser
@@ -119,6 +119,12 @@ def _check_outputs(args: Any) -> None:
         check_output(args.save_npz, ".npz")
     if args.save_dir:
         _check_folder(Path(args.save_dir))
+    given = {Path(path).resolve() for path in (args.from_image, args.inpaint, args.guide) if path is not None}
+    for path in (output, *_process_files(output), *([Path(args.save_npz)] if args.save_npz else [])):
+        if path.resolve() in given:
+            raise Exit(BAD_OUTPUT, f"{path} is what is drawn from, and would be overwritten: choose another name")
+        if args.save_dir and path.resolve().parent == Path(args.save_dir).resolve():
+            raise Exit(BAD_OUTPUT, f"{path} lies among the single images of --save-dir: choose another folder")
 
 
 def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str, Any]]], world: World) -> None:
@@ -160,6 +166,9 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
     )
     if world.rank:
         return
+    if not images.isfinite().all():
+        smaller = "a smaller --guidance or --guide-scale, or " if args.guidance > 1 or args.guide is not None else ""
+        raise Exit(BAD_CHECKPOINT, f"the images are not finite numbers: choose {smaller}an earlier checkpoint")
     seconds = time.perf_counter() - started
     origin, output = f"{state['exp_name']}, epoch {state['epoch']}", Path(args.output)
     names = _row_names(args, state["args"]) if args.row_labels else None

@@ -18,6 +18,7 @@ DPM_STEPS = 10  # more draw hardly better (tests/benchmarks/README.md)
 DEFAULT_STRENGTH = {"lddpm": 0.15, "ddpm": 0.3}  # of --from-image: a digit mostly stays the digit that it is
 DEFAULT_RESAMPLE = 5  # of --inpaint: what is drawn fits what is kept, as five times as many steps do not achieve
 DEFAULT_GUIDANCE = 1.1  # a little variety for one more digit in a hundred that is what was asked for
+LARGEST_GUIDANCE = 1000.0  # far beyond use, and no float overflows
 DEFAULT_GUIDE_SCALE = 2.0  # with an early epoch of the same run as guide (mnist_single_digit/README.md)
 # One notion has the same spellings in every tool; which comes first differs, as documented
 CHECKPOINT = ("--ckpt", "--checkpoint")
@@ -267,7 +268,7 @@ def add_sampling_arguments(parser: Parser) -> None:
     )
     add(
         "--guidance",
-        type=number(float, 0),
+        type=number(float, 0, LARGEST_GUIDANCE),
         metavar="SCALE",
         help="classifier-free guidance scale; 1 is none, more exaggerates "
         f"(default: {DEFAULT_GUIDANCE} with --digit, else 1)",
@@ -281,7 +282,7 @@ def add_sampling_arguments(parser: Parser) -> None:
     guide = "autoguidance: also move away from what this checkpoint predicts, such as an early epoch of the run"
     add("--guide", metavar="PATH", help=guide)
     guide_scale = f"how far, as --guidance; 1 is nothing (default: {DEFAULT_GUIDE_SCALE:g})"
-    add("--guide-scale", type=number(float, 0), metavar="SCALE", help=guide_scale)
+    add("--guide-scale", type=number(float, 0, LARGEST_GUIDANCE), metavar="SCALE", help=guide_scale)
     add("--sampler", choices=SAMPLERS, default="ddpm", help=samplers)
     steps = f"reverse steps, at most T (default: T; of dpm and dpm-sde {DPM_STEPS})"
     add("--steps", type=number(int, 1), help=steps)

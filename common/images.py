@@ -14,6 +14,7 @@ from common.error_codes import BAD_IMAGE, BAD_OUTPUT, Exit
 from common.files import atomic_write
 
 if TYPE_CHECKING:
+    import numpy
     import torch
     from PIL.Image import Image
 
@@ -66,10 +67,15 @@ def _margin(names: list[str], height: int, scale: int) -> torch.Tensor:
     return to_tensor(margin).expand(3, -1, -1)
 
 
-def picture(images: torch.Tensor, nrow: int | None = None, scale: int = 2) -> Image:
+def picture(images: numpy.ndarray | torch.Tensor, nrow: int | None = None, scale: int = 2) -> Image:
     """(N, 1, H, W) or (1, H, W) images in [0, 1] as one picture, which a notebook shows: see `make_image_grid`."""
     from PIL import Image
 
+    from common.sampling import as_floats
+
+    images = as_floats(images)
+    if not images.numel():
+        raise ValueError("there are no images to show")
     grid = make_image_grid(images if images.ndim == 4 else images[None], nrow, scale)
     return Image.fromarray(to_bytes(grid[0]).cpu().numpy())
 

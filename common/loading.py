@@ -9,14 +9,21 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt
 from common.device import get_device
 from common.error_codes import Exit
-from common.flags import DEFAULT_GUIDANCE, DEFAULT_GUIDE_SCALE, DEFAULT_RESAMPLE, DEFAULT_STRENGTH, why_not_drawn
+from common.flags import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_GUIDE_SCALE,
+    DEFAULT_RESAMPLE,
+    DEFAULT_STRENGTH,
+    LARGEST_GUIDANCE,
+    why_not_drawn,
+)
 
 CLASSES = 10
 
@@ -93,8 +100,8 @@ class Diffusion(Loaded):
         from common.drawing import wanted_labels
         from common.sampling import as_labels
 
-        if count < 1:
-            raise ValueError(f"count must be at least 1, not {count}")
+        if not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"count must be a whole number of at least 1, not {count}")
         if guidance is None:
             guidance = 1.0 if labels is None else DEFAULT_GUIDANCE
         only = self.flags["only_digit"]
@@ -105,10 +112,9 @@ class Diffusion(Loaded):
             labels = as_labels([labels] * count if one else labels, CLASSES - 1)
             if complaint := why_not_drawn(labels, self.flags, "labels"):
                 raise ValueError(complaint)
-        if not 0 <= guidance < float("inf"):
-            raise ValueError(f"guidance must be at least 0, not {guidance}")
-        if not 0 <= guide_scale < float("inf"):
-            raise ValueError(f"guide_scale must be at least 0, not {guide_scale}")
+        for name, scale in (("guidance", guidance), ("guide_scale", guide_scale)):
+            if not isinstance(scale, Real) or not 0 <= scale <= LARGEST_GUIDANCE:
+                raise ValueError(f"{name} must be a number from 0 to {LARGEST_GUIDANCE:g}, not {scale}")
         how = {"guidance": guidance, "guidance_interval": guidance_interval, "guide_scale": guide_scale}
         how |= {"seed": seed, "sampler": sampler, "steps": steps}
         how |= {"callback": callback, "watch": watch}
@@ -126,18 +132,18 @@ class Autoencoder(Loaded):
         super().__init__(path, state)
         self.net, self.device = net, device
 
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
+    def encode(self, images: numpy.ndarray | torch.Tensor) -> torch.Tensor:
         """(N, 1, 28, 28) images in [0, 1] -> (N, D) latents, on the CPU. Raises ValueError for another shape."""
         return self._apply(self.net.encode, images, (1, 28, 28))
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: numpy.ndarray | torch.Tensor) -> torch.Tensor:
         """(N, D) latents -> (N, 1, 28, 28) images in [0, 1], on the CPU. Raises ValueError for another shape."""
         return self._apply(self.net.decode, latents, (self.flags["latent_dim"],))
 
     def _apply(self, what: Callable[..., torch.Tensor], rows: Any, shape: tuple[int, ...]) -> torch.Tensor:
-        import torch
+        from common.sampling import as_floats
 
-        rows = torch.as_tensor(rows, dtype=torch.float32, device=self.device)
+        rows = as_floats(rows).to(self.device)
         if rows.shape[1:] != shape:
             wanted = ", ".join(map(str, ("N", *shape)))
             raise ValueError(f"the shape must be ({wanted}), not {tuple(rows.shape)}")

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -73,7 +74,8 @@ class Run:
         if not any(self.checkpoints.glob("*.pt*")):  # nothing set aside either
             for folder in (self.checkpoints, self.samples, self.tensorboard):
                 shutil.rmtree(folder, ignore_errors=True)
-            self.log_file.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.log_file.unlink()
 
 
 # --- which run a start means ------------------------------------------------------------------------------------------

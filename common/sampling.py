@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import count as counting
+from numbers import Integral
 from typing import Any, NamedTuple, TypedDict
 
+import numpy
 import torch
 from torch import nn
 
@@ -90,11 +92,11 @@ def reverse_steps(schedules: Schedules, steps: int | None = None, sampler: str =
     adds no noise, and is of first order: it leads to the predicted x_0.
     """
     T = schedules.T
-    steps = default_steps(sampler, T) if steps is None else steps
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps must be from 1 to T = {T}, not {steps}")
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {SAMPLERS}, not {sampler!r}")
+    steps = default_steps(sampler, T) if steps is None else steps
+    if not isinstance(steps, Integral) or not 1 <= steps <= T:
+        raise ValueError(f"steps must be a whole number from 1 to T = {T}, not {steps}")
     alpha_bar = schedules.exact_alpha_bar
     visited = _evenly_spaced(alpha_bar, steps, sampler)
     now = alpha_bar[visited]
@@ -235,7 +237,7 @@ def _within(schedules: Schedules, interval: tuple[float, float] | None) -> Calla
         return lambda t: True
     try:
         low, high = map(float, interval)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         low = high = 0.0
     if not low < high:
         raise ValueError(f"guidance_interval must be two numbers, the second the larger, not {interval!r}")
@@ -267,13 +269,23 @@ def as_labels(labels: Iterable[int] | torch.Tensor, largest: int) -> list[int]:
     return [int(value) for value in values]
 
 
+def as_floats(values: Any) -> torch.Tensor:
+    """Numbers in a tensor, in lists, or in an array of any type and memory layout, as a float32 tensor.
+
+    Raises ValueError or TypeError for what is none.
+    """
+    if not isinstance(values, torch.Tensor):
+        values = torch.from_numpy(numpy.array(values, dtype=numpy.float32))  # torch takes no view that is flipped
+    return values.float()
+
+
 def as_images(values: Any, name: str) -> torch.Tensor:
     """Numbers from 0 to 1 of shape (28, 28), (K, 28, 28) or (K, 1, 28, 28), as (K, 1, 28, 28) float32.
 
     Raises ValueError, which calls them `name`, for anything else.
     """
     try:
-        images = torch.as_tensor(values).float()
+        images = as_floats(values)
     except (TypeError, ValueError, RuntimeError):
         images = torch.empty(0)
     if images.shape[-2:] != (28, 28) or images.ndim > 4 or images.shape[:-2][1:] not in ((), (1,)) or not len(images):

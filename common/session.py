@@ -30,6 +30,7 @@ from common.args import AUTO, Args
 from common.console import patient
 from common.error_codes import (
     BAD_CHECKPOINT,
+    BAD_OUTPUT,
     MODEL_MISMATCH,
     NO_AE_CHECKPOINT,
     NO_DATA,
@@ -67,7 +68,7 @@ LOOK_EVERY = 50  # steps between looks at the loss on devices that should not wa
 # what is found out only when a run was begun: of one that saved nothing then, nothing is left
 IN_VAIN = (
     *(USAGE, MODEL_MISMATCH, NO_MODEL_SPECIFIED, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA),
-    *(NON_FINITE_LOSS, OUT_OF_MEMORY, OK),
+    *(NON_FINITE_LOSS, OUT_OF_MEMORY, BAD_OUTPUT, OK),
 )
 
 
@@ -110,7 +111,9 @@ def open_session(
                 log = setup_component_logger("train", run and run.log_file, args.debug)
                 console.tell(log.warning)
                 try:
-                    with device.memory_in_one_line(f"choose a smaller --batch-size than {args.batch_size}"):
+                    with device.memory_in_one_line(
+                        f"choose a smaller --batch-size than {args.batch_size}, or a smaller network"
+                    ):
                         yield Session(args, run or theirs, record, where, log, world)
                 finally:
                     record.close()
@@ -552,7 +555,12 @@ class Session:
         """
         self._look_at_losses()
         if preview is not None and self.args.generate_images:
-            self.on_first(lambda: self.record.images(preview(), self.epoch, self.at.global_step))
+            try:
+                self.on_first(lambda: self._show(preview))
+            except Exit as end:
+                if end.code == OUT_OF_MEMORY:  # what was trained is not lost for a picture
+                    self._save(final=True)
+                raise
         at = self.at
         at.val_loss, at.scores = val_loss, scalars or {}
         if at.best is None or val_loss < at.best["val_loss"]:
@@ -578,6 +586,10 @@ class Session:
         self.record.epoch(row | {"timestamp": _now()}, at.global_step)
         self._unsaved = True
         self._save()
+
+    def _show(self, preview: Callable[[], torch.Tensor]) -> None:
+        with device.memory_in_one_line("fewer --samples-per-epoch, or none: --no-generate-images"):
+            self.record.images(preview(), self.epoch, self.at.global_step)
 
     # --- checkpoints ---
 

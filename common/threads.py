@@ -98,7 +98,7 @@ def settle(asked: int | str, otherwise: Callable[[], int]) -> None:
     import torch
 
     wanted = prepare() if asked == AUTO else int(asked)
-    torch.set_num_threads(wanted or otherwise())
+    torch.set_num_threads(min(wanted or otherwise(), available()))
 
 
 def recorded(flags: dict[str, Any]) -> int:

@@ -10,7 +10,7 @@ from common.args import Parser, number
 from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
 from common.data import make_mnist_loader
 from common.device import get_device, memory_in_one_line
-from common.error_codes import run_main
+from common.error_codes import USAGE, Exit, run_main
 from common.export import export
 from common.flags import (
     CHECKPOINT,
@@ -27,6 +27,8 @@ from common.own_data import held_out
 from common.rng import generator
 from common.run import require_checkpoint
 
+WALK_STEPS = 10
+
 
 def parse_args(argv=None):
     parser = Parser("Reconstruct test digits, or walk between them.", "python infer.py --ckpt RUN_FOLDER --interpolate")
@@ -34,7 +36,13 @@ def parse_args(argv=None):
     parser.flag("place", *OUTPUT, help="PNG file (default: reconstructions.png or interpolation.png)")
     parser.flag("place", *COUNT, type=number(int, 1), default=16, help="digits or walks (default: 16)")
     parser.flag("place", "--interpolate", action="store_true", help="one row per walk from a digit to another")
-    parser.flag("place", "--walk-steps", type=number(int, 2), default=10, help="images in a walk (default: 10)")
+    parser.flag(
+        "place",
+        "--walk-steps",
+        type=number(int, 2, 1000),
+        metavar="N",
+        help=f"images in a walk (default: {WALK_STEPS})",
+    )
     parser.flag("place", "--seed", type=number(int, 0, 2**32 - 1), default=42, help="which test digits (default: 42)")
     what = "show nothing, but write what drawing needs of the run to this file (.pt)"
     parser.flag("place", "--export", metavar="FILE", help=what)
@@ -51,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         typed = [name for name in args.kinds if args.origin[name] == "flag"]
         return export(args.ckpt, args.export, typed, AUTOENCODERS)
     require_checkpoint(args.ckpt, AUTOENCODERS)
+    if args.walk_steps and not args.interpolate:
+        raise Exit(USAGE, "--walk-steps says how --interpolate is to look: give both")
 
     threads.prepare()
     import torch
@@ -64,9 +74,10 @@ def main(argv: list[str] | None = None) -> None:
 
     with torch.no_grad(), memory_in_one_line(f"ask for fewer than --num-images {args.num_images}"):
         if args.interpolate:
+            walk_steps = args.walk_steps or WALK_STEPS
             ends = order[: 2 * args.num_images]
             ends = ends[: len(ends) // 2 * 2]
-            images, nrow = walks_between(autoencoder, digits[ends][0].to(device), args.walk_steps), args.walk_steps
+            images, nrow = walks_between(autoencoder, digits[ends][0].to(device), walk_steps), walk_steps
         else:
             originals = digits[order[: args.num_images]][0].to(device)
             images, nrow = over(originals, autoencoder(originals))

@@ -193,7 +193,8 @@ def test_a_guide_is_another_checkpoint_of_the_same_kind_of_model(folder, runs, t
             found[name] = saved["images"].astype(int)
             settings = json.loads(str(saved["settings"]))
         if more:
-            assert settings[more[0].removeprefix("--").replace("-", "_")] in (str(more[1]), more[1])
+            told = settings[more[0].removeprefix("--").replace("-", "_")]
+            assert str(told).startswith(str(more[1]))  # of a run its file
     assert (found["alone"] == found["itself"]).all()
     assert (found["alone"] == found["weaker, not at all"]).all()
     assert (found["weaker"] == found["weaker, by name"]).all()
@@ -221,7 +222,7 @@ def test_what_cannot_guide_says_so(runs, ae_run, tmp_path):
         (LATENT, ("--guide", tmp_path / "fours.pt"), MODEL_MISMATCH, "seen 4s only"),
         (LATENT, ("--guide", tmp_path / "x.pt"), MODEL_MISMATCH, "takes no labels"),
         (LATENT, ("--guide", tmp_path / "none.pt"), BAD_CHECKPOINT, "none.pt"),
-        (LATENT, ("--guide", ""), BAD_CHECKPOINT, "no readable checkpoint"),
+        (LATENT, ("--guide", ""), USAGE, "the value is empty"),
         (PIXEL, ("--guide-scale", 2), USAGE, "give --guide PATH"),
         (PIXEL, ("--guidance", 2, "--guidance-interval", 1, -1), USAGE, "below"),
         (PIXEL, ("--guidance-interval", -1, 1), USAGE, "--guidance SCALE"),
@@ -243,6 +244,32 @@ def test_what_cannot_guide_says_so(runs, ae_run, tmp_path):
 def test_bytes_are_rounded_as_in_the_grid():
     values = torch.linspace(0, 1, 1001)
     assert torch.equal(to_bytes(values), (values * 255 + 0.5).floor().to(torch.uint8))
+
+
+def test_nothing_that_is_drawn_from_is_overwritten(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.sampling.sample", lambda *_: pytest.fail("drawn"))
+    Image.new("L", (28, 28), 255).save(tmp_path / "mine.png")
+    before = (tmp_path / "mine.png").read_bytes()
+    for flags, said in (
+        (("--from-image", tmp_path / "mine.png"), "is what is drawn from"),
+        (("--save-dir", tmp_path / "singly", "--save-npz", tmp_path / "singly" / "a.npz"), "among the single images"),
+    ):
+        result = call(LATENT, "infer.py", "--ckpt", runs[LATENT], "--output", tmp_path / "mine.png", *flags)
+        assert (result.code, len(result.text.splitlines())) == (BAD_OUTPUT, 1), result.text
+        assert said in result.text
+    assert (tmp_path / "mine.png").read_bytes() == before
+
+
+def test_what_is_not_finite_is_no_picture(runs, copy_of, tmp_path):
+    run = copy_of(runs[PIXEL])
+    path = run / "checkpoint_epoch_000001.pt"
+    state = read_checkpoint(path)
+    state["ema"]["module.head.2.layer.weight"].fill_(3e38)
+    save_checkpoint(path, state)
+    result = call(PIXEL, "infer.py", "--ckpt", path, "--output", tmp_path / "a.png")
+    assert (result.code, len(result.errors)) == (BAD_CHECKPOINT, 1), result.text
+    assert "not finite" in result.errors[0]
+    assert not (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize(

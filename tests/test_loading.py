@@ -81,15 +81,20 @@ def test_lists_arrays_and_tensors_are_alike(alike, latent_run):
         ({"labels": torch.tensor(3)}, r"tensor\(3\) is none"),
         ({"labels": torch.tensor([[3]])}, r"\[3\] is none"),
         ({"labels": [3, 5]}, "trained on 3s only"),
-        ({"count": 0}, "count must be at least 1, not 0"),
-        ({"labels": 3, "count": 0}, "count must be at least 1, not 0"),
-        ({"labels": 3, "guidance": -1}, "guidance must be at least 0, not -1"),
-        ({"labels": 3, "guidance": float("nan")}, "guidance must be at least 0, not nan"),
+        ({"count": 0}, "count must be a whole number of at least 1, not 0"),
+        ({"count": 2.5}, "count must be a whole number of at least 1, not 2.5"),
+        ({"labels": 3, "count": 0}, "count must be a whole number of at least 1, not 0"),
+        ({"labels": 3, "guidance": -1}, "guidance must be a number from 0 to 1000, not -1"),
+        ({"labels": 3, "guidance": float("nan")}, "guidance must be a number from 0 to 1000, not nan"),
+        ({"labels": 3, "guidance": 1e39}, "guidance must be a number from 0 to 1000, not 1e\\+39"),
+        ({"labels": 3, "guidance": "2"}, "guidance must be a number from 0 to 1000, not 2"),
         ({"labels": 3, "guidance": 2, "guidance_interval": (1, -1)}, "guidance_interval must be two numbers"),
         ({"labels": 3, "guidance": 2, "guidance_interval": 5}, "must be two numbers, the second the larger, not 5"),
         ({"labels": 3, "guidance": 2, "guidance_interval": (1, 2, 3)}, "guidance_interval must be two numbers"),
-        ({"labels": 3, "guide_scale": float("nan")}, "guide_scale must be at least 0, not nan"),
-        ({"steps": 21}, "steps must be from 1 to T = 20, not 21"),
+        ({"labels": 3, "guide_scale": float("nan")}, "guide_scale must be a number from 0 to 1000, not nan"),
+        ({"steps": 21}, "steps must be a whole number from 1 to T = 20, not 21"),
+        ({"steps": 2.5}, "steps must be a whole number from 1 to T = 20, not 2.5"),
+        ({"sampler": None}, "sampler must be one of"),
         ({"sampler": "euler"}, "'euler'"),
     ],
     ids=str,
@@ -105,7 +110,9 @@ def test_an_autoencoder_encodes_and_decodes(ae_run):
     images = torch.rand(3, 1, 28, 28)
     latents = run.encode(images)
     assert torch.equal(latents, net.encode(images))
-    assert torch.equal(run.encode(images.tolist()), latents)
+    flipped = images.flip(2).numpy()[:, :, ::-1]
+    for alike in (images.tolist(), images.double().numpy(), images.numpy().astype(">f4"), flipped):
+        assert torch.equal(run.encode(alike), latents)
     assert torch.equal(run.decode(latents), net.decode(latents))
     for wrong in (lambda: run.encode(images[0]), lambda: run.encode(latents), lambda: run.decode(images)):
         with pytest.raises(ValueError, match=r"the shape must be \(N, "):
@@ -129,6 +136,9 @@ def test_a_picture_is_the_grid_and_scales(tmp_path):
     save_image_grid(images, tmp_path / "a.png", nrow=2)
     small = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
     assert (np.asarray(picture(images, nrow=2, scale=1)) == small).all()
+    assert (np.asarray(picture(images.numpy(), nrow=2, scale=1)) == small).all()
+    with pytest.raises(ValueError, match="no images"):
+        picture(images[:0])
     assert (np.asarray(picture(images, nrow=2)) == small.repeat(2, 0).repeat(2, 1)).all()
     assert picture(images[0], scale=1).size == (28, 28)  # a single one has no frame
     assert picture(images).size == picture(images, nrow=3).size

@@ -4,15 +4,19 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from helpers import (
     AE,
     LATENT,
     PIXEL,
+    REPO,
     assert_same,
     assert_same_training,
     call,
+    environment,
     inside,
     metrics,
     newest_state,
@@ -23,7 +27,7 @@ from helpers import (
 )
 
 from common import ckpt
-from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, run_main
+from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, OUT_OF_MEMORY, run_main
 from common.events import Events
 
 
@@ -316,10 +320,8 @@ def test_early_stopping_counts_epochs_without_a_better_loss(train, tmp_path):
     assert "already finished" in train(*flags).text
 
 
-@pytest.mark.parametrize("path", ["nothing.pt", ""])
-def test_a_resume_of_what_is_not_there(path, tmp_path):
-    """An empty path, as from a variable that is not set, does not begin anew without a word."""
-    result = call(LATENT, "train.py", "--resume", path and tmp_path / path, "--outdir", tmp_path / "out")
+def test_a_resume_of_what_is_not_there(tmp_path):
+    result = call(LATENT, "train.py", "--resume", tmp_path / "nothing.pt", "--outdir", tmp_path / "out")
     assert (result.code, len(result.errors)) == (BAD_CHECKPOINT, 1), result.text
     assert not (tmp_path / "out").exists()
 
@@ -329,6 +331,44 @@ def test_wrong_input_leaves_no_empty_run(tmp_path, cache):
     result = call(AE, "train.py", *flags)
     assert result.code == NO_DATA, result.text
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() or "ae-mlp" in path.name]
+
+
+def test_a_log_that_cannot_be_written_leaves_no_empty_run(train, tmp_path):
+    assert train("--logdir", "/dev/null").code == BAD_OUTPUT
+    assert not list((tmp_path / "out" / "checkpoints").glob("*"))
+
+
+CUT = """
+import sys
+from pathlib import Path
+from common.record import Record
+record = Record.__new__(Record)
+record._try = lambda _name, write: write()
+record._filter(Path(sys.argv[1]), lambda line: "later" not in line)
+"""
+
+
+def test_a_log_is_cut_back_letter_by_letter_in_any_locale(tmp_path):
+    log = tmp_path / "a.log"
+    log.write_text("of Zoë\nlater\n", encoding="utf-8")
+    env = environment(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONPATH=str(REPO))
+    subprocess.run([sys.executable, "-X", "utf8=0", "-c", CUT, str(log)], env=env, check=True)
+    assert log.read_text(encoding="utf-8") == "of Zoë\n"
+
+
+def test_a_picture_too_large_for_the_memory_costs_no_epoch(train, tmp_path, monkeypatch):
+    def too_large(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.record.Record.images", too_large)
+        result = train("--generate-images")
+    assert (result.code, len(result.errors)) == (OUT_OF_MEMORY, 1), result.text
+    assert "--samples-per-epoch" in result.errors[0]
+    result = train("--auto-resume")
+    assert result.code == 0, result.text
+    assert "resumed from" in result.text
+    assert [row["epoch"] for row in metrics(only_run(tmp_path / "out"))] == [1, 2]
 
 
 def test_config_names_the_digits_that_were_used(ae_run, latent_run):

@@ -44,6 +44,13 @@ def timed(monkeypatch, seconds):
     return work
 
 
+def test_no_tool_takes_more_threads_than_there_are_cores(cores):
+    """OpenMP ends the process if it cannot have as many."""
+    cores(1)
+    threads.settle(10**5, lambda: pytest.fail("it was told"))
+    assert torch.get_num_threads() == 1
+
+
 @pytest.mark.parametrize(
     ("here", "seconds", "best"),
     [

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from helpers import AE, LATENT, PIXEL, REPO, Result, call, environment, finish, start
+from torch.utils.data import DataLoader
 
 from common.device import memory_in_one_line
 from common.error_codes import OUT_OF_MEMORY, USAGE
@@ -45,6 +46,26 @@ def test_a_wrong_variable_is_named_and_a_flag_overrides_it(tiny, tmp_path, monke
     assert "--num-workers" not in result.text
     assert call(AE, "train.py", "--help").code == 0
     assert call(AE, "train.py", *flags, "--num-workers", 0).code == 0
+
+
+def test_what_workers_draw_the_same_after_a_resume(tiny, tmp_path, monkeypatch):
+    """Their seeds come from the loader's generator."""
+    seeds, original = [], DataLoader.__iter__
+
+    def watched(loader):
+        seeds.append(loader.generator.initial_seed())
+        return original(loader)
+
+    monkeypatch.setattr(DataLoader, "__iter__", watched)
+    found = []
+    for name, starts in (("once", [3]), ("twice", [1, 3])):
+        for epochs in starts:
+            flags = ("--model", "mlp", *tiny, "--epochs", epochs, "--outdir", tmp_path / name, "--auto-resume")
+            assert call(AE, "train.py", *flags).code == 0
+        found.append(seeds.copy())
+        seeds.clear()
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 4  # of three epochs, and of validation
 
 
 # --- no room in shared memory ---
