@@ -75,6 +75,7 @@ WRONG = [
     (LATENT, "train.py", "--beta-start 0", USAGE, "--beta-start"),
     (LATENT, "train.py", "--beta-end 1", USAGE, "--beta-end"),
     (PIXEL, "train.py", "--beta-end 0.999", USAGE, "leave no trace of the image"),
+    (PIXEL, "train.py", "--network=", USAGE, "the value is empty"),
     (PIXEL, "train.py", "--T 100000", USAGE, "leave no trace of the image"),
     (LATENT, "train.py", "--outdir {tmp}/fresh", NO_AE_CHECKPOINT, "--ae-ckpt"),
     (LATENT, "train.py", "--ae-ckpt-dir {tmp}", NO_AE_CHECKPOINT, "{tmp}"),

@@ -239,6 +239,7 @@ def test_a_run_of_an_unknown_kind_keeps_no_other_from_the_list(latent_run, copy_
 def test_latents_are_drawn_by_one_thread_beside_the_browser_and_pixels_by_the_fastest_number(runs, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(play_runs.threads, "fastest", lambda _work: (torch.set_num_threads(3), 3)[::-1])
+    monkeypatch.setattr(play_runs.threads, "available", lambda: 4)
     shelf = Shelf(find([str(runs["lddpm"]), str(runs["ddpm"])], print), "cpu", "auto", None)
     try:
         opened = {model: shelf.open(runs[model].name).threads for model in ("ddpm", "lddpm")}
@@ -934,8 +935,11 @@ def test_the_latent_space_under_pointer_and_keys(visit, runs, server):
     page.focus("#map")
     for key in ("ArrowDown", "ArrowUp", "ArrowRight", "ArrowLeft"):
         page.keyboard.press(key)
-    page.wait_for_timeout(300)
-    assert (canvas(page, "#original") != first).any()
+        page.wait_for_timeout(300)
+        moved = (canvas(page, "#original") != first).any()
+        if moved:  # there may be no digit in that direction; and two moves may lead back
+            break
+    assert moved
     page.keyboard.press("Enter")
     page.wait_for_timeout(300)
     assert (canvas(page, "#walk") != walk).any()
