@@ -50,7 +50,7 @@ def get_device(name: str | None = None, me: Identity = ALONE) -> torch.device:
         raise Exit(NO_DEVICE, f"--device {name}: only cuda, mps and cpu are supported")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise Exit(NO_DEVICE, f"--device {name}: this machine offers {gpus} CUDA device(s); use --device cpu")
-    if device.index is not None and me.local_size > 1:
+    if device.type == "cuda" and device.index is not None and me.local_size > 1:
         raise Exit(NO_DEVICE, f"--device {name}: several processes need a device each; use --device cuda, or cpu")
     if device.type == "mps" and not mps:
         raise Exit(NO_DEVICE, f"--device {name}: MPS is not available here; use --device cpu")

@@ -119,7 +119,7 @@ def _check_outputs(args: Any) -> None:
         check_output(args.save_npz, ".npz")
     if args.save_dir:
         _check_folder(Path(args.save_dir))
-    given = {Path(path).resolve() for path in (args.from_image, args.inpaint, args.guide) if path is not None}
+    given = {Path(path).resolve() for path in (args.from_image, args.inpaint) if path is not None}
     for path in (output, *_process_files(output), *([Path(args.save_npz)] if args.save_npz else [])):
         if path.resolve() in given:
             raise Exit(BAD_OUTPUT, f"{path} is what is drawn from, and would be overwritten: choose another name")

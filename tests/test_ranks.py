@@ -154,7 +154,7 @@ def test_each_process_gets_a_gpu_of_its_own(gpus, slurm, wanted, monkeypatch):
         else:
             with pytest.raises(Exit, match="4 processes on a machine with 2 CUDA devices"):
                 get_device(name, me)
-    assert str(get_device("cpu", me)) == "cpu"
+    assert str(get_device("cpu:0", me)) == "cpu:0"
     with pytest.raises(Exit, match="--device cuda:0: several processes need a device each"):
         get_device("cuda:0", me)
     assert str(get_device("cuda:0", ranks.Identity(1, 2, 0, 1))) == "cuda:0"  # each on a machine of its own
@@ -540,26 +540,37 @@ def test_all_draw_with_the_checkpoint_that_the_first_one_found(latent_run, copy_
 
 
 SLOW_TO_JUDGE = """
-import sys, time
+import os, sys, time
+import torch
 from common import classifier, evaluate
 from common.error_codes import run_main
 def slowly(_digits, *, progress, poll):
     for _ in range(60):
         time.sleep(0.1)
         poll()
+    if os.environ["RANK"] == "0":
+        os.rename(os.environ["LATER"], os.environ["NOW"])
+    torch.manual_seed(0)
     return classifier.DigitClassifier().eval()
 classifier.train_classifier = slowly
 sys.exit(run_main(lambda: evaluate.main(sys.argv[1:])))
 """
 
 
-def test_all_wait_while_the_first_one_trains_the_classifier(latent_run, cache, tmp_path):
-    """Longer than they would wait for one that says nothing."""
+def test_all_wait_while_the_first_one_trains_the_classifier(latent_run, copy_of, cache, tmp_path):
+    """Longer than they would wait for one that says nothing; and then all draw with what was newest before."""
+    run, later = copy_of(latent_run), tmp_path / "later.pt"
+    (run / "checkpoint_epoch_000002.pt").rename(later)
+    moved = {"LATER": str(later), "NOW": str(run / "checkpoint_epoch_000002.pt")}
     own = shutil.copytree(cache, tmp_path / "cache", ignore=shutil.ignore_patterns("classifier-*"))
-    flags = ("--ckpt", latent_run, "--n", 200, "--data", "embedded", "--cache-dir", own, "--device", "cpu")
-    given = (*flags, "--json", tmp_path / "a.json")
-    results = Launched(".", 2, SLOW_TO_JUDGE, *given, script="-c", DDPM_RANK_PATIENCE="4").finish()
+    flags = ("--n", 300, "--data", "embedded", "--cache-dir", own, "--device", "cpu", "--json")
+    given = ("--ckpt", run, *flags, tmp_path / "two.json")
+    results = Launched(".", 2, SLOW_TO_JUDGE, *given, script="-c", DDPM_RANK_PATIENCE="4", **moved).finish()
     assert [result.code for result in results] == [0, 0], results
+    alone = call("common", "evaluate.py", "--ckpt", run / "checkpoint_epoch_000001.pt", *flags, tmp_path / "one.json")
+    assert alone.code == 0, alone.text
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one["fid"] == two["fid"]
 
 
 def test_a_wrong_drawing_is_one_line(latent_run, tmp_path):
