@@ -3,16 +3,36 @@
 #     source common/setup_env.sh requirements.txt [more requirement files, relative to the repository]
 #
 # It takes the active virtual environment, else ~/venv/ddpm, which it creates on first use, and installs the
-# requirements once (again when they change). Set PYTHON to choose the interpreter a new environment is made with.
+# requirements once (again when they change); others that start meanwhile wait. Set PYTHON to choose the interpreter
+# a new environment is made with.
 
+_ddpm_alone() { # the command, while no other start is in one (the tasks of an array, on machines that share the folder)
+    local folder="${VIRTUAL_ENV:-${CONDA_PREFIX:-$HOME/venv}}" lock=/dev/null
+    mkdir -p "$folder" || return 1
+    ! touch "$folder/.ddpm-setup.lock" 2>/dev/null || lock="$folder/.ddpm-setup.lock"
+    (
+        flock 9 2>/dev/null || true # macOS has none
+        "$@"
+    ) 9>>"$lock"
+}
+_ddpm_create() {
+    [ ! -e "$HOME/venv/ddpm/bin/activate" ] || return 0 # the last thing that is written: an interrupted one has none
+    echo "creating the virtual environment ~/venv/ddpm"
+    "${PYTHON:-python3}" -m venv "$HOME/venv/ddpm"
+}
+_ddpm_install() { # repository, stamp, requirement files
+    local root="$1" stamp="$2"
+    shift 2
+    [ ! -e "$stamp" ] || return 0
+    echo "installing the requirements (once; a few minutes)"
+    (cd "$root" && python -m pip install --quiet --disable-pip-version-check "${@/#/-r}") || return 1
+    touch "$stamp" 2>/dev/null || true
+}
 _ddpm_setup() {
     local root stamp
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-        if [ ! -e "$HOME/venv/ddpm/bin/activate" ]; then # the last thing that is written: an interrupted one has none
-            echo "creating the virtual environment ~/venv/ddpm"
-            "${PYTHON:-python3}" -m venv "$HOME/venv/ddpm" || return 1
-        fi
+        _ddpm_alone _ddpm_create || return 1
         source "$HOME/venv/ddpm/bin/activate" || return 1
     fi
     python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -20,10 +40,6 @@ _ddpm_setup() {
         return 1
     }
     stamp="$(python -c 'import sys; print(sys.prefix)')/.ddpm-$(cd "$root" && cat "$@" | cksum | tr ' ' -)"
-    if [ ! -e "$stamp" ]; then
-        echo "installing the requirements (once; a few minutes)"
-        (cd "$root" && python -m pip install --quiet --disable-pip-version-check "${@/#/-r}") || return 1
-        touch "$stamp" 2>/dev/null || true
-    fi
+    [ -e "$stamp" ] || _ddpm_alone _ddpm_install "$root" "$stamp" "$@"
 }
 _ddpm_setup "$@"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -303,3 +304,19 @@ def test_an_interrupted_environment_is_made_again(tmp_path):
     assert (first.returncode, first.stderr, second.returncode, second.stderr) == (0, "", 0, "")
     assert "creating" in first.stdout
     assert "creating" not in second.stdout
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="no flock on this machine")
+def test_starts_at_once_set_up_once(tmp_path):
+    """As the tasks of `sbatch --array` do on a cluster's shared home; `python` stands in for venv and pip."""
+    binaries, log = tmp_path / "venv" / "ddpm" / "bin", tmp_path / "log"
+    stand_in = tmp_path / "python3"
+    making = f'echo "$2" >>"{log}"; sleep 0.5; mkdir -p "{binaries}"; touch "{binaries}/activate"'
+    stand_in.write_text(f'#!/bin/bash\n[ "$1" != -m ] || {{ {making}; }}\necho "{tmp_path}"\n')
+    stand_in.chmod(0o755)
+    (tmp_path / "python").symlink_to(stand_in)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    words = ["bash", "-c", "source common/setup_env.sh requirements.txt"]
+    starts = [subprocess.Popen(words, cwd=REPO, env=environment, stderr=subprocess.PIPE) for _ in range(4)]
+    assert [(start.communicate(timeout=60)[1], start.returncode) for start in starts] == [(b"", 0)] * 4
+    assert log.read_text().split() == ["venv", "pip"]
