@@ -128,7 +128,7 @@ def train_on_synthetic(
     """The figure "tstr" of `score`: train on synthetic, test on real (Esteban et al. 2017).
 
     images (N, 1, 28, 28), labels (N,): the drawings. real: the test digits; learnable: real training digits, N of which
-    set the floor. Both classifiers are the project's own, trained alike.
+    set the floor (all, if there are fewer). Both classifiers are the project's own, trained alike.
     """
     import torch
     from torch.utils.data import TensorDataset
@@ -324,9 +324,11 @@ def _prepare(args: Any, poll: Callable[[], object]) -> Subject:
         if args.guide is not None:
             args.guide = ckpt.very_file(ckpt.read_model(args.guide, (model,))[0])
             guiding_network(args.guide, state, module_of(model).build, "cpu")  # does it fit?
-    elif args.sampler != "ddpm" or any(getattr(args, name) is not None for name in SAMPLING):
-        raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: it reconstructs, and takes no sampling flags")
-    if args.tstr and not model.startswith("ae-") and labels is None:
+    elif args.tstr or args.sampler != "ddpm" or any(getattr(args, name) is not None for name in SAMPLING):
+        # --tstr: what it reconstructs are the very digits that a classifier would be tested on
+        why = "it reconstructs, and takes no sampling flags and no --tstr"
+        raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: {why}")
+    if args.tstr and labels is None:
         why = "leave out --digit none" if args.digit == [] else "this model's network takes none"
         raise Exit(USAGE, f"--tstr learns from the images' labels; {why}")
     subject = Subject(path, state, model, labels, None, None, 0.0)
@@ -373,6 +375,8 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
     for name, row in figures.items():
         cells = f"{row['value']:>9.4f} {row['error']:>8.4f} {row['floor']:>9.4f} {row['floor_error']:>8.4f}"
         few = f"; real: of only {spare:,}, which scores higher" if name in COUNTED and spare < len(images) else ""
+        if name == "tstr" and len(learnable) < len(images):
+            few = f"; real: from only {len(learnable):,}"
         print(f"{name:>10} {cells}   {MEANING[name]}{few}")
     if spare < len(images):
         advice = f"draw --n {spare} to compare with them" if spare >= FEWEST else "too few to compare with"

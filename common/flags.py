@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ DEFAULT_GUIDE_SCALE = 2.0  # with an early epoch of the same run as guide (mnist
 CHECKPOINT = ("--ckpt", "--checkpoint")
 COUNT = ("--num-images", "--n", "--n-samples")
 OUTPUT = ("--output", "--out")
+LEAST_LOG = -126 * math.log(2)  # below, float32 loses digits; of sqrt(alpha_bar), what is left of an image
 HUB = "hub:"  # how --data begins where it names another data set than MNIST there
 MNIST, MNIST_NAME = "mnist", "ylecun/mnist"  # what a run learns from, if not other data; and its name on the hub
 OUR_NETWORK = "model"  # the module with an experiment's own network
@@ -235,7 +235,7 @@ def add_diffusion_arguments(parser: Parser) -> None:
         help="a timestep counts min(SNR, GAMMA) / SNR in the loss: less where there is little noise; 0: all alike "
         "(default)",
     )
-    beta = number(float, above=0, high=0.999)
+    beta = number(float, 1e-8, 0.999)  # 1 minus much less is 1
     parser.flag("shape", "--beta-start", type=beta, default=1e-4, help="first beta of the linear schedule (1e-4)")
     parser.flag("shape", "--beta-end", type=beta, default=2e-2, help="last beta of the linear schedule (2e-2)")
     parser.flag(
@@ -358,7 +358,7 @@ def check_betas(parser: Parser, args: Args) -> None:
         parser.error(f"{flag_of(typed[0])} shapes the linear schedule, not --schedule {args.schedule}: drop it")
     if args.beta_start >= args.beta_end:
         parser.error(f"--beta-start {args.beta_start} must be below --beta-end {args.beta_end}")
-    if args.schedule == "linear" and _log_alpha_bar(args) < math.log(sys.float_info.min):
+    if args.schedule == "linear" and _log_alpha_bar(args) < 2 * LEAST_LOG:
         parser.error(
             f"{args.T} steps up to --beta-end {args.beta_end} leave no trace of the image: make either smaller"
         )

@@ -8,7 +8,7 @@ import inspect
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -138,9 +138,10 @@ def guiding_network(
 ) -> nn.Module:
     """The network of the checkpoint at `source`, to guide that of the checkpoint `guided` (see `sampling.guided`).
 
-    Raises Exit(MODEL_MISMATCH) if it knows another noise, other latents, or not all of the labels.
+    Raises Exit(MODEL_MISMATCH) if it knows another noise, other latents or data, or not all of the labels.
     """
     from common import ckpt
+    from common.own_data import dataset_of
 
     path, state = ckpt.read_model(source, (ckpt.infer_model_from_checkpoint(guided),))
     if state["args"]["only_digit"] not in (None, guided["args"]["only_digit"]):
@@ -153,7 +154,19 @@ def guiding_network(
             raise Exit(MODEL_MISMATCH, f"{path} cannot guide: its run has {flag_of(name)} {there}, this one {here}")
     if guided["args"].get("ae_weights") != state["args"].get("ae_weights"):
         raise Exit(MODEL_MISMATCH, f"{path} cannot guide: its latents are those of another autoencoder")
+    if dataset_of(guided["args"]) != dataset_of(state["args"]):
+        raise Exit(MODEL_MISMATCH, f"{path} cannot guide: it has learned from other data")
+    if _apart(ckpt.averaged_weights(guided), ckpt.averaged_weights(state)):
+        raise Exit(MODEL_MISMATCH, f"{path} cannot guide: it standardises latents by those of other digits")
     return trained_network((path, state), build, device)[0]
+
+
+def _apart(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Do two latent networks standardise differently? (Another split of the same digits moves it by a hundredth.)"""
+    if "latent_mean" not in one:
+        return False
+    (mean, std), (mean2, std2) = ((each["latent_mean"].float(), each["latent_std"].float()) for each in (one, other))
+    return bool((((mean2 - mean) / std).abs() > 0.1).any() or ((std2 / std).log().abs() > 0.1).any())
 
 
 def network_digest(model: str, network: str) -> str:

@@ -15,7 +15,7 @@ from common.modules import module_of
 from common.session import open_session
 
 MODELS = {AUTO: AUTO, "mlp": "ae-mlp", "conv": "ae-conv", "ae-mlp": "ae-mlp", "ae-conv": "ae-conv"}
-LATENT_NOISE = 0.05  # deviation of the noise on latents in training; their own is about 1.5
+LATENT_NOISE = 0.05  # deviation of the noise on latents in training; their own is 1.2 to 1.5
 LATENT_PULL = 2e-4
 ABSOLUTE = 0.3  # weight of the absolute error: it is what keeps strokes crisp
 PREVIEW_DIGITS = 32

@@ -1,5 +1,7 @@
 """The diffusion mathematics against plain float64 arithmetic and against diffusers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from diffusers.training_utils import compute_snr
 from helpers import assert_same
 
 from common import diffusion, sampling
-from common.flags import DPM_STEPS, SAMPLERS
+from common.flags import DPM_STEPS, SAMPLERS, check_betas
 from common.rng import generator
 
 BETAS = {"beta_start": 1e-4, "beta_end": 2e-2}
@@ -222,6 +224,18 @@ def test_the_perfect_denoiser_draws_the_data(sampler, steps):
     drawn = sampling.sample(best_of_normal(schedules, mean, deviation), sampling.noise_source(1, (20_000, 1)), plan)
     assert drawn.mean().item() == pytest.approx(mean, abs=0.02)
     assert drawn.std().item() == pytest.approx(deviation, rel=0.1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("T", "beta_start", "beta_end"), [(17_000, 1e-4, 0.02), (1000, 1e-8, 0.3), (2, 1e-8, 0.999)])
+def test_the_noisiest_schedules_that_the_flags_allow_are_drawn_from_in_finite_numbers(T, beta_start, beta_end, sampler):
+    args = SimpleNamespace(T=T, beta_start=beta_start, beta_end=beta_end, schedule="linear", given=lambda _: False)
+    check_betas(None, args)
+    schedules = diffusion.precompute_schedules(T, beta_start, beta_end)
+    for steps in {1, 2, min(10, T)}:
+        plan = sampling.reverse_steps(schedules, steps, sampler)
+        drawn = sampling.sample(best_of_normal(schedules, 0.5, 0.3), sampling.noise_source(1, (200, 1)), plan)
+        assert drawn.isfinite().all(), steps
 
 
 def test_draw_timesteps_follows_the_distribution_row_by_row():

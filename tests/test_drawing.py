@@ -207,10 +207,16 @@ def test_what_cannot_guide_says_so(runs, ae_run, tmp_path):
     state = read_checkpoint(runs[PIXEL] / "latest.pt")
     state["args"]["schedule"] = "cosine"
     save_checkpoint(tmp_path / "noise.pt", state)
+    state = read_checkpoint(runs[LATENT] / "latest.pt")
+    state["ema"]["module.latent_mean"] += state["ema"]["module.latent_std"] / 2
+    save_checkpoint(tmp_path / "moved.pt", state)
+    state["ema"]["module.latent_mean"] -= state["ema"]["module.latent_std"] * 0.49  # of another split
+    save_checkpoint(tmp_path / "split.pt", state)
     for name, changed in (
         ("latents", {"ae_weights": "0" * 12}),
         ("fours", {"only_digit": 4}),
         ("x", {"labelled": False}),
+        ("shirts", {"dataset": "0" * 12}),
     ):
         state = read_checkpoint(runs[LATENT] / "latest.pt")
         state["args"] |= changed
@@ -221,6 +227,8 @@ def test_what_cannot_guide_says_so(runs, ae_run, tmp_path):
         (LATENT, ("--guide", tmp_path / "latents.pt"), MODEL_MISMATCH, "another autoencoder"),
         (LATENT, ("--guide", tmp_path / "fours.pt"), MODEL_MISMATCH, "seen 4s only"),
         (LATENT, ("--guide", tmp_path / "x.pt"), MODEL_MISMATCH, "takes no labels"),
+        (LATENT, ("--guide", tmp_path / "shirts.pt"), MODEL_MISMATCH, "other data"),
+        (LATENT, ("--guide", tmp_path / "moved.pt"), MODEL_MISMATCH, "standardises latents by those of other digits"),
         (LATENT, ("--guide", tmp_path / "none.pt"), BAD_CHECKPOINT, "none.pt"),
         (LATENT, ("--guide", ""), USAGE, "the value is empty"),
         (PIXEL, ("--guide-scale", 2), USAGE, "give --guide PATH"),
@@ -232,7 +240,9 @@ def test_what_cannot_guide_says_so(runs, ae_run, tmp_path):
         assert (result.code, said in result.text) == (code, True), result.text
         assert len(result.text.splitlines()) == 1, result.text
         assert not (tmp_path / "a.png").exists()
-    for more in (("--guide", ae_run), ("--guidance-interval", -1, 1), ("--guide-scale", 0)):
+    flags = ("--ckpt", runs[LATENT], "--num-images", 2, "--steps", 2, "--output", tmp_path / "a.png")
+    assert call(LATENT, "infer.py", *flags, "--guide", tmp_path / "split.pt").code == 0
+    for more in (("--guide", ae_run), ("--guidance-interval", -1, 1), ("--guide-scale", 0), ("--tstr",)):
         result = call("common", "evaluate.py", "--ckpt", ae_run, *more)
         assert result.code == MODEL_MISMATCH, result.text
     result = call(

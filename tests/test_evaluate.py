@@ -150,10 +150,15 @@ def test_a_classifier_learns_from_the_drawings_and_from_as_many_real_digits(
 
     monkeypatch.setattr(classifier, "train_classifier", train)
     flags = ("--ckpt", copy_of(latent_run), "--n", 200, "--data", "embedded", "--cache-dir", cache)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        evaluate.main([str(flag) for flag in (*flags, "--sampler", "dpm", "--tstr")])
-    written = json.loads(Path(re.search(r"ok: (\S+scores.json)", said.getvalue())[1]).read_text())
+
+    def said_of(*more: object) -> str:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            evaluate.main([str(flag) for flag in (*flags, *more, "--sampler", "dpm", "--tstr")])
+        return said.getvalue()
+
+    said = said_of()
+    written = json.loads(Path(re.search(r"ok: (\S+scores.json)", said)[1]).read_text())
     (drawn, labels), (real, real_labels) = learned
     assert drawn.shape == real.shape == (200, 1, 28, 28)
     assert set(labels.tolist()) == set(real_labels.tolist()) == {3}
@@ -163,6 +168,10 @@ def test_a_classifier_learns_from_the_drawings_and_from_as_many_real_digits(
     assert not {image.numpy().tobytes() for image in drawn} & known
     assert written["details"]["figures"]["tstr"] == {"value": 1.0, "error": 0.0, "floor": 0.0, "floor_error": 0.0}
     assert written["tstr"] == 1.0
+    assert "from only" not in said
+    learned.clear()
+    assert "real: from only 450" in said_of("--n", 451)
+    assert [len(images) for images, _ in learned] == [451, 450]
 
 
 @pytest.mark.parametrize(
