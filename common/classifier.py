@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from common.ckpt import UnreadableCheckpoint, read_file, weights_digest
 from common.data import HF_MNIST, lasting_cache
-from common.files import atomic_write
+from common.files import alone_in, atomic_write
 from common.flags import is_own
 from common.rng import generator
 
@@ -137,13 +137,14 @@ def load_classifier(
     test = HF_MNIST("test", cache_dir, source=source)
     _, probabilities = judge(net, test[torch.arange(len(test))][0])
     accuracy = (probabilities.argmax(1) == test.labels).float().mean().item()
-    if (kept := _kept(path)) is not None:  # of several jobs that train one at once, all use the first
-        return kept
     content = {"model": net.state_dict(), "accuracy": accuracy}
-    try:
-        atomic_write(path, lambda file: torch.save(content, file))
-    except OSError as error:
-        progress(f"the classifier cannot be kept in {path.parent} ({error.strerror or error})")
+    with alone_in(path.parent):
+        if (kept := _kept(path)) is not None:  # of several jobs that train one at once, all use the first
+            return kept
+        try:
+            atomic_write(path, lambda file: torch.save(content, file))
+        except OSError as error:
+            progress(f"the classifier cannot be kept in {path.parent} ({error.strerror or error})")
     return net, accuracy
 
 

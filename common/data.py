@@ -305,11 +305,12 @@ def _from_datasets_cache(
 
 def _from_hub(split: str, cache_dir: Path, warn: Callable[[str], None]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Download full MNIST into `cache_dir`; None if the hub does not answer soon, or what it gives is not MNIST."""
+    # what is there now is no good, or we were not here; what another start downloads while we ask is
+    mode = "force_redownload" if _arrow_files(split, cache_dir) else None
     if not hub_answers():
         return None
     from datasets import load_dataset
 
-    mode = "force_redownload" if _arrow_files(split, cache_dir) else None  # those are no good, or we were not here
     try:
         return _decode(
             load_dataset(HUB_NAME, split=split, cache_dir=str(cache_dir), download_mode=mode), split, cache_dir

@@ -19,7 +19,7 @@ from common.args import Parser, number
 from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress, sampling_options, wanted_labels
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit, run_main
-from common.files import write_text
+from common.files import alone_in, write_text
 from common.flags import CHECKPOINT, COUNT, add_data_arguments, add_sampling_arguments, check_sampling
 from common.images import check_output
 from common.modules import guiding_network, module_of
@@ -388,16 +388,16 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
     # the only digit decides what real digits it is compared with
     settings |= {"kind": kind, "only_digit": trained["args"].get("only_digit"), "splits": splits}
     target = args.json or scores_file(path)
-    known = read_scores(target, trained) | {"timestamp": trained["timestamp"]}
-    known |= {f"{name}{suffix}": row["value"] for name, row in figures.items()}
     details = {"figures": figures, "settings": settings, "images_per_second": len(images) / seconds}
     judged = {"classifier": fingerprint(classifier), "classifier_accuracy": accuracy, "data": real.source}
     judged |= {"dataset": real.fingerprint, "held_out": real.held_out}
-    known[f"details{suffix}"] = details | judged
-    try:
-        write_text(target, json.dumps(known, indent=1) + "\n")
-    except OSError as error:
-        raise Exit(BAD_OUTPUT, f"cannot write {target}: {error.strerror or error}") from None
+    found = {f"{name}{suffix}": row["value"] for name, row in figures.items()} | {f"details{suffix}": details | judged}
+    with alone_in(target.parent):  # another may have scored another way of drawing meanwhile
+        known = read_scores(target, trained) | {"timestamp": trained["timestamp"]} | found
+        try:
+            write_text(target, json.dumps(known, indent=1) + "\n")
+        except OSError as error:
+            raise Exit(BAD_OUTPUT, f"cannot write {target}: {error.strerror or error}") from None
     print(f"{emoji.ok} {target}")
 
 

@@ -18,7 +18,7 @@ from common.args import Parser, number
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
 from common.evaluate import read_scores, scores_file
 from common.files import atomic_write
-from common.inspect_ckpt import SUFFIXES
+from common.inspect_ckpt import files_below
 
 _RISING = ("acc", "precision", "recall", "agreement", "confident", "tstr", "per_second")
 COMPARABLE = (
@@ -131,7 +131,7 @@ def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> tuple[list[Fo
     through `warn`; checkpoints saved within an epoch are passed over. Raises Exit(BAD_CHECKPOINT) if none knows it.
     """
     known: list[tuple[Path, dict[str, Any], dict[str, tuple[float, str]]]] = []
-    for path in sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES):
+    for path in files_below(folder):
         if path.name.startswith(".") or (path.name in (ckpt.LATEST, ckpt.BEST) and ckpt.run_checkpoints(path.parent)):
             continue  # symlinks to others in the list, or copies of them
         try:
@@ -176,7 +176,12 @@ def _copy(source: Path, target: Path, force: bool) -> None:
     if os.path.lexists(target) and not force:
         raise Exit(BAD_OUTPUT, f"{target} exists; --force overwrites it")
     try:
-        with open(source, "rb") as file:
+        file = open(source, "rb")  # noqa: SIM115 - what is wrong with it is not the target's fault
+    except OSError as error:
+        why = "its run, in training, removed it: try again" if not source.exists() else error.strerror or error
+        raise Exit(BAD_CHECKPOINT, f"cannot copy {source}: {why}") from None
+    try:
+        with file:
             atomic_write(target, lambda out: shutil.copyfileobj(file, out))
     except OSError as error:
         raise Exit(BAD_OUTPUT, f"cannot write {target}: {error.strerror or error}") from None

@@ -167,11 +167,25 @@ def report(info: dict[str, Any]) -> str:
     return "\n".join(f"{name:>12}  {value}" for name, value in rows.items() if value is not None)
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Files that may be checkpoints, in order; without what other processes remove meanwhile, or may not be read.
+
+    Raises OSError if a disk fails.
+    """
+
+    def passed_over(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+            raise error
+
+    names = ((root, name) for root, _, names in os.walk(folder, onerror=passed_over) for name in names)
+    return sorted(path for path in (Path(root, name) for root, name in names) if path.suffix in SUFFIXES)
+
+
 def _places(path: Path) -> list[Path]:
     """What a path means: itself (a file, a run's folder, or FOLDER/best), or the runs and other files of a tree."""
     if not os.path.isdir(path) or ckpt.run_checkpoints(path):
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+    files = files_below(path)
     runs = [folder for folder in sorted({file.parent for file in files}) if ckpt.run_checkpoints(folder)]
     others = [file for file in files if file.parent not in runs]
     if not runs and not others:

@@ -10,15 +10,17 @@ computed which shard then leaves no trace.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.error_codes import NO_DEVICE, RANK_FAILED, Exit
+from common.error_codes import NO_DEVICE, RANK_FAILED, USAGE, Exit
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +83,8 @@ def _meeting_point() -> tuple[str, int]:
 def joined(where: torch.device | None = None) -> Iterator[World]:
     """The processes of this run, connected until the end of the block. where: they train, and gradients lie there.
 
-    Raises Exit(RANK_FAILED) if they do not find each other, Exit(NO_DEVICE) if they cannot train there together.
+    Raises Exit(RANK_FAILED) if they do not find each other, Exit(NO_DEVICE) if they cannot train there together,
+    Exit(USAGE) if they were not started with the same flags.
     """
     me = identity()
     if me.size == 1:
@@ -104,6 +107,7 @@ def joined(where: torch.device | None = None) -> Iterator[World]:
         distributed.init_process_group("gloo", store=store, rank=me.rank, world_size=me.size, timeout=patience)
     world = World(me)
     try:
+        world.compare_flags()
         if where is not None and where.type == "cuda":
             world.meet_on(where)
         yield world
@@ -135,6 +139,21 @@ class World:
     def __init__(self, me: Identity = ALONE) -> None:
         self.rank, self.size = me.rank, me.size
         self._gradients: Any = None  # the group for them; None: the one for all else
+
+    def compare_flags(self) -> None:
+        """Raises Exit(USAGE) if another process was told something else: it would do what the first was told to."""
+        first, *others = self.all(sys.argv[1:])
+        for rank, words in enumerate(others, 1):
+            pairs = itertools.zip_longest(words, first)
+            if (at := next((at for at, (theirs, ours) in enumerate(pairs) if theirs != ours), None)) is not None:
+                begin = at - 1 if at and first[at - 1].startswith("-") else at  # a flag and its value
+                theirs, ours = (" ".join(told[begin : at + 1]) or "nothing more" for told in (words, first))
+                raise Exit(
+                    USAGE,
+                    f"process {rank} was told {theirs}, process 0 {ours}, but the processes of a step share one run. "
+                    "For a run each, submit a job array, or start each with srun --ntasks=1 --exact",
+                    everywhere=True,
+                )
 
     def meet_on(self, gpu: torch.device) -> None:
         """Exchange gradients from GPU to GPU from now on. Raises Exit(NO_DEVICE) if two processes have the same one."""

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,18 @@ def flags_in(folder: Path) -> dict[str, Any]:
         return {name: entry["value"] for name, entry in flags.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def announce(folder: Path, args: Args) -> None:
+    """Write a new run's config.json as far as it is known, so that no other start takes its folder for a dead run's."""
+    with suppress(OSError):  # whoever writes next says so
+        write_text(folder / CONFIG, _config(folder.name, args, []))
+
+
+def _config(name: str, args: Args, starts: list[dict[str, Any]]) -> str:
+    origin = args.origin
+    flags = {name: {"value": value, "from": origin.get(name, "derived")} for name, value in args.flags().items()}
+    return json.dumps({"exp_name": name, "flags": flags, "starts": starts}, indent=1, default=str) + "\n"
 
 
 class Record:
@@ -75,15 +88,13 @@ class Record:
                 self.warn(
                     f"{name} was {starts[-1].get(name)} and is now {now[name]}: results may differ in their last bits"
                 )
-        self._content = {"exp_name": self.run.name, "flags": {}, "starts": [*starts, now]}
+        self._now_and_before = [*starts, now]
         self.amend(args)
 
     def amend(self, args: Args) -> None:
         """Write the flags as they are now, and the number of threads, which is known only at the first step."""
-        origin = args.origin
-        flags = {name: {"value": value, "from": origin.get(name, "derived")} for name, value in args.flags().items()}
-        self._content["flags"], self._content["starts"][-1]["threads"] = flags, args.threads
-        self._config = json.dumps(self._content, indent=1, default=str) + "\n"
+        self._now_and_before[-1]["threads"] = args.threads
+        self._config = _config(self.run.name, args, self._now_and_before)
         self.config_again()
 
     def _starts(self) -> list[dict[str, Any]]:

@@ -18,11 +18,12 @@ from common import ckpt
 from common.args import Args, Difference, bash_word, flag_of
 from common.device import make_output_directories
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, RUN_LOCKED, STOPPED_EARLY, USAGE, Exit
-from common.record import flags_in
+from common.record import announce, flags_in
 from common.slurm import stop_requested
 
 LOCK_PATIENCE = 20.0  # seconds; a requeued job may overlap its predecessor's end
 LOCK = ".lock"
+YOUNG = 60.0  # seconds in which a folder that says nothing may still be about to say whose it is
 _TIMESTAMP = "%Y%m%d-%H%M%S"  # see ckpt.TIMESTAMP
 
 
@@ -115,9 +116,13 @@ def open_run(
             logging.getLogger("train").info(none)
     settle(args)
     make_output_directories(outdir)
-    prefix = name(args)
-    run_name, lock = (args.auto_resume and _take_over(checkpoints, prefix, args)) or _claim(checkpoints, prefix)
-    return Run(run_name, outdir, Path(args.logdir or outdir / "logs"), lock)
+    prefix, logdir = name(args), Path(args.logdir or outdir / "logs")
+    begun = _take_over(checkpoints, prefix, args) if args.auto_resume else None
+    if begun and (found := ckpt.newest_readable(checkpoints / begun[0], warn)):  # it saved while we waited for its lock
+        begun[1].close()
+        return _resume(args, *found, warn)
+    run_name, lock = begun or _claim(checkpoints, prefix, logdir, args)
+    return Run(run_name, outdir, logdir, lock)
 
 
 def recorded_runs(directory: str | Path, warn: ckpt.Warn) -> list[tuple[Path, ckpt.State]]:
@@ -216,7 +221,7 @@ def _begun_from(
 
 
 def _resume(args: Args, source: Path, state: ckpt.State, warn: ckpt.Warn) -> Run:
-    folder = source.parent
+    folder, outdir = source.parent, Path(args.outdir)
     if folder.parent.name == ckpt.RUNS:  # go on in the file's own run folder, wherever --outdir points
         outdir, run_name = folder.parent.parent, folder.name
         if args.origin["outdir"] == "flag" and outdir.resolve() != Path(args.outdir).resolve():
@@ -228,9 +233,9 @@ def _resume(args: Args, source: Path, state: ckpt.State, warn: ckpt.Warn) -> Run
         source, state = (newest and ckpt.newest_readable(folder, warn)) or (source, ckpt.read_checkpoint(source))
     else:  # a copy outside any run: its training goes on as a new run
         args.adopt(state["args"])  # which may refuse: before there is a folder
-        outdir = Path(args.outdir)
         make_output_directories(outdir)
-        run_name, lock = _claim(outdir / ckpt.RUNS, ckpt.TIMESTAMP.sub("", state["exp_name"]))
+        prefix, logdir = ckpt.TIMESTAMP.sub("", state["exp_name"]), Path(args.logdir or outdir / "logs")
+        run_name, lock = _claim(outdir / ckpt.RUNS, prefix, logdir, args)
     for change in args.adopt(state["args"]):
         warn(f"this resume changes {change}")
     return Run(run_name, outdir, Path(args.logdir or outdir / "logs"), lock, state, source)
@@ -239,49 +244,82 @@ def _resume(args: Args, source: Path, state: ckpt.State, warn: ckpt.Warn) -> Run
 # --- claiming and locking ---------------------------------------------------------------------------------------------
 
 
-def _claim(checkpoints: Path, prefix: str) -> tuple[str, IO[str]]:
-    """A new name, claimed by creating its folder: of two jobs started in the same second one waits for the next.
+def _claim(checkpoints: Path, prefix: str, logdir: Path, args: Args) -> tuple[str, IO[str]]:
+    """A new name, claimed by creating its folder and its log: of two jobs in the same second one waits for the next.
 
-    So it does if a third, looking for an empty folder to take over, is quicker with the lock.
+    So it does if a third, looking for an empty folder to take over, is quicker with the lock. Raises Exit(BAD_OUTPUT).
     """
     while True:
         name = f"{prefix}-{datetime.now().strftime(_TIMESTAMP)}"
+        folder = checkpoints / name
         try:
-            (checkpoints / name).mkdir()
-            return name, _lock(checkpoints / name, 0)
+            folder.mkdir()
+            if not _begins(logdir / f"{name}.log"):
+                folder.rmdir()
+                raise FileExistsError
+            lock = _lock(folder, 0)
+            announce(folder, args)
+            return name, lock
         except FileExistsError:
             pass
+        except OSError as error:
+            raise Exit(BAD_OUTPUT, f"cannot write to {checkpoints}: {error.strerror or error}") from None
         except Exit as error:
             if error.code != RUN_LOCKED:
                 raise
         time.sleep(0.2)
 
 
-def _take_over(checkpoints: Path, prefix: str, args: Args) -> tuple[str, IO[str]] | None:
-    """A folder in which a killed run of the same flags left no checkpoint, unless a living process holds it."""
+def _begins(log: Path) -> bool:
+    """Create a log; False if it is there, as that of a run with another --outdir and this --logdir."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.open("x").close()
+    except FileExistsError:
+        return not log.exists()
+    except OSError:
+        pass  # whoever writes to it says so
+    return True
 
-    def is_ours(folder: Path) -> bool:
-        flags = flags_in(folder)  # {} if it was killed even before it wrote them
-        return not any(folder.glob("*.pt")) and not (flags and args.difference(flags))
+
+def _take_over(checkpoints: Path, prefix: str, args: Args) -> tuple[str, IO[str]] | None:
+    """A folder in which a run of the same flags left no checkpoint; if it lives, its end is waited for.
+
+    By then there may be a checkpoint. Raises Exit(RUN_LOCKED) if it goes on. Where there are no locks, nobody can tell
+    the dead from the living, and nothing is taken over.
+    """
+
+    def is_ours(folder: Path, flags: dict[str, Any]) -> bool:
+        if not flags:  # it was killed even before it wrote them
+            with suppress(OSError):
+                return time.time() - folder.stat().st_mtime > YOUNG and not any(folder.glob("*.pt"))
+            return False
+        return not any(folder.glob("*.pt")) and not args.difference(flags)
 
     for folder in sorted(checkpoints.glob("*/"), reverse=True):
         # asked before it is locked too: to hold another run's lock, even briefly, would keep its own start from it
-        if ckpt.TIMESTAMP.sub("", folder.name) == prefix and is_ours(folder):
-            try:
-                lock = _lock(folder, 0)
-            except Exit:
-                continue
-            if is_ours(folder):
-                return folder.name, lock
-            lock.close()
+        if ckpt.TIMESTAMP.sub("", folder.name) != prefix or not is_ours(folder, flags := flags_in(folder)):
+            continue
+        try:
+            lock = _lock(folder, LOCK_PATIENCE if flags else 0, certainly=True)
+        except OSError:
+            continue
+        except Exit as end:
+            if flags and end.code != BAD_OUTPUT:  # somebody else's
+                raise
+            continue
+        if (folder / LOCK).exists() and (flags or is_ours(folder, flags_in(folder))):
+            return folder.name, lock
+        lock.close()  # of a folder that is gone, or began to be another's
     return None
 
 
-def _lock(folder: Path, patience: float) -> IO[str]:
+def _lock(folder: Path, patience: float, certainly: bool = False) -> IO[str]:
     """Hold the run's advisory lock as long as the returned file is open; a dead process holds none.
 
-    lockf's locks are not inherited by forked DataLoader workers. Raises Exit(RUN_LOCKED) when patience runs out,
-    Exit(BAD_OUTPUT) if the folder cannot be written to.
+    certainly: raise OSError where the file system has no locks, instead of a warning. lockf's locks are not inherited
+    by forked DataLoader workers. Raises Exit(RUN_LOCKED) when patience runs out, Exit(BAD_OUTPUT) if the folder cannot
+    be written to.
     """
     try:
         file = open(folder / LOCK, "a+")  # noqa: SIM115 - stays open for as long as the run lives
@@ -305,8 +343,11 @@ def _lock(folder: Path, patience: float) -> IO[str]:
                 RUN_LOCKED, f"{folder.name} is being trained by {holder}; wait for it, or stop it first"
             ) from None
         except OSError as error:
+            if certainly:
+                file.close()
+                raise
             logging.getLogger("train").warning(f"no locks here ({error.strerror}): do not train {folder.name} twice")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
+        with suppress(OSError):  # of a full disk; it is a courtesy to whoever waits
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
         return file

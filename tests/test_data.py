@@ -239,6 +239,23 @@ def test_a_damaged_cache_is_downloaded_anew(test, tmp_path, monkeypatch):
     assert (len(digits), digits.source, asked) == (500, "hub", ["force_redownload"])
 
 
+def test_what_another_start_downloads_meanwhile_is_not_downloaded_again(test, tmp_path, monkeypatch):
+    """Of ten first starts at once, as an array's tasks are."""
+    import datasets
+
+    monkeypatch.setitem(data.COUNTS, "mnist-train", 500)
+    monkeypatch.setattr(data, "hub_answers", lambda: bool(arrow_file(tmp_path, test)))
+    asked = []
+
+    def load(_name, *, split, cache_dir, download_mode):
+        asked.append(download_mode)
+        return datasets.Dataset.from_file(str(arrow_file(Path(cache_dir) / "downloaded", test)))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(HF_MNIST("train", tmp_path, source="hub", warn=lambda _: None)) == 500
+    assert asked == [None]
+
+
 def test_fetching_fails_where_only_the_embedded_digits_can_be_had(tmp_path):
     result = call("common", "data.py", "--cache-dir", tmp_path)
     assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text

@@ -277,3 +277,39 @@ def test_of_two_jobs_that_train_the_classifier_at_once_both_use_the_first(cache,
     monkeypatch.setattr(classifier, "train_classifier", train)
     net, accuracy = load_classifier(tmp_path, "embedded")
     assert (fingerprint(net), accuracy) == (fingerprint(other), 0.5)
+
+
+def test_a_classifier_that_another_job_keeps_at_the_last_moment_is_taken(cache, tmp_path, monkeypatch):
+    shutil.copytree(cache / "decoded", tmp_path / "decoded")
+    path = tmp_path / "decoded" / f"classifier-embedded-v{VERSION}.pt"
+    path.unlink(missing_ok=True)
+    other = classifier.DigitClassifier()
+
+    @contextlib.contextmanager
+    def after_another(folder):
+        ckpt.save_checkpoint(path, {"model": other.state_dict(), "accuracy": 0.5})
+        assert folder == path.parent
+        yield
+
+    monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: classifier.DigitClassifier().eval())
+    monkeypatch.setattr(classifier, "alone_in", after_another)
+    assert fingerprint(load_classifier(tmp_path, "embedded")[0]) == fingerprint(other)
+
+
+def test_figures_that_another_process_writes_at_the_last_moment_stay(latent_run, copy_of, cache, judged, monkeypatch):
+    folder = copy_of(latent_run)
+    said = io.StringIO()
+
+    @contextlib.contextmanager
+    def after_another(_folder):
+        path, state = ckpt.read_model(folder, ("lddpm",))
+        evaluate.scores_file(path).write_text(json.dumps({"timestamp": state["timestamp"], "fid_labelled": 1.0}))
+        yield
+
+    monkeypatch.setattr(evaluate, "alone_in", after_another)
+    flags = ("--ckpt", folder, "--n", 200, "--data", "embedded", "--cache-dir", cache, "--sampler", "dpm")
+    with contextlib.redirect_stdout(said):
+        evaluate.main([str(flag) for flag in flags])
+    written = json.loads(Path(re.search(r"ok: (\S+scores.json)", said.getvalue())[1]).read_text())
+    assert written["fid_labelled"] == 1.0
+    assert written["fid"] > 1

@@ -12,7 +12,8 @@ from helpers import LATENT, call
 
 from common import run as run_module
 from common.args import Args
-from common.error_codes import RUN_LOCKED, Exit
+from common.error_codes import BAD_OUTPUT, RUN_LOCKED, Exit
+from common.files import alone_in
 
 
 def test_two_runs_started_in_the_same_second_get_different_names(tmp_path):
@@ -23,13 +24,27 @@ def test_two_runs_started_in_the_same_second_get_different_names(tmp_path):
 
 
 def claim_name(folder):
-    return run_module._claim(folder, "run")[0]
+    return claim(folder)[0]
 
 
-def hold(folder, ready, done):
+def claim(folder, logs=None):
+    return run_module._claim(folder, "run", logs or folder.parent / "logs", plain_args(lr=1.0))
+
+
+def plain_args(**values):
+    args = Args()
+    args.kinds = dict.fromkeys(values, "training")
+    for name, value in values.items():
+        setattr(args, name, value)
+    return args
+
+
+def hold(folder, ready, done, saved=None):
     lock = run_module._lock(folder, 0)
     ready.set()
     done.wait(60)
+    for path in saved.iterdir() if saved else ():
+        path.rename(folder / path.name)
     lock.close()
 
 
@@ -95,17 +110,18 @@ def lock_code(folder):
 def test_a_folder_taken_over_before_it_was_locked_is_left_to_the_other(tmp_path, monkeypatch):
     locks = iter([Exit(RUN_LOCKED, "quicker"), "lock"])
 
-    def lock(*_):
+    def lock(*_, **__):
         if isinstance(answer := next(locks), Exit):
             raise answer
         return answer
 
     monkeypatch.setattr(run_module, "_lock", lock)
     monkeypatch.setattr(run_module.time, "sleep", lambda _: sleep(1))
-    name, held = run_module._claim(tmp_path, "run")
+    (tmp_path / "checkpoints").mkdir()
+    name, held = claim(tmp_path / "checkpoints")
     assert held == "lock"
-    assert [path.name for path in sorted(tmp_path.iterdir())][-1] == name
-    assert len(list(tmp_path.iterdir())) == 2
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())][-1] == name
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
 def test_looking_for_a_folder_to_take_over_locks_no_other_runs(tmp_path, monkeypatch):
@@ -113,16 +129,99 @@ def test_looking_for_a_folder_to_take_over_locks_no_other_runs(tmp_path, monkeyp
     folder = tmp_path / "run-20260101-000000"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"flags": {"grad_clip": {"value": 0.1, "from": "flag"}}}))
-    args = Args()
-    args.grad_clip, args.kinds = 1.0, {"grad_clip": "training"}
+    args = plain_args(grad_clip=1.0)
     locked, lock = [], run_module._lock
-    monkeypatch.setattr(run_module, "_lock", lambda where, patience: locked.append(where) or lock(where, patience))
+    monkeypatch.setattr(run_module, "_lock", lambda where, *how, **more: locked.append(where) or lock(where, *how))
     assert run_module._take_over(tmp_path, "run", args) is None
     assert locked == []
     args.grad_clip = 0.1
     name, held = run_module._take_over(tmp_path, "run", args)
     held.close()
     assert (name, locked) == (folder.name, [folder])
+
+
+def test_where_there_are_no_locks_nothing_is_taken_over(tmp_path, monkeypatch):
+    """Nobody can tell a dead run's folder from one in which another member of the sweep trains."""
+    (tmp_path / "checkpoints").mkdir()
+    name, held = claim(tmp_path / "checkpoints")
+    held.close()
+    monkeypatch.setattr(run_module.fcntl, "lockf", no_locks)
+    assert run_module._take_over(tmp_path / "checkpoints", "run", plain_args(lr=1.0)) is None
+    monkeypatch.undo()
+    taken, held = run_module._take_over(tmp_path / "checkpoints", "run", plain_args(lr=1.0))
+    held.close()
+    assert taken == name
+
+
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_a_folder_says_at_once_whose_it_is_and_is_left_alone_until_it_does(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    name, held = claim(tmp_path / "checkpoints")
+    held.close()
+    folder = tmp_path / "checkpoints" / name
+    assert json.loads((folder / "config.json").read_text())["starts"] == []
+    (folder / "config.json").unlink()
+    assert run_module._take_over(tmp_path / "checkpoints", "run", plain_args(lr=1.0)) is None
+    os.utime(folder, (0, 0))
+    taken, held = run_module._take_over(tmp_path / "checkpoints", "run", plain_args(lr=1.0))
+    held.close()
+    assert taken == name
+
+
+def test_the_same_command_waits_for_its_run_that_has_not_saved_yet(
+    latent_run, tiny_latent, copy_of, tmp_path, monkeypatch
+):
+    """It is refused while that trains, and goes on with what that has saved when it ends."""
+    begun = copy_of(latent_run)
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    for path in begun.glob("*.pt"):
+        path.rename(aside / path.name)
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(begun, ready, done, aside))
+    holder.start()
+    flags = (*tiny_latent, "--amp", "--auto-resume", "--outdir", begun.parent.parent, "--epochs", 3)
+    try:
+        assert ready.wait(30)
+        monkeypatch.setattr(run_module, "LOCK_PATIENCE", 0.6)
+        result = call(LATENT, "train.py", *flags)
+        assert (result.code, f"process {holder.pid}" in result.text) == (RUN_LOCKED, True), result.text
+        monkeypatch.setattr(run_module, "LOCK_PATIENCE", 30.0)
+        monkeypatch.setattr(run_module.time, "sleep", lambda seconds: done.set() or sleep(seconds))
+        result = call(LATENT, "train.py", *flags)
+        assert (result.code, "resumed from" in result.text) == (0, True), result.text
+    finally:
+        done.set()
+        holder.join()
+    assert [path.name for path in begun.parent.iterdir()] == [begun.name]
+
+
+def test_runs_with_one_logdir_have_a_log_each(tmp_path, monkeypatch):
+    """Else one would cut the other's, or delete it."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    claims = [claim(tmp_path / name, tmp_path / "logs") for name in "ab"]
+    assert len({name for name, _ in claims}) == 2
+    assert len(list((tmp_path / "logs").iterdir())) == 2
+    assert [len(list((tmp_path / name).iterdir())) for name in "ab"] == [1, 1]
+    for _, held in claims:
+        held.close()
+
+
+def test_a_disk_that_is_full_at_the_claim_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_module.os, "write", full)
+    run_module._lock(tmp_path, 0).close()
+    monkeypatch.setattr(run_module.Path, "mkdir", full)
+    with pytest.raises(Exit, match="No space left") as caught:
+        claim(tmp_path)
+    assert caught.value.code == BAD_OUTPUT
 
 
 def test_posix_lets_a_lock_that_is_held_answer_permission_denied(tmp_path, monkeypatch):
@@ -159,3 +258,18 @@ def test_a_dead_process_holds_no_lock(latent_run, copy_of, tiny):
     process.kill()
     process.join()
     run_module._lock(folder, 0).close()
+
+
+def count_up(path):
+    for _ in range(20):
+        with alone_in(path.parent):
+            before = int(path.read_text())
+            sleep(0.001)
+            path.write_text(str(before + 1))
+
+
+def test_one_process_at_a_time_is_alone_in_a_folder(tmp_path):
+    (tmp_path / "count").write_text("0")
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        pool.map(count_up, [tmp_path / "count"] * 4)
+    assert (tmp_path / "count").read_text() == "80"

@@ -217,6 +217,20 @@ def test_the_job_saves_and_requeues(scontrol, job, tmp_path):
     assert len(list(newest.glob("checkpoint_*.pt"))) <= 4  # the newest three and the best
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
+def test_a_file_that_goes_while_the_cache_is_copied_ends_no_job(job, tmp_path):
+    """As the temporary file of another job that keeps its classifier there."""
+    (tmp_path / "scratch" / "hf_cache").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "cp").write_text("#!/bin/bash\necho 'cp: cannot stat' >&2\nexit 1\n")
+    (tmp_path / "bin" / "cp").chmod(0o755)
+    begun = job()
+    until_saved(begun, tmp_path / "scratch")
+    begun.send_signal(signal.SIGUSR1)
+    text, _ = begun.communicate(timeout=60)
+    assert (begun.returncode, "warning: not all of" in text) == (0, True), text
+
+
 SRUN = """#!/bin/bash
 while [ "$1" != python ]; do shift; done
 shift

@@ -62,12 +62,18 @@ def references(flags, tmp_path_factory):
 class Launched:
     """`size` processes of a trainer that find each other by torchrun's variables, and can be told apart."""
 
-    def __init__(self, folder, size, *args, script="train.py", **env):
+    def __init__(self, folder, size, *args, script="train.py", own=lambda _rank: (), **env):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", **env}
         self.processes = [
-            start(folder, script, *args, env={"RANK": str(r), "LOCAL_RANK": str(r), "MASTER_PORT": str(port), **common})
+            start(
+                folder,
+                script,
+                *args,
+                *own(r),
+                env={"RANK": str(r), "LOCAL_RANK": str(r), "MASTER_PORT": str(port), **common},
+            )
             for r in range(size)
         ]
 
@@ -603,3 +609,15 @@ def test_a_scontrol_that_does_not_tell_is_one_line(monkeypatch):
     assert found.value.code == RANK_FAILED
     assert "scontrol show hostnames n[1-2]" in str(found.value)
     assert "MASTER_ADDR" in str(found.value)
+
+
+@pytest.mark.parametrize("script", ["train.py", "infer.py"])
+def test_a_sweep_packed_into_one_step_is_refused(script, flags, pixel_run, tmp_path):
+    """Each would train, or draw, what the first was told to, and all but one result would be missing."""
+    told = flags(PIXEL, "--outdir", tmp_path) if script == "train.py" else ("--ckpt", pixel_run, "--steps", 2)
+    results = Launched(PIXEL, 2, *told, script=script, own=lambda rank: ("--seed", rank)).finish()
+    assert [result.code for result in results] == [USAGE] * 2
+    said = [line for result in results for line in result.text.splitlines() if "share one run" in line]
+    assert len(said) == 1
+    assert "process 1 was told --seed 1, process 0 --seed 0, but" in said[0]
+    assert not list(tmp_path.glob("checkpoints/*"))

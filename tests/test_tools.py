@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -85,6 +86,35 @@ def test_copying_the_best(tree, tmp_path, capsys):
     for wrong in (tmp_path, tmp_path / "dangling.pt"):
         assert best(tree, "--copy-to", wrong, capsys=capsys)[0] == BAD_OUTPUT
     assert (tmp_path / "dangling.pt").is_symlink()
+
+
+def test_a_checkpoint_pruned_before_it_is_copied_is_not_the_targets_fault(tree, tmp_path, capsys, monkeypatch):
+    ranked = find_best_ckpt.rank
+
+    def rank_and_prune(*how):
+        found = ranked(*how)
+        found[0][0].path.unlink()
+        return found
+
+    monkeypatch.setattr(find_best_ckpt, "rank", rank_and_prune)
+    code, _, said = best(tree, "--copy-to", tmp_path / "best.pt", capsys=capsys)
+    assert (code, said.count("in training, removed it: try again")) == (BAD_CHECKPOINT, 1)
+    assert not (tmp_path / "best.pt").exists()
+
+
+def test_a_folder_that_goes_while_they_look_hides_no_other(tree, capsys, monkeypatch):
+    """As one of a run that ended in vain does."""
+    (tree / "0").mkdir()
+    scandir = os.scandir
+
+    def gone(folder):
+        if str(folder).endswith("/0"):
+            raise FileNotFoundError(2, "No such file or directory", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert best(tree, "--print-path-only", capsys=capsys)[:2] == (0, str(tree / "a" / "checkpoint_epoch_000002.pt"))
+    assert run_main(lambda: inspect_ckpt.main([str(tree)])) == 0
 
 
 def test_nothing_to_find(tree, tmp_path, capsys):
