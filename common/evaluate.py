@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     add_data_arguments(parser)
     args = parser.parse_args(argv)
     threads.prepare()
-    with joined() as world, memory_in_one_line(f"draw fewer than --n {args.n} images"):
+    with joined(vars(args)) as world, memory_in_one_line(f"draw fewer than --n {args.n} images"):
         known: list[Subject] = []
 
         def prepare() -> tuple[dict[str, Any], str, list[int] | None]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 A_DAY = 24 * 3600  # seconds
+ALONE_PATIENCE = 10.0  # seconds
 
 
 def atomic_write(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -93,12 +94,19 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block for this folder, where the file system has locks for folders."""
-    descriptor = None
+    """Wait until no other process is in such a block for this folder, where the file system has locks for folders.
+
+    One that stays there for longer than a few seconds hangs, and is not waited for.
+    """
+    descriptor, deadline = None, time.monotonic() + ALONE_PATIENCE
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while time.monotonic() < deadline:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.01)
     try:
         yield
     finally:

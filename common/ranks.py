@@ -10,11 +10,9 @@ computed which shard then leaves no trace.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
 
 _SECONDS = os.environ.get("DDPM_RANK_PATIENCE", "")
 PATIENCE = int(_SECONDS) if _SECONDS.isdigit() and int(_SECONDS) else 300  # seconds to wait for another process
+
+OF_A_MACHINE = ("cache_dir", "debug", "device", "logdir", "num_workers", "threads")  # flags that may differ
 
 
 class Identity(NamedTuple):
@@ -80,11 +80,13 @@ def _meeting_point() -> tuple[str, int]:
 
 
 @contextmanager
-def joined(where: torch.device | None = None) -> Iterator[World]:
+def joined(flags: dict[str, Any], where: torch.device | None = None) -> Iterator[World]:
     """The processes of this run, connected until the end of the block. where: they train, and gradients lie there.
 
+    flags: what this process was told, by name.
+
     Raises Exit(RANK_FAILED) if they do not find each other, Exit(NO_DEVICE) if they cannot train there together,
-    Exit(USAGE) if they were not started with the same flags.
+    Exit(USAGE) if they have not the same flags.
     """
     me = identity()
     if me.size == 1:
@@ -107,7 +109,7 @@ def joined(where: torch.device | None = None) -> Iterator[World]:
         distributed.init_process_group("gloo", store=store, rank=me.rank, world_size=me.size, timeout=patience)
     world = World(me)
     try:
-        world.compare_flags()
+        world.compare_flags(flags)
         if where is not None and where.type == "cuda":
             world.meet_on(where)
         yield world
@@ -140,18 +142,16 @@ class World:
         self.rank, self.size = me.rank, me.size
         self._gradients: Any = None  # the group for them; None: the one for all else
 
-    def compare_flags(self) -> None:
-        """Raises Exit(USAGE) if another process was told something else: it would do what the first was told to."""
-        first, *others = self.all(sys.argv[1:])
-        for rank, words in enumerate(others, 1):
-            pairs = itertools.zip_longest(words, first)
-            if (at := next((at for at, (theirs, ours) in enumerate(pairs) if theirs != ours), None)) is not None:
-                begin = at - 1 if at and first[at - 1].startswith("-") else at  # a flag and its value
-                theirs, ours = (" ".join(told[begin : at + 1]) or "nothing more" for told in (words, first))
+    def compare_flags(self, flags: dict[str, Any]) -> None:
+        """Raises Exit(USAGE) if another process has other flags: it would do what the first was told to."""
+        first, *others = self.all({name: str(value) for name, value in flags.items() if name not in OF_A_MACHINE})
+        for rank, theirs in enumerate(others, 1):
+            if (name := next((name for name in first if theirs.get(name) != first[name]), None)) is not None:
+                flag = f"--{name.replace('_', '-')}"
                 raise Exit(
                     USAGE,
-                    f"process {rank} was told {theirs}, process 0 {ours}, but the processes of a step share one run. "
-                    "For a run each, submit a job array, or start each with srun --ntasks=1 --exact",
+                    f"process {rank} has {flag} {theirs.get(name)}, process 0 {flag} {first[name]}, but processes that "
+                    "start together share one run. For a run each: a job array, or srun --ntasks=1 --exact for each",
                     everywhere=True,
                 )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common import ckpt
-from common.args import Args, Difference, bash_word, flag_of
+from common.args import AUTO, Args, Difference, bash_word, flag_of
 from common.device import make_output_directories
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, RUN_LOCKED, STOPPED_EARLY, USAGE, Exit
 from common.record import announce, flags_in
@@ -59,12 +59,7 @@ class Run:
 
         Raises Exit(RUN_LOCKED) if another process has taken it since.
         """
-        try:
-            if os.path.samestat(os.stat(self.checkpoints / LOCK), os.fstat(self.lock.fileno())):
-                return False
-        except FileNotFoundError:
-            pass
-        except OSError:  # a file server that fails: to open the lock's file again would give up the lock
+        if _is_file(self.checkpoints / LOCK, self.lock):  # to open it again would give up the lock
             return False
         before, self.lock = self.lock, _lock(self.checkpoints, 0)
         before.close()
@@ -294,23 +289,31 @@ def _take_over(checkpoints: Path, prefix: str, args: Args) -> tuple[str, IO[str]
             with suppress(OSError):
                 return time.time() - folder.stat().st_mtime > YOUNG and not any(folder.glob("*.pt"))
             return False
-        return not any(folder.glob("*.pt")) and not args.difference(flags)
+        return not args.difference(flags)
+
+    def is_surely_ours(flags: dict[str, Any]) -> bool:  # what is not known there yet may become another than today's
+        told = [
+            name for name, value in args.flags().items() if value != AUTO and args.kind(name) in ("shape", "training")
+        ]
+        return bool(flags) and all(flags.get(name) != AUTO for name in told)
 
     for folder in sorted(checkpoints.glob("*/"), reverse=True):
         # asked before it is locked too: to hold another run's lock, even briefly, would keep its own start from it
-        if ckpt.TIMESTAMP.sub("", folder.name) != prefix or not is_ours(folder, flags := flags_in(folder)):
+        flags = flags_in(folder)
+        if ckpt.TIMESTAMP.sub("", folder.name) != prefix or any(folder.glob("*.pt")) or not is_ours(folder, flags):
             continue
+        sure = is_surely_ours(flags)
         try:
-            lock = _lock(folder, LOCK_PATIENCE if flags else 0, certainly=True)
+            lock = _lock(folder, LOCK_PATIENCE if sure else 0, certainly=True)
         except OSError:
             continue
         except Exit as end:
-            if flags and end.code != BAD_OUTPUT:  # somebody else's
+            if end.code == STOPPED_EARLY or (end.code == RUN_LOCKED and sure and is_ours(folder, flags_in(folder))):
                 raise
             continue
-        if (folder / LOCK).exists() and (flags or is_ours(folder, flags_in(folder))):
+        if is_ours(folder, flags_in(folder)):
             return folder.name, lock
-        lock.close()  # of a folder that is gone, or began to be another's
+        lock.close()
     return None
 
 
@@ -321,24 +324,23 @@ def _lock(folder: Path, patience: float, certainly: bool = False) -> IO[str]:
     by forked DataLoader workers. Raises Exit(RUN_LOCKED) when patience runs out, Exit(BAD_OUTPUT) if the folder cannot
     be written to.
     """
-    try:
-        file = open(folder / LOCK, "a+")  # noqa: SIM115 - stays open for as long as the run lives
-    except OSError as error:
-        raise Exit(BAD_OUTPUT, f"cannot write to {folder}: {error.strerror or error}") from None
     deadline = time.monotonic() + patience
     while True:
         try:
+            file = open(folder / LOCK, "a+")  # noqa: SIM115 - stays open for as long as the run lives
+        except OSError as error:
+            raise Exit(BAD_OUTPUT, f"cannot write to {folder}: {error.strerror or error}") from None
+        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # POSIX allows either for "held by another"
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
             if stop_requested():
-                file.close()
                 raise Exit(STOPPED_EARLY, f"stopped while waiting for {folder.name}; nothing was changed") from None
             if time.monotonic() < deadline:
                 time.sleep(0.5)
                 continue
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
             raise Exit(
                 RUN_LOCKED, f"{folder.name} is being trained by {holder}; wait for it, or stop it first"
             ) from None
@@ -347,7 +349,20 @@ def _lock(folder: Path, patience: float, certainly: bool = False) -> IO[str]:
                 file.close()
                 raise
             logging.getLogger("train").warning(f"no locks here ({error.strerror}): do not train {folder.name} twice")
+        if not _is_file(folder / LOCK, file):  # deleted, and perhaps made anew, before we had it
+            file.close()
+            continue
         with suppress(OSError):  # of a full disk; it is a courtesy to whoever waits
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
         return file
+
+
+def _is_file(path: Path, file: IO[str]) -> bool:
+    """Is this open file the one at `path`? Of a file server that fails, yes: nobody can tell."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True

@@ -95,7 +95,7 @@ def open_session(
             if asked and args.threads == AUTO:
                 args.derive("OMP_NUM_THREADS", threads=asked)
             where = device.get_device(args.device, ranks.identity())
-            with ranks.joined(where) as world:
+            with ranks.joined(args.flags(), where) as world:
 
                 def found() -> tuple[Run, dict[str, Any]]:
                     nonlocal run

@@ -7,13 +7,16 @@
 # a new environment is made with.
 
 _ddpm_alone() { # the command, while no other start is in one (the tasks of an array, on machines that share the folder)
-    local folder="${VIRTUAL_ENV:-${CONDA_PREFIX:-$HOME/venv}}" lock=/dev/null
-    mkdir -p "$folder" || return 1
-    ! touch "$folder/.ddpm-setup.lock" 2>/dev/null || lock="$folder/.ddpm-setup.lock"
-    (
-        flock 9 2>/dev/null || true # macOS has none
+    local folder="${VIRTUAL_ENV:-${CONDA_PREFIX:-$HOME/venv}}"
+    mkdir -p "$folder" 2>/dev/null || true
+    if (: >>"$folder/.ddpm-setup.lock") 2>/dev/null; then
+        (
+            flock 9 2>/dev/null || true # macOS has none
+            "$@"
+        ) 9>>"$folder/.ddpm-setup.lock"
+    else
         "$@"
-    ) 9>>"$lock"
+    fi
 }
 _ddpm_create() {
     [ ! -e "$HOME/venv/ddpm/bin/activate" ] || return 0 # the last thing that is written: an interrupted one has none
@@ -32,7 +35,7 @@ _ddpm_setup() {
     local root stamp
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-        _ddpm_alone _ddpm_create || return 1
+        [ -e "$HOME/venv/ddpm/bin/activate" ] || _ddpm_alone _ddpm_create || return 1
         source "$HOME/venv/ddpm/bin/activate" || return 1
     fi
     python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

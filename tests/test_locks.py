@@ -11,7 +11,7 @@ import pytest
 from helpers import LATENT, call
 
 from common import run as run_module
-from common.args import Args
+from common.args import AUTO, Args
 from common.error_codes import BAD_OUTPUT, RUN_LOCKED, Exit
 from common.files import alone_in
 
@@ -131,7 +131,9 @@ def test_looking_for_a_folder_to_take_over_locks_no_other_runs(tmp_path, monkeyp
     (folder / "config.json").write_text(json.dumps({"flags": {"grad_clip": {"value": 0.1, "from": "flag"}}}))
     args = plain_args(grad_clip=1.0)
     locked, lock = [], run_module._lock
-    monkeypatch.setattr(run_module, "_lock", lambda where, *how, **more: locked.append(where) or lock(where, *how))
+    monkeypatch.setattr(
+        run_module, "_lock", lambda where, *how, **more: locked.append(where) or lock(where, *how, **more)
+    )
     assert run_module._take_over(tmp_path, "run", args) is None
     assert locked == []
     args.grad_clip = 0.1
@@ -198,6 +200,48 @@ def test_the_same_command_waits_for_its_run_that_has_not_saved_yet(
         done.set()
         holder.join()
     assert [path.name for path in begun.parent.iterdir()] == [begun.name]
+
+
+def test_another_member_of_a_sweep_is_not_waited_for_while_its_flags_are_not_all_known(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    begun = run_module._claim(tmp_path / "checkpoints", "run", tmp_path / "logs", plain_args(shards=AUTO))
+    begun[1].close()
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(tmp_path / "checkpoints" / begun[0], ready, done))
+    holder.start()
+    try:
+        assert ready.wait(30)
+        assert run_module._take_over(tmp_path / "checkpoints", "run", plain_args(shards=2)) is None
+    finally:
+        done.set()
+        holder.join()
+
+
+@pytest.mark.parametrize("happens", ["ends in vain", "is deleted and made anew", "becomes another's"])
+def test_what_became_of_a_folder_while_it_was_waited_for(happens, tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    name, held = claim(tmp_path / "checkpoints")
+    held.close()
+    folder = tmp_path / "checkpoints" / name
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(folder, ready, done))
+    holder.start()
+    assert ready.wait(30)
+
+    def meanwhile(_seconds):
+        if happens == "becomes another's":
+            (folder / "config.json").write_text(json.dumps({"flags": {"lr": {"value": 2.0, "from": "flag"}}}))
+        elif folder.exists():
+            shutil.rmtree(folder)
+            if happens == "is deleted and made anew":
+                folder.mkdir()
+        done.set()
+        holder.join()
+
+    monkeypatch.setattr(run_module.time, "sleep", meanwhile)
+    assert run_module._take_over(tmp_path / "checkpoints", "run", plain_args(lr=1.0)) is None
 
 
 def test_runs_with_one_logdir_have_a_log_each(tmp_path, monkeypatch):

@@ -186,7 +186,7 @@ def test_two_processes_on_one_gpu_are_one_line(chips, monkeypatch):
 def test_several_processes_do_not_train_on_mps(monkeypatch):
     """Its tensors cannot be sent."""
     monkeypatch.setattr(ranks, "identity", lambda: ranks.Identity(0, 2, 0, 2))
-    with pytest.raises(Exit, match="cannot train on MPS") as found, ranks.joined(torch.device("mps")):
+    with pytest.raises(Exit, match="cannot train on MPS") as found, ranks.joined({}, torch.device("mps")):
         pass
     assert found.value.code == NO_DEVICE
 
@@ -619,5 +619,14 @@ def test_a_sweep_packed_into_one_step_is_refused(script, flags, pixel_run, tmp_p
     assert [result.code for result in results] == [USAGE] * 2
     said = [line for result in results for line in result.text.splitlines() if "share one run" in line]
     assert len(said) == 1
-    assert "process 1 was told --seed 1, process 0 --seed 0, but" in said[0]
+    assert "process 1 has --seed 1, process 0 --seed 0, but" in said[0]
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_paths_of_a_machine_may_differ(flags, cache, tmp_path):
+    """As $TMPDIR does between nodes; only the first process reads the digits."""
+    places = {0: cache, 1: tmp_path / "empty"}
+    results = Launched(
+        LATENT, 2, *flags(LATENT, "--outdir", tmp_path / "out"), own=lambda rank: ("--cache-dir", places[rank])
+    ).finish()
+    assert [result.code for result in results] == [0, 0], results[0].text
