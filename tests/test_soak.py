@@ -93,7 +93,7 @@ def newest(folder, pattern):
     return max(found)
 
 
-@pytest.mark.parametrize(("when", "at"), [("fsync", 5), ("replace", 3), ("replace", 8)])
+@pytest.mark.parametrize(("when", "at"), [("fsync", 6), ("replace", 4), ("replace", 9)])
 def test_killed_in_the_middle_of_a_save(when, at, tiny, ae_run, latent_run, tmp_path):
     """SIGKILL when the file is written but not flushed, or flushed but not renamed, or renamed but not linked."""
     flags = ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16, *tiny, "--epochs", 2, "--outdir", tmp_path)
