@@ -244,6 +244,20 @@ def test_what_became_of_a_folder_while_it_was_waited_for(happens, tmp_path, monk
     assert run_module._take_over(tmp_path / "checkpoints", "run", plain_args(lr=1.0)) is None
 
 
+def test_the_lock_of_a_file_that_was_deleted_is_none(tmp_path, monkeypatch):
+    """Who made the folder anew has that of the new file."""
+    lockf, calls = run_module.fcntl.lockf, []
+
+    def as_it_is_deleted(*how):
+        if not calls:
+            (tmp_path / ".lock").unlink()
+        calls.append(lockf(*how))
+
+    monkeypatch.setattr(run_module.fcntl, "lockf", as_it_is_deleted)
+    with run_module._lock(tmp_path, 0) as file:
+        assert os.path.samestat(os.stat(tmp_path / ".lock"), os.fstat(file.fileno()))
+
+
 def test_runs_with_one_logdir_have_a_log_each(tmp_path, monkeypatch):
     """Else one would cut the other's, or delete it."""
     for name in "ab":
