@@ -31,7 +31,9 @@ def tables(text: str) -> dict[str, tuple[float, Distances]]:
         for row in rows:
             name, *cells = (cell.strip(" *") for cell in row.split("|")[1:-1])
             seeds = {m: [float(d) for d in CELL.findall(cell)] for m, cell in zip(minutes, cells, strict=True)}
-            of_networks[name] = {m: distances for m, distances in seeds.items() if distances}
+            seeds = {m: distances for m, distances in seeds.items() if distances}
+            if len(seeds) > 1:  # one number of minutes is no curve
+                of_networks[name] = seeds
         real = float(re.search(r"have a distance of (\d+\.\d+)", paragraph)[1])
         found[paragraph.split(";")[0]] = real, of_networks
     return found

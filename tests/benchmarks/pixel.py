@@ -69,7 +69,7 @@ NETWORKS = {
     "ours-24-coarse": Contestant(lambda: ours(24, fine=0), batch=64),
     "plain": Contestant(lambda: PlainDenoiser(pixels=True), 1e-3, 128),
     "diffusers-32": Contestant(lambda: diffusers_unet((32, 64, 64))),
-    "diffusers-16": Contestant(lambda: diffusers_unet((16, 32, 32))),
+    "diffusers-16": Contestant(lambda: diffusers_unet((16, 32, 32)), 4e-3),
     "lucidrains-32": Contestant(lambda: lucidrains(32), 1e-3),
     "lucidrains-16": Contestant(lambda: lucidrains(16), 1e-3),
 }
