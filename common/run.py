@@ -359,10 +359,10 @@ def _lock(folder: Path, patience: float, certainly: bool = False) -> IO[str]:
 
 
 def _is_file(path: Path, file: IO[str]) -> bool:
-    """Is this open file the one at `path`? Of a file server that fails, yes: nobody can tell."""
+    """Is this open file the one at `path`? Yes, where nobody can tell."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
-    except OSError:
+    except OSError:  # a file server that fails
         return True
