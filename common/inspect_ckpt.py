@@ -177,8 +177,8 @@ def files_below(folder: Path) -> list[Path]:
         if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
             raise error
 
-    names = ((root, name) for root, _, names in os.walk(folder, onerror=passed_over) for name in names)
-    return sorted(path for path in (Path(root, name) for root, name in names) if path.suffix in SUFFIXES)
+    files = (Path(root, name) for root, _, names in os.walk(folder, onerror=passed_over) for name in names)
+    return sorted(file for file in files if file.suffix in SUFFIXES)
 
 
 def _places(path: Path) -> list[Path]:

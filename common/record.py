@@ -47,10 +47,10 @@ def announce(folder: Path, args: Args) -> None:
         write_text(folder / CONFIG, _config(folder.name, args, []))
 
 
-def _config(name: str, args: Args, starts: list[dict[str, Any]]) -> str:
+def _config(exp_name: str, args: Args, starts: list[dict[str, Any]]) -> str:
     origin = args.origin
     flags = {name: {"value": value, "from": origin.get(name, "derived")} for name, value in args.flags().items()}
-    return json.dumps({"exp_name": name, "flags": flags, "starts": starts}, indent=1, default=str) + "\n"
+    return json.dumps({"exp_name": exp_name, "flags": flags, "starts": starts}, indent=1, default=str) + "\n"
 
 
 class Record:

@@ -111,7 +111,7 @@ def open_run(
             logging.getLogger("train").info(none)
     settle(args)
     make_output_directories(outdir)
-    prefix, logdir = name(args), Path(args.logdir or outdir / "logs")
+    prefix, logdir = name(args), _logdir(args, outdir)
     begun = _take_over(checkpoints, prefix, args) if args.auto_resume else None
     if begun and (found := ckpt.newest_readable(checkpoints / begun[0], warn)):  # it saved while we waited for its lock
         begun[1].close()
@@ -204,6 +204,10 @@ def resume_target(
     return source, state
 
 
+def _logdir(args: Args, outdir: Path) -> Path:
+    return Path(args.logdir or outdir / "logs")
+
+
 def _begun_from(
     args: Args, state: ckpt.State, checkpoints: Path, models: tuple[str, ...], warn: ckpt.Warn
 ) -> tuple[Path, ckpt.State] | None:
@@ -229,11 +233,11 @@ def _resume(args: Args, source: Path, state: ckpt.State, warn: ckpt.Warn) -> Run
     else:  # a copy outside any run: its training goes on as a new run
         args.adopt(state["args"])  # which may refuse: before there is a folder
         make_output_directories(outdir)
-        prefix, logdir = ckpt.TIMESTAMP.sub("", state["exp_name"]), Path(args.logdir or outdir / "logs")
-        run_name, lock = _claim(outdir / ckpt.RUNS, prefix, logdir, args)
+        prefix = ckpt.TIMESTAMP.sub("", state["exp_name"])
+        run_name, lock = _claim(outdir / ckpt.RUNS, prefix, _logdir(args, outdir), args)
     for change in args.adopt(state["args"]):
         warn(f"this resume changes {change}")
-    return Run(run_name, outdir, Path(args.logdir or outdir / "logs"), lock, state, source)
+    return Run(run_name, outdir, _logdir(args, outdir), lock, state, source)
 
 
 # --- claiming and locking ---------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from time import sleep
 import pytest
 from helpers import LATENT, call
 
+from common import files
 from common import run as run_module
 from common.args import AUTO, Args
 from common.error_codes import BAD_OUTPUT, RUN_LOCKED, Exit
@@ -331,3 +332,10 @@ def test_one_process_at_a_time_is_alone_in_a_folder(tmp_path):
     with multiprocessing.get_context("fork").Pool(4) as pool:
         pool.map(count_up, [tmp_path / "count"] * 4)
     assert (tmp_path / "count").read_text() == "80"
+
+
+def test_nobody_waits_for_long_to_be_alone(tmp_path, monkeypatch):
+    """One that hangs in its block costs the others no figure."""
+    monkeypatch.setattr(files, "ALONE_PATIENCE", 0.2)
+    with alone_in(tmp_path), alone_in(tmp_path):
+        pass

@@ -1,6 +1,7 @@
 """The command-line tools: what is in a checkpoint, and which one is best."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -115,6 +116,15 @@ def test_a_folder_that_goes_while_they_look_hides_no_other(tree, capsys, monkeyp
     monkeypatch.setattr(os, "scandir", gone)
     assert best(tree, "--print-path-only", capsys=capsys)[:2] == (0, str(tree / "a" / "checkpoint_epoch_000002.pt"))
     assert run_main(lambda: inspect_ckpt.main([str(tree)])) == 0
+
+
+def test_a_failing_disk_is_not_passed_over(tree, capsys, monkeypatch):
+    def failing(_folder):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "scandir", failing)
+    assert run_main(lambda: inspect_ckpt.main([str(tree)])) == BAD_CHECKPOINT
+    assert "Input/output error" in capsys.readouterr().err
 
 
 def test_nothing_to_find(tree, tmp_path, capsys):

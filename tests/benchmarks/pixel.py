@@ -54,7 +54,10 @@ def ours(width: int = 24, fine: int = 8) -> nn.Module:
 
 
 class Contestant(NamedTuple):
-    """A network, and the learning rate and batch size that it did best with on fives; README.md says what was tried."""
+    """A network, and the learning rate and batch size that it, or one like it, did best with on fives.
+
+    README.md says what was tried.
+    """
 
     make: Callable[[], nn.Module]
     lr: float = 2e-3
