@@ -104,9 +104,7 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
     load(device) is the experiment's `load_for_drawing` of `what_to_draw_with`. Raises Exit, for a bad output before
     anything is drawn. Several processes share the drawing, and the first writes.
     """
-    # the checkpoints that each has found by now may differ; the first's are drawn with
-    told = {name: value for name, value in vars(args).items() if name not in ("ckpt", "guide", "ae_ckpt")}
-    with memory_in_one_line(f"draw fewer than --num-images {args.num_images} at a time"), joined(told) as world:
+    with memory_in_one_line(f"draw fewer than --num-images {args.num_images} at a time"), joined(vars(args)) as world:
         _draw_to_file(args, load, world)
 
 

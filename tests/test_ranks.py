@@ -510,13 +510,15 @@ def test_processes_draw_together_what_one_draws(latent_run, tmp_path):
 
 
 THEN_A_NEWER = """
-import os, sys
+import os, sys, time
 sys.path.insert(0, ".")
 import infer
 from common import ckpt
 from common.error_codes import run_main
 read = ckpt.read_model
 def then_a_newer(*what):
+    while os.environ["RANK"] != "0" and not os.path.exists(os.environ["NOW"]):
+        time.sleep(0.01)
     found = read(*what)
     if os.environ["RANK"] == "0" and os.path.exists(os.environ["LATER"]):
         os.rename(os.environ["LATER"], os.environ["NOW"])
