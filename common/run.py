@@ -57,12 +57,16 @@ class Run:
     def lock_again(self) -> bool:
         """Take the lock anew if somebody deleted the run's folder, and with it the lock; returns whether that was so.
 
-        Raises Exit(RUN_LOCKED) if another process has taken it since.
+        Raises Exit(RUN_LOCKED) if another process has taken it since, OSError if the folder is going just now.
         """
         if _is_file(self.checkpoints / LOCK, self.lock):  # to open it again would give up the lock
             return False
-        before, self.lock = self.lock, _lock(self.checkpoints, 0)
-        before.close()
+        try:
+            lock = _lock(self.checkpoints, 0)
+        except Exit as end:
+            raise (OSError(str(end)) if end.code == BAD_OUTPUT else end) from None
+        self.lock.close()
+        self.lock = lock
         return True
 
     def discard_if_empty(self) -> None:

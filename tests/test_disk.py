@@ -14,6 +14,7 @@ from helpers import (
     AE,
     LATENT,
     REPO,
+    assert_same,
     assert_same_training,
     call,
     environment,
@@ -183,3 +184,22 @@ def test_a_folder_that_is_deleted_in_mid_run_is_made_again(tiny, ae_run, tmp_pat
     assert (state["epoch"], ckpt.is_complete(state)) == (8, True)
     assert len(json.loads((folder / "config.json").read_text())["starts"]) == 1
     assert (folder / ".lock").exists()
+
+
+def test_a_folder_that_is_deleted_just_after_it_was_saved_into(tiny_latent, latent_run, tmp_path, monkeypatch):
+    """Between a checkpoint and the look at the lock: it counts as not saved, and the next save makes it all again."""
+    save, deleted = ckpt.save_checkpoint_and_link_latest, []
+
+    def save_in_vain(folder, state):
+        path = save(folder, state)
+        if not deleted:
+            deleted.append(shutil.rmtree(tmp_path))
+        return path
+
+    monkeypatch.setattr(ckpt, "save_checkpoint_and_link_latest", save_in_vain)
+    result = call(LATENT, "train.py", *tiny_latent, "--epochs", 2, "--outdir", tmp_path)
+    assert result.code == 0, result.text
+    assert (deleted, result.text.count("cannot save a checkpoint")) == ([None], 1)
+    folder = only_run(tmp_path)
+    assert_same(newest_state(folder)["model"], newest_state(latent_run)["model"])
+    assert (folder / "config.json").exists() and (folder / ".lock").exists()
