@@ -202,4 +202,4 @@ def test_a_folder_that_is_deleted_just_after_it_was_saved_into(tiny_latent, late
     assert (deleted, result.text.count("cannot save a checkpoint")) == ([None], 1)
     folder = only_run(tmp_path)
     assert_same(newest_state(folder)["model"], newest_state(latent_run)["model"])
-    assert (folder / "config.json").exists() and (folder / ".lock").exists()
+    assert all((folder / name).exists() for name in ("config.json", ".lock"))
