@@ -17,7 +17,15 @@ import pytest
 from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, PIXEL, Result, call, only_run, run
 
 # these take minutes: they begin first, so that the processes of run.sh end at about the same time
-LONG = ("test_slurm.py", "test_soak.py", "test_choice.py", "test_readme.py", "test_ranks.py", "test_play.py")
+LONG = (
+    "test_slurm.py",
+    "test_soak.py",
+    "test_choice.py",
+    "test_readme.py",
+    "test_ranks.py",
+    "test_page.py",
+    "test_play.py",
+)
 
 
 def pytest_configure():

@@ -34,7 +34,7 @@ EXCEPTIONS = {
     "(cd mnist_single_digit && sbatch": "needs a cluster: tests/slurm has one",
     "jupyter notebook": "waits for a browser; test_notebooks.py and test_tsne.py execute the notebooks",
     "tensorboard": "serves until it is stopped",
-    "python -m common.play": "serves until it is stopped; test_play.py opens it in a browser",
+    "python -m common.play": "serves until it is stopped; tests/play opens it in a browser",
     "ssh -L": "needs a cluster",
     "python tests/benchmarks/": "needs full MNIST and an idle machine, for minutes to hours",
     "python tests/mutants.py": "takes minutes",
