@@ -54,7 +54,7 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
     """The flags of an infer.py, under the names that either experiment gives them."""
     parser = Parser(description, example)
     add = parser.add_argument
-    add(*CHECKPOINT, help="checkpoint file, its run's folder (newest), FOLDER/best, or latest")
+    add(*CHECKPOINT, help="checkpoint file, a folder of a run or of runs (newest), FOLDER/best, or latest")
     add(*COUNT, type=number(int, 1), default=count, help=f"how many (default: {count})")
     add(*OUTPUT, default=output, help=f"the grid's file (default: {output})")
     add(
@@ -70,7 +70,11 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
         metavar="DIR",
         help="also save single PNGs there, named by number and label (a new or empty folder)",
     )
-    add("--from-image", metavar="FILE", help="begin with this picture (or with the images of an .npz), not with noise")
+    add(
+        "--from-image",
+        metavar="FILE",
+        help="begin with this picture (or the images of an .npz), not with noise; then --digit is none unless given",
+    )
     latents, pixels = DEFAULT_STRENGTH.values()
     strength = f"how much of it is drawn over, from 0 (nothing) to 1 (all; default: latents {latents}, pixels {pixels})"
     add("--strength", type=number(float, above=0, high=1), metavar="S", help=strength)

@@ -88,13 +88,14 @@ class Diffusion(Loaded):
         labels: the digit of each image, as a list, an array or a tensor (N,) of 0 to 9; one number means `count` images
         of it, None `count` images of digits drawn from the training data's class shares. guidance: as --guidance
         (default: as infer.py's); guidance_interval, and guide_scale of a model that was loaded with a guide: as the
-        flags of these names. sampler, steps: see `common.sampling.reverse_steps`; callback, watch: see
-        `common.sampling.sample`. The same seed draws the same images.
+        flags of these names. sampler, steps: see `common.sampling.reverse_steps`; callback: see
+        `common.sampling.sample`; watch: see `common.sampling.draw`. The same seed draws the same images.
 
         from_image: an image (28, 28) to begin with, or several (K, 1, 28, 28), each for an equal run of those drawn;
-        without labels the network is then not told any. strength: how much of it is drawn over, up to 1, all of it
-        (default: as --strength). inpaint: a mask of the same shape; what is 1 or True there is drawn anew, the rest is
-        kept exactly (models of pixels only), in `resample` passes (default: as --resample).
+        without labels the network is then not told any, but for one that learned a single digit. strength: how much of
+        it is drawn over, up to 1, all of it (default: as --strength). inpaint: a mask of the same shape; what is 1 or
+        True there is drawn anew, the rest is kept exactly (models of pixels only), in `resample` passes (default: as
+        --resample).
         Raises ValueError for what cannot be drawn.
         """
         from common.drawing import wanted_labels

@@ -331,8 +331,8 @@ def draw(
 
     labels: the class of each row, or None to draw `count` rows unconditionally. guidance, guide, a net of the same
     shape, and guide_scale: see `guided`; guidance_interval: from which to which `half_log_snr` guidance acts (None:
-    always). sampler and steps: see `reverse_steps`; callback, watch: see `sample`. The same seed draws the same rows on
-    every device.
+    always). sampler and steps: see `reverse_steps`; callback: see `sample`, as for when watch(steps left, x_t,
+    predicted x_0, to_images) is called. The same seed draws the same rows on every device.
     frames: a dict whose keys count the steps that are left; each gets to_images(x) of its moment as value.
     world: processes that share the work, in groups of PART rows, and all return all of it: bit for bit what one draws.
 

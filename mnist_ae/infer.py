@@ -32,7 +32,9 @@ WALK_STEPS = 10
 
 def parse_args(argv=None):
     parser = Parser("Reconstruct test digits, or walk between them.", "python infer.py --ckpt RUN_FOLDER --interpolate")
-    parser.flag("place", *CHECKPOINT, help="checkpoint file, run folder, FOLDER/best, or latest")
+    parser.flag(
+        "place", *CHECKPOINT, help="checkpoint file, a folder of a run or of runs (newest), FOLDER/best, or latest"
+    )
     parser.flag("place", *OUTPUT, help="PNG file (default: reconstructions.png or interpolation.png)")
     parser.flag("place", *COUNT, type=number(int, 1), default=16, help="digits or walks (default: 16)")
     parser.flag("place", "--interpolate", action="store_true", help="one row per walk from a digit to another")

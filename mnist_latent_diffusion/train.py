@@ -21,7 +21,9 @@ LABEL_DROPOUT = 0.3  # how often the denoiser does not see the label, so that it
 def parse_args(argv: list[str] | None = None) -> Args:
     """This trainer's flags; what only the autoencoder knows is AUTO until it is chosen."""
     parser = Parser("Train latent diffusion on MNIST.", "python train.py --epochs 30 --generate-images")
-    parser.flag("input", "--ae-ckpt", metavar="PATH", help="autoencoder checkpoint, or its run's folder (newest)")
+    parser.flag(
+        "input", "--ae-ckpt", metavar="PATH", help="autoencoder checkpoint, or a folder of a run or of runs (newest)"
+    )
     parser.flag("input", "--ae-ckpt-dir", metavar="DIR", help="choose an autoencoder in this folder")
     parser.flag("shape", "--hidden-dim", type=number(int, 1), default=256, help="denoiser width (default: 256)")
     add_diffusion_arguments(parser)
