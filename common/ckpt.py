@@ -224,7 +224,8 @@ def _checked(path: str | Path, state: Any) -> State:
     if not is_ours(state):
         raise UnreadableCheckpoint(path, f"has format {state['format']}, this version reads {FORMAT}")
     if state["args"].get("model") == "ddpm":
-        state["args"].setdefault("fine_ch", 0)  # saved before there was such a block
+        for name in ("fine_ch", "dense_dim"):
+            state["args"].setdefault(name, 0)  # saved before there was such a part
     return state
 
 

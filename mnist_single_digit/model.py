@@ -80,6 +80,29 @@ class Attention(nn.Module):
         return x + self.out(h)  # (B, C, H, W)
 
 
+class Dense(nn.Module):
+    """x + a FiLM-conditioned layer that sees all positions at once, through a few channels.
+
+    Under much noise a digit's shape is to be guessed as a whole, which neighbourhoods teach slowly.
+    """
+
+    def __init__(self, channels: int, hidden: int, side: int = 7, through: int = 16) -> None:
+        super().__init__()
+        features = through * side**2
+        self.narrow = nn.Sequential(_norm(channels), _conv(channels, through, size=1))
+        self.first = scaled_linear(features, hidden, GAIN)
+        self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
+        self.film = scaled_linear(TIME_DIM, 2 * hidden, GAIN, std=0.3)
+        self.second = scaled_linear(hidden, features, GAIN)
+        self.widen = nn.Sequential(nn.SiLU(), _conv(through, channels, std=0.5, size=1))
+
+    def forward(self, x: torch.Tensor, film: Film) -> torch.Tensor:
+        few = self.narrow(x)  # (B, 16, H, W)
+        gamma, beta = film(self).chunk(2, dim=1)  # (B, hidden) each
+        h = F.silu(torch.addcmul(beta, self.norm(self.first(few.flatten(1))), 1 + gamma))  # (B, hidden)
+        return x + self.widen(self.second(h).view_as(few))  # (B, C, H, W)
+
+
 class Finish(nn.Module):
     """The block at full resolution, and its C channels made one."""
 
@@ -95,14 +118,21 @@ class Finish(nn.Module):
 class Denoiser(nn.Module):
     """Predicts the noise in an image x_t (scaled to [-1, 1]) from x_t, the timestep and the digit.
 
-    28 x 28 is folded to 14 x 14 at once (space to depth); 7 x 7, with attention, gets most of the work; at full
-    resolution there are one convolution before and one block behind, of `fine_ch` channels (0: neither). Labels are 0
-    to num_classes - 1, or `null_label` for "not told". Like the latent denoiser it mixes the network's output v and x_t
-    to epsilon (v-prediction, Salimans & Ho 2022, appendix D).
+    28 x 28 is folded to 14 x 14 at once (space to depth); 7 x 7, with attention, gets most of the work, and may have a
+    `Dense` layer of width `dense_dim` (0: none); at full resolution there are one convolution before and one block
+    behind, of `fine_ch` channels (0: neither). Labels are 0 to num_classes - 1, or `null_label` for "not told". Like
+    the latent denoiser it mixes the network's output v and x_t to epsilon (v-prediction, Salimans & Ho 2022, appendix
+    D).
     """
 
     def __init__(
-        self, base_ch: int = 24, num_classes: int = 10, schedules: Schedules | None = None, *, fine_ch: int = 8
+        self,
+        base_ch: int = 24,
+        num_classes: int = 10,
+        schedules: Schedules | None = None,
+        *,
+        fine_ch: int = 8,
+        dense_dim: int = 0,
     ) -> None:
         super().__init__()
         self.null_label = num_classes
@@ -118,6 +148,7 @@ class Denoiser(nn.Module):
         self.enter = ResBlock(few)
         self.down = _conv(few, many, stride=2)
         self.before, self.attention, self.after = ResBlock(many), Attention(many), ResBlock(many)
+        self.dense = Dense(many, dense_dim) if dense_dim else None
         self.up = nn.Sequential(_conv(many, few, size=1), nn.Upsample(scale_factor=2))
         self.leave = ResBlock(few)
         last = _conv(few, 4 * fine_ch) if fine_ch else _conv(few, 4, std=0)
@@ -135,7 +166,9 @@ class Denoiser(nn.Module):
         fine = self.look(x)  # (B, F, 28, 28)
         wide = self.enter(self.stem(fine), film)  # (B, C, 14, 14)
         h = self.before(self.down(wide), film)  # (B, 3C, 7, 7)
-        h = self.after(self.attention(h), film)  # (B, 3C, 7, 7)
+        h = self.attention(h)  # (B, 3C, 7, 7)
+        h = self.dense(h, film) if self.dense else h  # (B, 3C, 7, 7)
+        h = self.after(h, film)  # (B, 3C, 7, 7)
         h = self.leave(self.up(h) + wide, film)  # (B, C, 14, 14)
         v = self.head(h)  # (B, F, 28, 28)
         v = self.finish(v + fine, film) if self.finish else v  # (B, 1, 28, 28)
@@ -147,7 +180,7 @@ class Denoiser(nn.Module):
         net = folded(self)
         times = net.time_mlp(torch.arange(len(net.signal), device=net.signal.device))  # (T, 256)
         embedding = net.label_embedding.weight  # (11, 256)
-        layers = [module for module in net.modules() if isinstance(module, FiLMCond)]
+        layers = [module for module in net.modules() if isinstance(module, FiLMCond | Dense)]
         tables = [layer.film(times) for layer in layers]  # (T, 2C) each
         widths = [table.shape[1] for table in tables]
         by_time = torch.cat(tables, dim=1)  # (T, sum of 2C)
@@ -164,7 +197,7 @@ class Denoiser(nn.Module):
 def build(flags: Mapping[str, Any], schedules: Schedules, typed: Collection[str] = ()) -> nn.Module:
     """The network of a run with these flags: `Denoiser`, or --network's. typed: see `build_network`."""
     network = flags.get("network", OUR_NETWORK)
-    widths = {name: flags[name] for name in ("base_ch", "fine_ch")}
+    widths = {name: flags[name] for name in ("base_ch", "fine_ch", "dense_dim")}
     known = {"typed": typed, "recorded": flags.get("network_digest")}
     return build_network("ddpm", network, SHAPE, schedules, **known, **widths)
 

@@ -36,31 +36,56 @@ def pixel_run(flags, tmp_path_factory):
     return only_run(outdir, "ddpm-d3-bs32-lr*-T20-seed42-*")
 
 
-@pytest.fixture(scope="module")
-def net():
+@pytest.fixture(scope="module", params=[0, 16])
+def net(request):
     torch.manual_seed(0)
-    net = module_of("ddpm").Denoiser(base_ch=8, schedules=precompute_schedules(50)).eval()
+    net = module_of("ddpm").Denoiser(base_ch=8, schedules=precompute_schedules(50), dense_dim=request.param).eval()
     for weight in net.parameters():  # the output starts at zero, which would hide everything
         torch.nn.init.normal_(weight, std=0.05)
     return net
 
 
-def test_a_checkpoint_from_before_fine_ch_draws_and_resumes(flags, tmp_path):
+def test_a_checkpoint_from_before_two_flags_draws_and_resumes(flags, tmp_path):
     result = call(PIXEL, "train.py", *flags, "--epochs", 1, "--fine-ch", 0, "--outdir", tmp_path)
     assert result.code == 0, result.text
     folder = only_run(tmp_path)
     path = ckpt.run_checkpoints(folder)[0][1]
     state = torch.load(path)
-    assert not any(name.startswith(("look", "finish")) for name in state["model"])
-    assert state["args"].pop("fine_ch") == 0
+    assert not any(name.startswith(("look", "finish", "dense")) for name in state["model"])
+    assert [state["args"].pop(name) for name in ("fine_ch", "dense_dim")] == [0, 0]
     torch.save(state, path)
     drawn = call(PIXEL, "infer.py", "--ckpt", folder, "--n", 2, "--out", tmp_path / "a.png")
     assert drawn.code == 0, drawn.text
     result = call(PIXEL, "train.py", *flags, "--epochs", 2, "--resume", folder, "--outdir", tmp_path)
     assert result.code == 0, result.text
-    assert newest_state(folder)["args"]["fine_ch"] == 0
-    refused = call(PIXEL, "train.py", "--resume", folder, "--fine-ch", 8)
-    assert (refused.code, len(refused.errors)) == (MODEL_MISMATCH, 1), refused.text
+    assert [newest_state(folder)["args"][name] for name in ("fine_ch", "dense_dim")] == [0, 0]
+    for name in ("--fine-ch", "--dense-dim"):
+        refused = call(PIXEL, "train.py", "--resume", folder, name, 8)
+        assert (refused.code, len(refused.errors)) == (MODEL_MISMATCH, 1), refused.text
+
+
+def test_a_dense_layer_trains_resumes_and_draws(flags, tmp_path):
+    for epochs in (1, 2):
+        own = (*flags, "--dense-dim", 16, "--epochs", epochs, "--auto-resume", "--outdir", tmp_path)
+        result = call(PIXEL, "train.py", *own)
+        assert result.code == 0, result.text
+        weights = newest_state(only_run(tmp_path))["model"]
+        assert weights["dense.first.layer.weight"].shape == (16, 16 * 49)
+    drawn = call(PIXEL, "infer.py", "--ckpt", tmp_path / "checkpoints", "--n", 2, "--out", tmp_path / "a.png")
+    assert drawn.code == 0, drawn.text
+
+
+def test_a_dense_layer_sees_everything():
+    torch.manual_seed(0)
+    layer = module_of("ddpm").Dense(24, 16).eval()
+    layer.narrow[0] = torch.nn.Identity()  # a normalisation lets every position know of all
+    x = noise(1, 24, 7, 7)
+    film = lambda _: torch.zeros(1, 32)  # noqa: E731
+    with torch.no_grad():
+        before = layer(x, film)
+        x[..., 3, 3] += 5
+        change = (layer(x, film) - before).abs().amax(dim=1)
+    assert change.min() > 1e-4
 
 
 def noise(*shape):
