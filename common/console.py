@@ -1,12 +1,13 @@
 """The console: what happens when stdout or stderr cannot be written to.
 
-A pipe whose reader has left, a terminal that was closed, a full disk or a used-up quota behind a redirection: a tool
-ends (`guarded`), a training session goes on without its console (`patient`).
+A terminal that was closed, a full disk or a used-up quota behind a redirection: a tool ends (`guarded`), a training
+session goes on without its console (`patient`), as both do where a pipe's reader has left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ class _Stream:
     """A text stream that tells `failed` of every OSError that writing meets, and goes on if that returns."""
 
     def __init__(self, raw: TextIO, failed: Callable[[OSError], object]) -> None:
-        self._raw, self._failed = raw, failed
+        self._raw = raw._raw if isinstance(raw, _Stream) else raw  # a session within a script hears of failures first
+        self._failed = failed
 
     def write(self, text: str) -> int:
         try:
@@ -62,12 +64,14 @@ def _streams(out_failed: Callable[[OSError], object], err_failed: Callable[[OSEr
 def guarded() -> Iterator[None]:
     """For a script: there is a stdout and a stderr that take any text, and ConsoleGone if stdout cannot be written to.
 
+    A reader that left (`… | head`) has seen enough of the words: the script goes on, as its files are still wanted.
     Nobody can be told of a stderr that cannot.
     """
     _open_closed()
 
     def gone(error: OSError) -> None:
-        raise ConsoleGone(*error.args) from None
+        if error.errno != errno.EPIPE:
+            raise ConsoleGone(*error.args) from None
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file's name may hold what the terminal cannot show

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from common import emoji
 from common.ckpt import UnreadableCheckpoint, read_file
 from common.device import seed_worker
-from common.error_codes import NO_DATA, Exit, run_main
+from common.error_codes import BAD_OUTPUT, NO_DATA, Exit, run_main
 from common.files import atomic_write
 from common.flags import HUB, MNIST, MNIST_NAME, is_own
 from common.rng import generator
@@ -392,6 +392,8 @@ def main(argv: list[str] | None = None) -> None:
     add_data_arguments(parser)
     args = parser.parse(argv)
     cache_dir = Path(args.cache_dir)
+    if cache_dir.exists() and not cache_dir.is_dir():
+        raise Exit(BAD_OUTPUT, f"--cache-dir {cache_dir} is a file: name a folder")
     for split in ("train", "test"):
         try:
             digits = HF_MNIST(split, cache_dir, source="hub" if args.data == "auto" else args.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -123,9 +124,9 @@ def _check_outputs(args: Any) -> None:
         check_output(args.save_npz, ".npz")
     if args.save_dir:
         _check_folder(Path(args.save_dir))
-    given = {Path(path).resolve() for path in (args.from_image, args.inpaint) if path is not None}
+    given = {os.path.realpath(path) for path in (args.from_image, args.inpaint) if path is not None}
     for path in (output, *_process_files(output), *([Path(args.save_npz)] if args.save_npz else [])):
-        if path.resolve() in given:
+        if os.path.realpath(path) in given:
             raise Exit(BAD_OUTPUT, f"{path} is what is drawn from, and would be overwritten: choose another name")
         if args.save_dir and path.resolve().parent == Path(args.save_dir).resolve():
             raise Exit(BAD_OUTPUT, f"{path} lies among the single images of --save-dir: choose another folder")

@@ -7,7 +7,6 @@ CLAUDE.md lists what each code means to a user.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 from collections.abc import Callable
@@ -59,7 +58,7 @@ def run_main(main: Callable[[], None]) -> int:
             code = _run(main)
             sys.stdout.flush()
         except ConsoleGone as error:
-            if code == OK and error.errno != errno.EPIPE:  # a broken pipe: `… | head` has seen enough
+            if code == OK:
                 print(f"{emoji.error} cannot write the output: {error.strerror}", file=sys.stderr)
                 return BAD_OUTPUT
     if identity().size > 1:  # gloo's threads sometimes abort a process that ends by way of its destructors

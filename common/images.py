@@ -6,7 +6,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,15 +68,22 @@ def _margin(names: list[str], height: int, scale: int) -> torch.Tensor:
 
 
 def picture(images: numpy.ndarray | torch.Tensor, nrow: int | None = None, scale: int = 2) -> Image:
-    """(N, 1, H, W) or (1, H, W) images in [0, 1] as one picture, which a notebook shows: see `make_image_grid`."""
+    """Images in [0, 1], or uint8 ones as --save-npz keeps them, as one picture, which a notebook shows.
+
+    images: (N, 1, H, W), (N, H, W), or a single one, (H, W). nrow, scale: see `make_image_grid`.
+    Raises ValueError for what is no image.
+    """
     from PIL import Image
 
     from common.sampling import as_floats
 
-    images = as_floats(images)
+    most = 255 if str(getattr(images, "dtype", "")).endswith("uint8") else 1
+    images = as_floats(images) / most
     if not images.numel():
         raise ValueError("there are no images to show")
-    grid = make_image_grid(images if images.ndim == 4 else images[None], nrow, scale)
+    if images.ndim not in (2, 3, 4) or (images.ndim == 4 and images.shape[1] != 1):
+        raise ValueError(f"images are (N, 1, H, W), (N, H, W) or (H, W), not {tuple(images.shape)}")
+    grid = make_image_grid(images.reshape(-1, 1, *images.shape[-2:]), nrow, scale)
     return Image.fromarray(to_bytes(grid[0]).cpu().numpy())
 
 
@@ -151,11 +158,17 @@ def _picture(path: Path, mask: bool) -> tuple[torch.Tensor, tuple[int, int]]:
 
     with Image.open(path) as file:
         picture = ImageOps.exif_transpose(file)
-        if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
-            picture = Image.fromarray((numpy.asarray(picture) // 257).clip(0, 255).astype(numpy.uint8))
+        if picture.mode[0] in "IF":  # numbers of 16 bits or more, which Pillow would cut off at 255
+            values = numpy.asarray(picture, dtype=numpy.float64)
+            white = next((most for most in (1, 255) if values.max() <= most), 65535)  # the file does not tell
+            picture = Image.fromarray((values * (255 / white)).clip(0, 255).astype(numpy.uint8))
         if picture.has_transparency_data:
-            paper = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(paper, picture.convert("RGBA"))
+            picture = picture.convert("RGBA")
+            ink = numpy.asarray(picture.convert("L"), dtype=float)
+            opacity = numpy.asarray(picture.getchannel("A"), dtype=float)
+            light = (ink * opacity).sum() > 127.5 * opacity.sum()  # what is drawn in white needs black paper
+            paper = Image.new("RGBA", picture.size, "black" if light else "white")
+            picture = Image.alpha_composite(paper, picture)
         grey = picture.convert("L")
     levels = numpy.asarray(grey)
     edge = numpy.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
@@ -201,9 +214,11 @@ def check_output(path: str | Path, suffix: str) -> Path:
     path = Path(path)
     if path.suffix.lower() != suffix:
         raise Exit(BAD_OUTPUT, f"{path}: give a name that ends in {suffix}")
-    if path.is_dir():
-        raise Exit(BAD_OUTPUT, f"cannot write {path}: it is a folder")
     with one_line(path):
+        if path.is_dir():
+            raise Exit(BAD_OUTPUT, f"cannot write {path}: it is a folder")
+        with suppress(FileNotFoundError):
+            path.stat()  # a name that is too long, a link that leads to itself
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     return path

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common import data
 from common.args import AUTO, Args
 from common.ckpt import UnreadableCheckpoint, read_file
+from common.device import memory_in_one_line
 from common.error_codes import MODEL_MISMATCH, NO_DATA, Exit
 from common.flags import HUB, MNIST, is_own
 from common.rng import generator
@@ -40,6 +41,7 @@ class OwnData(NamedTuple):
     held_out: str
 
 
+@memory_in_one_line("there are more images in --data than fit")
 def read_own(source: str, cache_dir: Path, warn: Callable[[str], None]) -> OwnData:
     """The data that `source`, FILE.npz or hub:OWNER/NAME, means. Raises Exit(NO_DATA) if they are not as wanted."""
     import torch
@@ -50,7 +52,9 @@ def read_own(source: str, cache_dir: Path, warn: Callable[[str], None]) -> OwnDa
         arrays, origin = _of_file(Path(source)), source
     _check(arrays, origin)
     kinds = {"images": "uint8", "labels": "int64"}
-    tensors = {name: torch.as_tensor(array.astype(kinds[name.split("_")[-1]])) for name, array in arrays.items()}
+    tensors = {
+        name: torch.as_tensor(array.astype(kinds[name.split("_")[-1]], copy=False)) for name, array in arrays.items()
+    }
     digest = hashlib.sha256()
     for name in NAMES:
         if name in tensors:
@@ -102,7 +106,7 @@ def _of_file(path: Path) -> dict[str, numpy.ndarray]:
         raise Exit(NO_DATA, f"{path}: no such file; give --data with the path where it lies now") from None
     except OSError as error:
         raise Exit(NO_DATA, f"{path} cannot be read: {error.strerror or error}") from None
-    except Exit:
+    except (Exit, MemoryError):
         raise
     except Exception as error:  # a damaged archive can raise anything
         raise Exit(NO_DATA, f"{path} is damaged, or no .npz file: {data.first_line(error)}") from None

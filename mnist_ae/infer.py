@@ -10,7 +10,7 @@ from common.args import Parser, number
 from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
 from common.data import make_mnist_loader
 from common.device import get_device, memory_in_one_line
-from common.error_codes import USAGE, Exit, run_main
+from common.error_codes import BAD_CHECKPOINT, NO_DATA, USAGE, Exit, run_main
 from common.export import export
 from common.flags import (
     CHECKPOINT,
@@ -72,6 +72,10 @@ def main(argv: list[str] | None = None) -> None:
     threads.settle(args.threads, lambda: threads.recorded(data["args"]))
     autoencoder = build_autoencoder(data, device)
     digits = held_out(args.data, args.cache_dir, data["args"], data["args"]["only_digit"])
+    if len(digits) < (2 if args.interpolate else 1):
+        raise Exit(NO_DATA, f"{digits.source} holds {len(digits)} test {digits.noun} of this class: too few to show")
+    if (wanted := args.num_images * (2 if args.interpolate else 1)) > len(digits):
+        print(f"{emoji.warning} of {wanted} test {digits.noun} there are only {len(digits)} ({digits.source})")
     order = torch.randperm(len(digits), generator=generator(args.seed, "test digits"))
 
     with torch.no_grad(), memory_in_one_line(f"ask for fewer than --num-images {args.num_images}"):
@@ -89,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
             ) / len(digits)
             which = f"{len(digits):,} test {digits.noun} ({digits.source})"
             print(f"{emoji.info} mean squared error over {which}: {error:.5f}")
+    if not images.isfinite().all():
+        raise Exit(BAD_CHECKPOINT, f"{data['path']} draws what are no numbers (NaN)")
     output = args.output or ("interpolation.png" if args.interpolate else "reconstructions.png")
     save_output(images, output, nrow, args.scale)
     print(f"{emoji.ok} {data['exp_name']}, epoch {data['epoch']}: {output}")

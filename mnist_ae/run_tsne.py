@@ -22,7 +22,7 @@ from common.args import Parser, bash_word, number
 from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
 from common.ckpt import RUNS
 from common.device import get_device, memory_in_one_line
-from common.error_codes import NO_DATA, USAGE, Exit, run_main
+from common.error_codes import BAD_CHECKPOINT, NO_DATA, USAGE, Exit, run_main
 from common.files import atomic_write, write_text
 from common.flags import CHECKPOINT, COUNT, OUTPUT, add_data_arguments, add_device_argument, add_threads_argument
 from common.images import check_output, one_line, over, save_output
@@ -197,6 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     require_checkpoint(args.ckpt, AUTOENCODERS)
     threads.prepare()
+    import numpy
+
     device = get_device(args.device)
     data = read_autoencoder(args.ckpt)
     threads.settle(args.threads, lambda: threads.recorded(data["args"]))
@@ -206,12 +208,20 @@ def main(argv: list[str] | None = None) -> None:
     digits = held_out(args.data, args.cache_dir, data["args"], data["args"]["only_digit"])
     with memory_in_one_line(f"ask for fewer than --n-samples {args.n_samples}"):
         latents, labels, images = encode_digits(autoencoder, digits, args.n_samples, args.seed, device)
+        if not len(latents):
+            raise Exit(NO_DATA, f"{digits.source} holds no test {digits.noun} of this class")
+        if not numpy.isfinite(latents).all():
+            raise Exit(BAD_CHECKPOINT, f"{data['path']} makes latents of what are no numbers (NaN)")
         if args.perplexity >= len(latents):
             raise Exit(USAGE, f"--perplexity {args.perplexity:g} must be below the number of digits, {len(latents)}")
         if len(latents) < args.n_samples:
             print(f"{emoji.warning} only {len(latents)} test {digits.noun} there are ({digits.source})")
-        if len(set(labels.tolist())) < 2:
+        if (classes := len(set(labels.tolist()))) < 2:
             raise Exit(NO_DATA, f"this autoencoder knows only {labels[0]}s: there are no classes to tell apart")
+        if classes == len(latents):
+            raise Exit(
+                NO_DATA, f"{classes} test {digits.noun}, each of another class, are too few to tell classes apart"
+            )
 
         with progress(f"t-SNE of {len(latents):,} latents, {latents.shape[1]} dimensions"):
             points = tsne_map(latents, args.perplexity)

@@ -112,6 +112,17 @@ def test_drawing_with_a_closed_console(closed, latent_run, tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 0
 
 
+def test_a_reader_that_leaves_costs_no_file(ae_run, cache, tmp_path):
+    """Each line is written at once, so the first one meets a pipe without a reader in the middle of the work."""
+    flags = f"--ckpt {ae_run} --data embedded --cache-dir {cache} --num-images 4 --output {tmp_path / 'x.png'}"
+    command = f"({sys.executable} infer.py {flags}; echo $? >{tmp_path / 'code'}) | true"
+    env = environment(PYTHONUNBUFFERED="1")
+    result = subprocess.run(command, shell=True, cwd=REPO / AE, env=env, capture_output=True, text=True)
+    assert result.stderr == ""
+    assert (tmp_path / "code").read_text() == "0\n"
+    assert (tmp_path / "x.png").stat().st_size > 0
+
+
 def until(condition, process) -> None:
     deadline = time.monotonic() + 60
     while not condition():

@@ -14,7 +14,7 @@ from PIL import Image
 from common import curves, record, sampling
 from common.ckpt import read_checkpoint, save_checkpoint
 from common.curves import draw_curves
-from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE
+from common.error_codes import BAD_CHECKPOINT, BAD_IMAGE, BAD_OUTPUT, MODEL_MISMATCH, USAGE
 from common.images import row_names, save_gif, to_bytes
 from common.modules import module_of
 from common.run import Run
@@ -295,6 +295,7 @@ def test_what_is_not_finite_is_no_picture(runs, copy_of, tmp_path):
         (("--save-dir", "/proc/nowhere"), BAD_OUTPUT),
         (("--output", "/proc/nowhere/a.png"), BAD_OUTPUT),
         (("--output", "a.jpg"), BAD_OUTPUT),
+        (("--output", f"/tmp/{'a' * 252}.png"), BAD_OUTPUT),
     ],
 )
 def test_a_bad_wish_is_one_line_before_anything_is_drawn(flags, code, runs, tmp_path, monkeypatch):
@@ -303,6 +304,15 @@ def test_a_bad_wish_is_one_line_before_anything_is_drawn(flags, code, runs, tmp_
     assert result.code == code, result.text
     assert len(result.text.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("flag", "code"), [("--output", BAD_OUTPUT), ("--from-image", BAD_IMAGE)])
+def test_a_link_that_leads_to_itself_is_one_line(flag, code, runs, tmp_path):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    result = call(
+        LATENT, "infer.py", "--ckpt", runs[LATENT], "--output", tmp_path / "a.png", flag, tmp_path / "loop.png"
+    )
+    assert (result.code, len(result.text.splitlines())) == (code, 1), result.text
 
 
 PLURAL = re.compile(r"(?<![\d.,])1 (images|pictures|steps|batches|epochs|files|digits|tensors|parameters)\b")

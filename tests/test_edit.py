@@ -453,6 +453,27 @@ def test_any_picture_becomes_a_digit_white_on_black(form, stroke, tmp_path):
     assert np.abs(images[0, 0].numpy() - stroke[1]).max() < 0.005
 
 
+def white_on_nothing(picture):
+    return Image.merge("LA", (Image.new("L", picture.size, "white"), picture)).convert("RGBA")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        white_on_nothing,
+        lambda picture: Image.fromarray(np.asarray(picture, dtype=np.float32) / 255),
+        lambda picture: Image.fromarray(np.asarray(picture, dtype=np.float32)),
+        lambda picture: Image.fromarray(np.asarray(picture, dtype=np.int32)),
+        lambda picture: Image.fromarray(np.asarray(picture, dtype=np.int32) * 257),
+        lambda picture: Image.fromarray(np.asarray(picture, dtype=np.uint16)),
+    ],
+    ids=["white on nothing", "0 to 1", "to 255.0", "32 bits", "32 bits to 65535", "16 bits to 255"],
+)
+def test_no_scale_of_numbers_makes_a_picture_black(form, stroke, tmp_path):
+    form(stroke[0]).save(tmp_path / "a.tiff")
+    assert np.abs(read_images(tmp_path / "a.tiff")[0][0, 0].numpy() - stroke[1]).max() < 0.005
+
+
 def test_a_photograph_lies_as_its_camera_says(stroke, tmp_path):
     turned = stroke[0].rotate(90, expand=True)
     exif = Image.Exif()

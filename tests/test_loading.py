@@ -13,7 +13,7 @@ from common import ckpt, load, picture, sampling
 from common.autoencoder import build_autoencoder, read_autoencoder
 from common.error_codes import MODEL_MISMATCH, Exit
 from common.flags import DEFAULT_GUIDANCE
-from common.images import save_image_grid
+from common.images import save_image_grid, to_bytes
 from common.modules import module_of
 
 THREES = [3, 3, 3]
@@ -142,6 +142,12 @@ def test_a_picture_is_the_grid_and_scales(tmp_path):
     assert (np.asarray(picture(images, nrow=2)) == small.repeat(2, 0).repeat(2, 1)).all()
     assert picture(images[0], scale=1).size == (28, 28)  # a single one has no frame
     assert picture(images).size == picture(images, nrow=3).size
+    assert (np.asarray(picture(images[:, 0], nrow=2, scale=1)) == small).all()
+    kept = to_bytes(images)[:, 0].numpy()  # as --save-npz keeps them
+    assert (np.asarray(picture(kept, nrow=2, scale=1)) == small).all()
+    for wrong in (images[0, 0, 0], images.expand(5, 3, 28, 28)):
+        with pytest.raises(ValueError, match="images are"):
+            picture(wrong)
 
 
 def test_the_options_of_both_models_are_those_of_draw():

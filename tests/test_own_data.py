@@ -10,7 +10,7 @@ from helpers import AE, LATENT, PIXEL, assert_same_training, call, newest_state,
 
 from common import ckpt, classifier, data, load, own_data
 from common.data import HF_MNIST
-from common.error_codes import MODEL_MISMATCH, NO_AE_CHECKPOINT, NO_DATA, OK, USAGE
+from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, NO_AE_CHECKPOINT, NO_DATA, OK, OUT_OF_MEMORY, USAGE, Exit
 from common.play import judge
 from common.play.runs import Shelf, find
 from common.play.wishes import Refused
@@ -109,8 +109,9 @@ def test_the_page_looks_at_a_run_with_its_own_data(autoencoder, latent, file, tm
     assert torch.equal(shelf.digits(opened).images, own.images)
     assert shelf.data_of(opened) == (tmp_path, str(file)), "by which its classifier is chosen"
     opened.run.flags["dataset"] = "other"
-    with pytest.raises(Refused, match="has changed since"):
-        shelf.digits(opened)
+    for look in (lambda: shelf.digits(opened), lambda: judge._classifier(shelf, opened)):
+        with pytest.raises(Refused, match="has changed since"):
+            look()
     opened.run.flags |= {"data": "hub:a/shapes", "dataset": own.fingerprint}
     with pytest.raises(Refused, match=r"fetch it with python -m common.data --data hub:a/shapes"):
         shelf.digits(opened)
@@ -410,3 +411,61 @@ def test_mnist_by_its_name_is_mnist(tmp_path):
     result = call(".", "common/data.py", "--data", "hub:ylecun/mnist", "--cache-dir", tmp_path)
     assert result.code == NO_DATA
     assert "full MNIST" in result.text
+
+
+@pytest.fixture(scope="module")
+def rare(quick, tmp_path_factory):
+    """rare(labels) -> (run folder of an autoencoder, flags) of data with these for tests, and 60 of each to learn."""
+
+    def rare(labels, *flags):
+        folder = tmp_path_factory.mktemp("rare")
+        tests = {f"test_{name}": part[: len(labels)] for name, part in shapes(60).items()} | {"test_labels": labels}
+        some = shapes(600)
+        some["labels"] = np.arange(600) % 10
+        np.savez(folder / "rare.npz", **some, **tests)
+        given = ("--model", "mlp", "--data", folder / "rare.npz", *quick, "--epochs", 1, "--outdir", folder, *flags)
+        assert call(AE, "train.py", *given).code == OK
+        return only_run(folder), ("--cache-dir", quick[-1], "--device", "cpu", "--output", folder / "out.png")
+
+    return rare
+
+
+def test_a_class_without_test_images_is_one_line(rare):
+    for count, flags in ((0, ()), (1, ("--interpolate",))):
+        run, where = rare(np.array([3] * count + [1] * 20), "--only-digit", 3)
+        result = call(AE, "infer.py", "--ckpt", run, *where, *flags)
+        assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text
+    result = call(AE, "infer.py", "--ckpt", run, *where)  # one can be shown
+    assert result.code == OK, result.text
+    assert "there are only 1 (" in result.text
+
+
+def test_a_map_of_as_many_classes_as_images_is_one_line(rare, tmp_path):
+    run, where = rare(np.arange(10))
+    result = call(AE, "run_tsne.py", "--ckpt", run, *where[:4], "--output", tmp_path, "--perplexity", 5)
+    assert (result.code, len(result.errors)) == (NO_DATA, 1), result.text
+
+
+def test_a_file_that_does_not_fit_into_memory_is_not_called_damaged(file, monkeypatch):
+    def too_large(*_args, **_how):
+        raise MemoryError("Unable to allocate")
+
+    monkeypatch.setattr(np, "load", too_large)
+    with pytest.raises(Exit) as caught:
+        HF_MNIST("train", source=str(file))
+    assert caught.value.code == OUT_OF_MEMORY
+
+
+def test_an_autoencoder_of_nan_shows_nothing(autoencoder, file, quick, copy_of, tmp_path):
+    run = copy_of(autoencoder)
+    path = ckpt.run_checkpoints(run)[0][1]
+    state = ckpt.read_checkpoint(path)
+    for weights in (state["model"], state["ema"] or {}):
+        for weight in weights.values():
+            if weight.is_floating_point():
+                weight.fill_(float("nan"))
+    ckpt.save_checkpoint(path, state)
+    for script, flags in (("infer.py", ()), ("infer.py", ("--interpolate",)), ("run_tsne.py", ("--perplexity", 5))):
+        result = call(AE, script, "--ckpt", path, *quick[-2:], "--output", tmp_path / "x.png", *flags)
+        assert (result.code, len(result.errors)) == (BAD_CHECKPOINT, 1), result.text
+        assert not list(tmp_path.glob("x.png"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from common.error_codes import Exit
+from common.flags import is_own
 from common.play import wishes
 from common.play.runs import Opened, Shelf
 from common.play.wishes import Refused
@@ -21,9 +22,21 @@ def _classifier(shelf: Shelf, opened: Opened) -> tuple[DigitClassifier, float] |
     from common.classifier import kept_classifier
 
     cache, source = shelf.data_of(opened)
-    if source not in shelf.classifiers and (kept := kept_classifier(cache, source)) is not None:
-        shelf.classifiers[source] = kept
-    return shelf.classifiers.get(source)
+    known = _data(shelf, opened)
+    if known not in shelf.classifiers and (kept := kept_classifier(cache, source)) is not None:
+        shelf.classifiers[known] = kept
+    return shelf.classifiers.get(known)
+
+
+def _data(shelf: Shelf, opened: Opened) -> str:
+    """What the run's data are called among the classifiers. Raises Refused if a file of them has changed since."""
+    source = shelf.data_of(opened)[1]
+    if not is_own(source):
+        return source
+    known = f"{source} {opened.run.flags.get('dataset')}"
+    if known not in shelf.classifiers:
+        shelf.digits(opened)
+    return known
 
 
 def labels_of(shelf: Shelf, opened: Opened, images: torch.Tensor) -> list[int] | None:
@@ -54,7 +67,7 @@ def judge(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Any) -> None:
     if found is None:
         cache, source = shelf.data_of(opened)
         found = classifier.load_classifier(cache, source, lambda text: send(progress=text), wish.poll)
-        shelf.classifiers[source] = found
+        shelf.classifiers[_data(shelf, opened)] = found
     if not image.any():
         raise Refused("There is nothing on the canvas yet.")
     probabilities = classifier.judge(found[0], image)[1][0]

@@ -194,7 +194,7 @@ class Shelf:
                 name = f"{entry.name}~{count}"
             self.entries[name] = entry
         self.device, self.asked_threads, self.cache_dir = device, asked_threads, cache_dir
-        self.classifiers: dict[str, Any] = {}  # by the source of the digits that they learned from
+        self.classifiers: dict[str, Any] = {}  # by what the data that they learned from are called
         self._opened: OrderedDict[str, tuple[tuple, Opened]] = OrderedDict()
 
     def described(self) -> list[dict[str, Any]]:
