@@ -75,6 +75,27 @@ def test_a_dense_layer_trains_resumes_and_draws(flags, tmp_path):
     assert drawn.code == 0, drawn.text
 
 
+def test_a_dense_layer_is_what_its_equation_says():
+    """x + widen(W2 SiLU((1 + gamma) LayerNorm(W1 few) + beta)), and the network has it behind its attention."""
+    torch.manual_seed(0)
+    net = module_of("ddpm").Denoiser(base_ch=8, schedules=precompute_schedules(50), dense_dim=16).eval()
+    layer, x, cond = net.dense, noise(2, 24, 7, 7), noise(2, 256)
+    seen = []
+    with torch.no_grad():
+        few = layer.narrow(x)
+        gamma, beta = layer.film(cond).chunk(2, dim=1)
+        h = layer.first(few.flatten(1)).double()
+        h = (h - h.mean(1, keepdim=True)) / (h.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        h = (1 + gamma) * h + beta
+        h = layer.second((h / (1 + (-h).exp())).float())
+        expected = x + layer.widen(h.view(few.shape))
+        torch.testing.assert_close(layer(x, lambda it: it.film(cond)), expected, rtol=1e-5, atol=1e-5)
+        net.attention.register_forward_hook(lambda *_: seen.append("attention"))
+        layer.register_forward_hook(lambda *_: seen.append("dense"))
+        net(noise(2, 1, 28, 28), torch.tensor([7, 7]), torch.tensor([3, 10]))
+    assert seen == ["attention", "dense"]
+
+
 def test_a_dense_layer_sees_everything():
     torch.manual_seed(0)
     layer = module_of("ddpm").Dense(24, 16).eval()
