@@ -42,17 +42,28 @@ ALONE = Identity()
 
 
 def identity() -> Identity:
-    """As the launcher's variables tell: torchrun's, or Slurm's in a step of several tasks; else a process alone."""
+    """As the launcher's variables tell: torchrun's, or Slurm's in a step of several tasks; else a process alone.
+
+    What is no number in them tells nothing.
+    """
     env, me = os.environ, ALONE
     # a batch script has most of these variables too, but it is no step of several tasks
-    if int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and env.get("SLURM_PROCID", "").isdigit():
-        local_sizes = _per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or "1")
-        here = local_sizes[min(int(env.get("SLURM_NODEID") or 0), len(local_sizes) - 1)]
-        me = Identity(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), here)
-    if all(env.get(name, "").isdigit() for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")) and env.get("MASTER_ADDR"):
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        me = Identity(*(int(env.get(name) or known) for name, known in zip(names, me, strict=True)))
+    tasks, rank, local = (_number(f"SLURM_{name}") for name in ("STEP_NUM_TASKS", "PROCID", "LOCALID"))
+    if (tasks or 1) > 1 and rank is not None and local is not None:
+        local_sizes = _per_node(env.get("SLURM_STEP_TASKS_PER_NODE", "")) or [1]
+        here = local_sizes[min(_number("SLURM_NODEID") or 0, len(local_sizes) - 1)]
+        me = Identity(rank, tasks, local, here)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, size, *at_home = map(_number, names)
+    if rank is not None and size and _number("MASTER_PORT") is not None and env.get("MASTER_ADDR"):
+        me = Identity(*(known if it is None else it for it, known in zip((rank, size, *at_home), me, strict=True)))
     return me
+
+
+def _number(name: str) -> int | None:
+    """The environment's variable, None if it is not set, or no number."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else None
 
 
 def _per_node(text: str) -> list[int]:

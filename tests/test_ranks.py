@@ -127,6 +127,16 @@ def saved(outdir) -> list[int]:
             | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),3"},
             (5, 6, 1, 3),
         ),
+        # nonsense
+        ({"SLURM_STEP_NUM_TASKS": "abc", "SLURM_PROCID": 0, "SLURM_LOCALID": 0}, (0, 1, 0, 1)),
+        ({"SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 0}, (0, 1, 0, 1)),
+        (
+            {"SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1, "SLURM_LOCALID": 1, "SLURM_NODEID": "x"}
+            | {"SLURM_STEP_TASKS_PER_NODE": "x"},
+            (1, 2, 1, 1),
+        ),
+        ({"RANK": 0, "WORLD_SIZE": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}, (0, 1, 0, 1)),
+        ({"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": "abc", "MASTER_ADDR": "a", "MASTER_PORT": 1}, (1, 2, 0, 1)),
     ],
 )
 def test_a_process_knows_who_it_is(env, identity, monkeypatch):
