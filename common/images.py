@@ -161,7 +161,7 @@ def _picture(path: Path, mask: bool) -> tuple[torch.Tensor, tuple[int, int]]:
         if picture.mode[0] in "IF":  # numbers of 16 bits or more, which Pillow would cut off at 255
             values = numpy.asarray(picture, dtype=numpy.float64)
             white = next((most for most in (1, 255) if values.max() <= most), 65535)  # the file does not tell
-            picture = Image.fromarray((values * (255 / white)).clip(0, 255).astype(numpy.uint8))
+            picture = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(numpy.uint8))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             ink = numpy.asarray(picture.convert("L"), dtype=float)

@@ -10,7 +10,17 @@ from helpers import AE, LATENT, PIXEL, assert_same_training, call, newest_state,
 
 from common import ckpt, classifier, data, load, own_data
 from common.data import HF_MNIST
-from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, NO_AE_CHECKPOINT, NO_DATA, OK, OUT_OF_MEMORY, USAGE, Exit
+from common.error_codes import (
+    BAD_CHECKPOINT,
+    BAD_OUTPUT,
+    MODEL_MISMATCH,
+    NO_AE_CHECKPOINT,
+    NO_DATA,
+    OK,
+    OUT_OF_MEMORY,
+    USAGE,
+    Exit,
+)
 from common.play import judge
 from common.play.runs import Shelf, find
 from common.play.wishes import Refused
@@ -435,9 +445,18 @@ def test_a_class_without_test_images_is_one_line(rare):
         run, where = rare(np.array([3] * count + [1] * 20), "--only-digit", 3)
         result = call(AE, "infer.py", "--ckpt", run, *where, *flags)
         assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text
+        result = call(AE, "run_tsne.py", "--ckpt", run, *where, "--perplexity", 0.5)
+        assert (result.code, len(result.errors)) == (NO_DATA, 1), result.text
     result = call(AE, "infer.py", "--ckpt", run, *where)  # one can be shown
     assert result.code == OK, result.text
     assert "there are only 1 (" in result.text
+
+
+def test_a_cache_that_is_a_file_is_not_ok(tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(Exit) as caught:
+        data.main(["--data", "embedded", "--cache-dir", str(tmp_path / "cache")])
+    assert caught.value.code == BAD_OUTPUT
 
 
 def test_a_map_of_as_many_classes_as_images_is_one_line(rare, tmp_path):
