@@ -454,7 +454,8 @@ def test_any_picture_becomes_a_digit_white_on_black(form, stroke, tmp_path):
 
 
 def white_on_nothing(picture):
-    return Image.merge("LA", (Image.new("L", picture.size, "white"), picture)).convert("RGBA")
+    ink = picture.point(lambda level: 255 if level else 0)  # what is transparent has a colour too, mostly black
+    return Image.merge("LA", (ink, picture)).convert("RGBA")
 
 
 @pytest.mark.parametrize(
