@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import ckpt, emoji, threads
-from common.args import Parser, number
+from common.args import Parser, flag_of, number
 from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress, sampling_options, wanted_labels
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit, run_main
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FEWEST = 200  # images that are worth a score
 FEWEST_REAL = 10  # held-out digits: of each half some neighbours are looked for
-SAMPLING = ("digit", "guidance", "guidance_interval", "guide", "guide_scale", "steps")  # flags that are None by default
+SAMPLING = ("seed", "sampler", "digit", "guidance", "guidance_interval", "guide", "guide_scale", "steps")
 COUNTED = ("fid", "imbalance")  # figures that grow as the images grow fewer
 SPLITS = 10  # of the held-out digits, over which the Fréchet distance is averaged
 CHUNK = 500  # digits reconstructed at a time
@@ -270,13 +270,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where the scores go (default: beside the checkpoint)")
     add_sampling_arguments(parser)
     add_data_arguments(parser)
-    args = parser.parse_args(argv)
+    args, typed = parser.parse_args(argv), parser.typed(argv)
     threads.prepare()
     with joined(vars(args)) as world, memory_in_one_line(f"draw fewer than --n {args.n} images"):
         known: list[Subject] = []
 
         def prepare() -> tuple[dict[str, Any], str, list[int] | None]:
-            known.append(_prepare(args, world.is_over))
+            known.append(_prepare(args, typed, world.is_over))
             return vars(args), known[0].model, known[0].labels
 
         flags, model, labels = world.first_at_length(prepare)  # it may have to train the classifier
@@ -312,8 +312,11 @@ def _say(text: str) -> None:
     print(f"{emoji.info} {text}")
 
 
-def _prepare(args: Any, poll: Callable[[], object]) -> Subject:
-    """Check all that can be checked before anything is drawn; poll is called where that lasts. Raises Exit."""
+def _prepare(args: Any, typed: Collection[str], poll: Callable[[], object]) -> Subject:
+    """Check all that can be checked before anything is drawn; poll is called where that lasts. Raises Exit.
+
+    typed: the flags that the user gave.
+    """
     require_checkpoint(args.ckpt, ckpt.MODEL_TYPES)
     path, state = ckpt.read_model(args.ckpt, ckpt.MODEL_TYPES)
     path = path.resolve()
@@ -326,10 +329,9 @@ def _prepare(args: Any, poll: Callable[[], object]) -> Subject:
         if args.guide is not None:
             args.guide = ckpt.very_file(ckpt.read_model(args.guide, (model,))[0])
             guiding_network(args.guide, state, module_of(model).build, "cpu")  # does it fit?
-    elif args.tstr or args.sampler != "ddpm" or any(getattr(args, name) is not None for name in SAMPLING):
+    elif useless := [flag_of(name) for name in ("tstr", *SAMPLING) if name in typed]:
         # --tstr: what it reconstructs are the very digits that a classifier would be tested on
-        why = "it reconstructs, and takes no sampling flags and no --tstr"
-        raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder: {why}")
+        raise Exit(MODEL_MISMATCH, f"{path} holds an autoencoder, which reconstructs: leave out {', '.join(useless)}")
     if args.tstr and labels is None:
         why = "leave out --digit none" if args.digit == [] else "this model's network takes none"
         raise Exit(USAGE, f"--tstr learns from the images' labels; {why}")
@@ -386,7 +388,7 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
         print(f"{emoji.warning} {columns}: {advice}")
     print(f"{'images/s':>10} {len(images) / seconds:>9.1f}")
     print(f"{emoji.info} not Inception figures: they compare only with figures of this classifier")
-    settings = {name: getattr(args, name) for name in ("n", "seed", "sampler", *SAMPLING)}
+    settings = {name: getattr(args, name) for name in ("n", *SAMPLING)}
     # the only digit decides what real digits it is compared with
     settings |= {"kind": kind, "only_digit": trained["args"].get("only_digit"), "splits": splits}
     target = args.json or scores_file(path)

@@ -234,10 +234,14 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 path, info = ckpt.open_checkpoint(place, fail, describe)
                 info |= {"verified": args.verify and _verify(path)}
+                shown = json.dumps(_cleaned(info, text=False), default=repr) if args.json else _text(info, args.verify)
             except Exit as error:
                 fail(error)
-                continue
-            print(json.dumps(_cleaned(info, text=False), default=repr) if args.json else _text(info, args.verify))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                fail(f"{place}: has the keys of a checkpoint of this project, but other values under them ({why})")
+            else:
+                print(shown)
     if failures:
         raise failures[0]
 

@@ -134,21 +134,22 @@ class Autoencoder(Loaded):
         self.net, self.device = net, device
 
     def encode(self, images: numpy.ndarray | torch.Tensor) -> torch.Tensor:
-        """(N, 1, 28, 28) images in [0, 1] -> (N, D) latents, on the CPU. Raises ValueError for another shape."""
-        return self._apply(self.net.encode, images, (1, 28, 28))
+        """Images in [0, 1], (N, 1, 28, 28), (N, 28, 28) or one (28, 28) -> (N, D) latents, on the CPU.
+
+        Raises ValueError for anything else.
+        """
+        from common.sampling import as_images
+
+        return self.net.encode(as_images(images, "images").to(self.device)).cpu()
 
     def decode(self, latents: numpy.ndarray | torch.Tensor) -> torch.Tensor:
         """(N, D) latents -> (N, 1, 28, 28) images in [0, 1], on the CPU. Raises ValueError for another shape."""
-        return self._apply(self.net.decode, latents, (self.flags["latent_dim"],))
-
-    def _apply(self, what: Callable[..., torch.Tensor], rows: Any, shape: tuple[int, ...]) -> torch.Tensor:
         from common.sampling import as_floats
 
-        rows = as_floats(rows).to(self.device)
-        if rows.shape[1:] != shape:
-            wanted = ", ".join(map(str, ("N", *shape)))
-            raise ValueError(f"the shape must be ({wanted}), not {tuple(rows.shape)}")
-        return what(rows).cpu()
+        rows = as_floats(latents)
+        if rows.shape[1:] != (self.flags["latent_dim"],):
+            raise ValueError(f"latents must be of shape (N, {self.flags['latent_dim']}), not {tuple(rows.shape)}")
+        return self.net.decode(rows.to(self.device)).cpu()
 
 
 @contextmanager

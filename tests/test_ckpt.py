@@ -37,6 +37,12 @@ def test_a_write_that_fails_midway_leaves_the_old_file_and_no_other(tmp_path, er
     assert os.listdir(tmp_path) == ["file.pt"]
 
 
+@pytest.mark.parametrize("name", [251 * "n" + ".png", 125 * "ü" + ".png"])  # of 255 bytes at most
+def test_a_name_may_be_as_long_as_the_system_lets_it(name, tmp_path):
+    atomic_write(tmp_path / name, lambda file: file.write(b"x"))
+    assert os.listdir(tmp_path) == [name]
+
+
 KILLED = """
 import os, signal, sys
 from common import ckpt

@@ -129,10 +129,11 @@ def test_scoring_an_autoencoder(ae_run, copy_of, cache, judged):
     result = call("common", "evaluate.py", *flags)
     assert result.code == 0, result.text
     assert "reconstructions" in result.text
-    for sampling in (("--digit", 3), ("--sampler", "ddim")):
+    for sampling in (("--digit", 3), ("--sampler", "ddpm"), ("--seed", 42), ("--guide", folder), ("--tstr",)):
         wrong = call("common", "evaluate.py", *flags, *sampling)
         assert wrong.code == MODEL_MISMATCH
         assert len(wrong.errors) == 1
+        assert f"leave out {sampling[0]}" in wrong.errors[0]
     assert call("common", "evaluate.py", "--ckpt", folder, "--n", 3).code == USAGE
 
 

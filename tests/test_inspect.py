@@ -210,6 +210,17 @@ def test_checkpoints_with_odd_entries(change, tmp_path, capsys):
     assert "parameters" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("change", [{"best": 3}, {"batch": "x", "val_loss": None}, {"ae_ckpt_data": [1]}])
+def test_a_checkpoint_with_other_values_is_one_line_and_hides_no_other(change, tmp_path, capsys):
+    torch.save(state_of(1) | change, tmp_path / "a.pt")
+    torch.save(state_of(1), tmp_path / "b.pt")
+    assert run_main(lambda: inspect_ckpt.main([str(tmp_path)])) == BAD_CHECKPOINT
+    told = capsys.readouterr()
+    assert "a.pt: has the keys of a checkpoint of this project" in told.err
+    assert len(told.err.splitlines()) == 1
+    assert "b.pt" in told.out
+
+
 def test_terminals_and_scripts_get_nothing_they_cannot_take(tmp_path, capsys):
     torch.save(state_of(1, exp_name="a\x1b[31mred\nline", train_loss=float("nan")), tmp_path / "a.pt")
     inspect_ckpt.main([str(tmp_path / "a.pt")])

@@ -114,9 +114,12 @@ def test_an_autoencoder_encodes_and_decodes(ae_run):
     for alike in (images.tolist(), images.double().numpy(), images.numpy().astype(">f4"), flipped):
         assert torch.equal(run.encode(alike), latents)
     assert torch.equal(run.decode(latents), net.decode(latents))
-    for wrong in (lambda: run.encode(images[0]), lambda: run.encode(latents), lambda: run.decode(images)):
-        with pytest.raises(ValueError, match=r"the shape must be \(N, "):
+    assert torch.equal(run.encode(images[:, 0]), latents)
+    for wrong in (lambda: run.encode(latents), lambda: run.decode(images), lambda: run.decode(latents[0])):
+        with pytest.raises(ValueError, match=r"must be of shape \("):
             wrong()
+    with pytest.raises(ValueError, match="must be from 0"):  # bytes, as pictures and --save-npz have them
+        run.encode(images.mul(255).byte())
 
 
 def test_what_cannot_be_loaded_is_a_value_error(latent_run, tmp_path, copy_of):

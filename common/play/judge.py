@@ -22,15 +22,14 @@ def _classifier(shelf: Shelf, opened: Opened) -> tuple[DigitClassifier, float] |
     from common.classifier import kept_classifier
 
     cache, source = shelf.data_of(opened)
-    known = _data(shelf, opened)
+    known = _named(shelf, opened, source)
     if known not in shelf.classifiers and (kept := kept_classifier(cache, source)) is not None:
         shelf.classifiers[known] = kept
     return shelf.classifiers.get(known)
 
 
-def _data(shelf: Shelf, opened: Opened) -> str:
+def _named(shelf: Shelf, opened: Opened, source: str) -> str:
     """What the run's data are called among the classifiers. Raises Refused if a file of them has changed since."""
-    source = shelf.data_of(opened)[1]
     if not is_own(source):
         return source
     known = f"{source} {opened.run.flags.get('dataset')}"
@@ -67,7 +66,7 @@ def judge(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Any) -> None:
     if found is None:
         cache, source = shelf.data_of(opened)
         found = classifier.load_classifier(cache, source, lambda text: send(progress=text), wish.poll)
-        shelf.classifiers[_data(shelf, opened)] = found
+        shelf.classifiers[_named(shelf, opened, source)] = found
     if not image.any():
         raise Refused("There is nothing on the canvas yet.")
     probabilities = classifier.judge(found[0], image)[1][0]
