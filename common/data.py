@@ -9,6 +9,7 @@ import copy
 import os
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -285,8 +286,19 @@ def keep(path: Path, arrays: dict[str, Any]) -> None:
 
 def _arrow_files(split: str, cache_dir: Path) -> list[Path]:
     """What the `datasets` library left in `cache_dir`, the newest first."""
-    files = cache_dir.glob(f"ylecun___mnist/mnist/*/*/mnist-{split}.arrow")
-    return sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
+    return finished(cache_dir, f"ylecun___mnist/mnist/*/*/mnist-{split}.arrow")
+
+
+def finished(cache_dir: Path, pattern: str) -> list[Path]:
+    """The files of this pattern that the `datasets` library has finished with, the newest first.
+
+    While it prepares a data set, and for ever if it is killed then, some splits lie in a folder HASH.incomplete.
+    """
+    found = []
+    for path in cache_dir.glob(pattern):
+        with suppress(OSError):  # gone since
+            found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found, reverse=True) if path.parent.suffix != ".incomplete"]
 
 
 def _from_datasets_cache(

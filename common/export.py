@@ -7,7 +7,6 @@ optimizer. Networks compute with it in float32, as ever. Beside the usual keys i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +19,7 @@ from common.flags import HUB, is_own
 from common.images import check_output, one_line
 from common.modules import MODULE_FILES
 from common.ranks import identity
-from common.record import CONFIG
+from common.record import starts_in
 from common.run import require_checkpoint
 
 KEPT = ("args", "epoch", "global_step", "batch", "exp_name", "timestamp", "train_loss", "val_loss", "best", "format")
@@ -104,10 +103,7 @@ def _in_half(weights: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _commands(run: Path, model: str) -> list[str]:
     """The commands that a run's config.json tells of, without the flags of PLACES; [] if there is none."""
-    try:
-        starts = [start["command"] for start in json.loads((run / CONFIG).read_text())["starts"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    starts = [start["command"] for start in starts_in(run) if start.get("command")]
     places, commands = [flag_of(name) for name in PLACES], []
     for script, *words in starts:
         if Path(script).name != "train.py":  # a program that called its main

@@ -131,7 +131,11 @@ def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> tuple[list[Fo
     through `warn`; checkpoints saved within an epoch are passed over. Raises Exit(BAD_CHECKPOINT) if none knows it.
     """
     known: list[tuple[Path, dict[str, Any], dict[str, tuple[float, str]]]] = []
-    for path in files_below(folder):
+    try:
+        files = files_below(folder)
+    except OSError as error:
+        raise Exit(BAD_CHECKPOINT, f"{folder}: {error.strerror or error}") from None
+    for path in files:
         if path.name.startswith(".") or (path.name in (ckpt.LATEST, ckpt.BEST) and ckpt.run_checkpoints(path.parent)):
             continue  # symlinks to others in the list, or copies of them
         try:

@@ -103,6 +103,8 @@ class Diffusion(Loaded):
 
         if not isinstance(count, Integral) or count < 1:
             raise ValueError(f"count must be a whole number of at least 1, not {count}")
+        if not isinstance(seed, Integral):
+            raise ValueError(f"seed must be a whole number, not {seed!r}")
         if guidance is None:
             guidance = 1.0 if labels is None else DEFAULT_GUIDANCE
         only = self.flags["only_digit"]

@@ -147,7 +147,7 @@ def _splits_in_cache(name: str, cache_dir: Path, warn: Callable[[str], None]) ->
     """{split: data set} as the `datasets` library left them, without asking the network; None if it did not."""
     owner, title = name.split("/")
     short = _snake_case(title)
-    trains = list(cache_dir.glob(f"{owner}___{short}/*/*/*/{short}-train.arrow"))
+    trains = data.finished(cache_dir, f"{owner}___{short}/*/*/*/{short}-train.arrow")
     if not trains:
         return None
     if len({path.parents[2] for path in trains}) > 1:
@@ -156,7 +156,7 @@ def _splits_in_cache(name: str, cache_dir: Path, warn: Callable[[str], None]) ->
         )
     from datasets import Dataset
 
-    folder = max(trains, key=lambda path: path.stat().st_mtime).parent
+    folder = trains[0].parent
     try:
         files = sorted(folder.glob(f"{short}-*.arrow"))
         return {file.stem.removeprefix(f"{short}-"): Dataset.from_file(str(file)) for file in files}

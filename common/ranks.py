@@ -79,14 +79,15 @@ def _meeting_point() -> tuple[str, int]:
     """
     env = os.environ
     nodes, host = env.get("SLURM_STEP_NODELIST", ""), "127.0.0.1"
-    if int(env.get("SLURM_STEP_NUM_NODES") or 1) > 1:
+    if (_number("SLURM_STEP_NUM_NODES") or 1) > 1:
         command = ["scontrol", "show", "hostnames", nodes]
         try:
             host = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
         except (OSError, subprocess.CalledProcessError, IndexError) as error:
             why = f"`{' '.join(command)}` does not tell the first of several nodes ({error})"
             raise Exit(RANK_FAILED, f"{why}: set MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE") from None
-    number = int(env["SLURM_JOB_ID"]) * 8 + int(env.get("SLURM_STEP_ID") or 0)  # steps of one job may run side by side
+    job, step = (_number(name) or 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    number = job * 8 + step  # steps of one job may run side by side
     return host, 20_000 + number % 10_000
 
 
@@ -107,7 +108,7 @@ def joined(flags: dict[str, Any], where: torch.device | None = None) -> Iterator
 
     if where is not None and where.type == "mps":
         raise Exit(NO_DEVICE, "several processes cannot train on MPS: start one, or give --device cpu")
-    if "MASTER_PORT" not in os.environ:
+    if not os.environ.get("MASTER_ADDR") or _number("MASTER_PORT") is None:
         host, port = _meeting_point()
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -237,7 +238,7 @@ class World:
         So do the others, as long as agree returns false; when it is over all are told by agree(True). agree: what they
         say to each other meanwhile, if more than `is_over` does.
         """
-        agree = agree or self.is_over
+        speaking, agree = agree is not None, agree or self.is_over
         if self.rank:
             while not agree(False):
                 pass
@@ -252,7 +253,7 @@ class World:
         try:
             result = work()
         except (Exit, OSError) as error:
-            if getattr(error, "everywhere", False):  # raised by an agree, in which the others took part
+            if speaking and getattr(error, "everywhere", False):  # raised by an agree, in which the others took part
                 raise
             failed = error
         agree(True)

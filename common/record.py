@@ -32,13 +32,25 @@ if TYPE_CHECKING:
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    """A run folder's config.json, {} if there is none that can be read."""
+    with suppress(OSError, ValueError):
+        config = json.loads((folder / CONFIG).read_text())
+        return config if isinstance(config, dict) else {}
+    return {}
+
+
 def flags_in(folder: Path) -> dict[str, Any]:
-    """The flags in a run folder's config.json, {} if there is none that can be read."""
-    try:
-        flags = json.loads((folder / CONFIG).read_text())["flags"]
-        return {name: entry["value"] for name, entry in flags.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+    """The flags in a run folder's config.json, {} if there are none that can be read."""
+    with suppress(AttributeError, KeyError, TypeError):
+        return {name: entry["value"] for name, entry in _read_config(folder)["flags"].items()}
+    return {}
+
+
+def starts_in(folder: Path) -> list[dict[str, Any]]:
+    """The starts in a run folder's config.json, the last one last; [] if there are none that can be read."""
+    starts = _read_config(folder).get("starts")
+    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
 def announce(folder: Path, args: Args) -> None:
@@ -71,7 +83,7 @@ class Record:
         """Add this start to config.json, and say what changed about the machine."""
         import torch
 
-        starts = self._starts()
+        starts = starts_in(self.run.checkpoints)
         now = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
@@ -97,15 +109,9 @@ class Record:
         self._config = _config(self.run.name, args, self._now_and_before)
         self.config_again()
 
-    def _starts(self) -> list[dict[str, Any]]:
-        try:
-            return json.loads((self.run.checkpoints / CONFIG).read_text())["starts"]
-        except (OSError, ValueError, KeyError):
-            return []
-
     def last_start(self) -> dict[str, Any]:
         """What config.json says of the run's last start, {} if it does not."""
-        return (self._starts() or [{}])[-1]
+        return (starts_in(self.run.checkpoints) or [{}])[-1]
 
     def config_again(self) -> None:
         """Write config.json (again, where somebody deleted the run's folder)."""

@@ -7,6 +7,7 @@ training, and processes that share a batch can each draw the whole batch's noise
 from __future__ import annotations
 
 import hashlib
+import operator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
     """A 32-bit seed for one purpose, e.g. `derive_seed(42, "order", epoch)` (torch's CPU generator uses 32 bits)."""
-    digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(repr((operator.index(seed), *purpose)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big")
 
 

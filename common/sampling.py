@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import count as counting
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple, TypedDict
 
 import numpy
@@ -349,14 +349,14 @@ def draw(
     null_label = null_label_of(net)
     labels = [null_label] * count if labels is None else as_labels(labels, null_label)
     guidance = guidance if takes_labels(net) else 1.0
-    if not 0 < strength <= 1:
+    if not isinstance(strength, Real) or not 0 < strength <= 1:
         raise ValueError(f"strength must be greater than 0 and at most 1, not {strength}")
     if from_image is None and (strength < 1 or inpaint is not None):
         raise ValueError("strength and inpaint say what becomes of an image: give from_image")
-    if resample < 1:
+    if not isinstance(resample, Integral) or resample < 1:
         raise ValueError(f"resample must be at least 1, not {resample}")
     timesteps = timesteps_left(strength, schedules.T)
-    if steps is not None and steps > timesteps < schedules.T:
+    if isinstance(steps, Integral) and steps > timesteps < schedules.T:
         raise ValueError(f"strength {strength} leaves {timesteps} timesteps: steps can be at most that, not {steps}")
     plan = resampled(reverse_steps(schedules.first(timesteps), steps, sampler), resample)
     mine = torch.arange(len(labels)).split(PART)[world.rank :: world.size]  # this process's groups of rows

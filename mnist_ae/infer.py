@@ -32,34 +32,27 @@ WALK_STEPS = 10
 
 def parse_args(argv=None):
     parser = Parser("Reconstruct test digits, or walk between them.", "python infer.py --ckpt RUN_FOLDER --interpolate")
-    parser.flag(
-        "place", *CHECKPOINT, help="checkpoint file, a folder of a run or of runs (newest), FOLDER/best, or latest"
-    )
-    parser.flag("place", *OUTPUT, help="PNG file (default: reconstructions.png or interpolation.png)")
-    parser.flag("place", *COUNT, type=number(int, 1), default=16, help="digits or walks (default: 16)")
-    parser.flag("place", "--interpolate", action="store_true", help="one row per walk from a digit to another")
-    parser.flag(
-        "place",
-        "--walk-steps",
-        type=number(int, 2, 1000),
-        metavar="N",
-        help=f"images in a walk (default: {WALK_STEPS})",
-    )
-    parser.flag("place", "--seed", type=number(int, 0, 2**32 - 1), default=42, help="which test digits (default: 42)")
+    add = parser.add_argument
+    add(*CHECKPOINT, help="checkpoint file, a folder of a run or of runs (newest), FOLDER/best, or latest")
+    add(*OUTPUT, help="PNG file (default: reconstructions.png or interpolation.png)")
+    add(*COUNT, type=number(int, 1), default=16, help="digits or walks (default: 16)")
+    add("--interpolate", action="store_true", help="one row per walk from a digit to another")
+    steps = f"images in a walk (default: {WALK_STEPS})"
+    add("--walk-steps", type=number(int, 2, 1000), metavar="N", help=steps)
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="which test digits (default: 42)")
     what = "show nothing, but write what drawing needs of the run to this file (.pt)"
-    parser.flag("place", "--export", metavar="FILE", help=what)
+    add("--export", metavar="FILE", help=what)
     add_scale_argument(parser)
     add_device_argument(parser)
     add_threads_argument(parser)
     add_data_arguments(parser)
-    return parser.parse(argv)
+    return parser, parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser, args = parse_args(argv)
     if args.export:
-        typed = [name for name in args.kinds if args.origin[name] == "flag"]
-        return export(args.ckpt, args.export, typed, AUTOENCODERS)
+        return export(args.ckpt, args.export, parser.typed(argv), AUTOENCODERS)
     require_checkpoint(args.ckpt, AUTOENCODERS)
     if args.walk_steps and not args.interpolate:
         raise Exit(USAGE, "--walk-steps says how --interpolate is to look: give both")

@@ -69,6 +69,11 @@ def test_lists_arrays_and_tensors_are_alike(alike, latent_run):
     assert torch.equal(draw(labels=alike(THREES), steps=2), draw(labels=THREES, steps=2))
 
 
+def test_a_seed_may_be_a_number_of_numpy(latent_run):
+    run = load(latent_run, "cpu")
+    assert torch.equal(run.draw(3, seed=np.int64(7), steps=2), run.draw(3, seed=7, steps=2))
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -94,6 +99,11 @@ def test_lists_arrays_and_tensors_are_alike(alike, latent_run):
         ({"labels": 3, "guide_scale": float("nan")}, "guide_scale must be a number from 0 to 1000, not nan"),
         ({"steps": 21}, "steps must be a whole number from 1 to T = 20, not 21"),
         ({"steps": 2.5}, "steps must be a whole number from 1 to T = 20, not 2.5"),
+        ({"steps": "3"}, "steps must be a whole number from 1 to T = 20, not 3"),
+        ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
+        ({"seed": None}, "seed must be a whole number, not None"),
+        ({"strength": "0.5"}, "strength must be greater than 0 and at most 1"),
+        ({"resample": 1.5}, "resample must be at least 1, not 1.5"),
         ({"sampler": None}, "sampler must be one of"),
         ({"sampler": "euler"}, "'euler'"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -339,6 +340,24 @@ def test_a_data_set_of_the_hub_is_fetched_once_and_kept_under_its_name(tmp_path,
     assert not torch.equal(HF_MNIST("test", tmp_path, source="hub:zoo/others").images, test.images)
     np.savez(tmp_path / "a.npz", **shapes(150), test_images=test.images, test_labels=test.labels)
     assert HF_MNIST("test", source=str(tmp_path / "a.npz")).fingerprint == train.fingerprint  # the same data
+
+
+def test_what_is_being_prepared_is_not_taken_for_a_data_set(tmp_path, monkeypatch):
+    """The `datasets` library writes split after split into HASH.incomplete, which a kill leaves behind."""
+    stored(tmp_path, "zoo", "shapes", splits=("train",))
+    folder = tmp_path / "zoo___shapes" / "default" / "0.0.0"
+    (folder / "abc").rename(folder / "abc.incomplete")
+    result = call(".", "common/data.py", "--data", "hub:zoo/shapes", "--cache-dir", tmp_path)
+    assert (result.code, len(result.errors)) == (NO_DATA, 1), result.text
+    assert not list(tmp_path.rglob("hub-*.pt"))
+    stored(tmp_path, "zoo", "shapes")
+    assert len(HF_MNIST("test", tmp_path, source="hub:zoo/shapes")) == 30
+    path = tmp_path / "ylecun___mnist" / "mnist" / "0.0.0" / "abc.incomplete" / "mnist-train.arrow"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert data._arrow_files("train", tmp_path) == []
+    monkeypatch.setattr(Path, "glob", lambda *_: [tmp_path / "gone" / "mnist-train.arrow"])
+    assert data._arrow_files("train", tmp_path) == []
 
 
 def test_what_is_not_cached_is_downloaded(tmp_path, monkeypatch):

@@ -20,7 +20,16 @@ from torch import nn
 
 from common import ckpt, ranks
 from common.device import get_device
-from common.error_codes import NO_DEVICE, NON_FINITE_LOSS, RANK_FAILED, SAVE_FAILED, STOPPED_EARLY, USAGE, Exit
+from common.error_codes import (
+    NO_DEVICE,
+    NO_MODEL_SPECIFIED,
+    NON_FINITE_LOSS,
+    RANK_FAILED,
+    SAVE_FAILED,
+    STOPPED_EARLY,
+    USAGE,
+    Exit,
+)
 from common.learner import Learner
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node"
@@ -610,6 +619,43 @@ def test_processes_score_together_as_one_does(latent_run, cache, tmp_path):
         scores.append(json.loads((tmp_path / f"{size}.json").read_text()))
         scores[-1]["details"].pop("images_per_second")
     assert scores[0] == scores[1]
+
+
+@pytest.mark.usefixtures("judged")
+def test_what_the_first_one_alone_finds_wrong_ends_all_alike(latent_run, cache, tmp_path):
+    """Also where it is found by code that all run together elsewhere."""
+    state = newest_state(latent_run)
+    ckpt.save_checkpoint(tmp_path / "guide.pt", state | {"args": state["args"] | {"network": "missing"}})
+    flags = ("--ckpt", latent_run, "--guide", tmp_path / "guide.pt", "--data", "embedded", "--cache-dir", cache)
+    results = Launched(".", 2, *flags, "--device", "cpu", script="-m common.evaluate").finish()
+    assert [result.code for result in results] == [NO_MODEL_SPECIFIED] * 2, results
+    assert [len(result.errors) for result in results] == [1, 0]
+
+
+def test_slurms_processes_meet_though_variables_are_missing_or_nonsense(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NUM_NODES"):
+        monkeypatch.setenv(name, "")
+    assert ranks._meeting_point() == ("127.0.0.1", 20_000)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "2")
+    assert ranks._meeting_point() == ("127.0.0.1", 20_058)
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "x")
+    assert ranks._meeting_point() == ("127.0.0.1", 20_058)
+
+
+@pytest.mark.parametrize("more", [{"MASTER_PORT": "29500"}, {"MASTER_PORT": "abc", "MASTER_ADDR": "127.0.0.1"}])
+def test_half_a_meeting_point_in_the_environment_is_none(more, latent_run, tmp_path):
+    """A cluster's profile that sets one of the variables."""
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "MASTER_ADDR": "", **more}
+    step |= {"SLURM_STEP_TASKS_PER_NODE": "2"}
+    flags = ("--ckpt", latent_run, "--steps", 2, "--device", "cpu", "--output", tmp_path / "a.png")
+    processes = [
+        start(LATENT, "infer.py", *flags, env=step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+        for rank in range(2)
+    ]
+    results = [finish(process) for process in processes]
+    assert [result.code for result in results] == [0, 0], results
+    assert (tmp_path / "a.png").exists()
 
 
 def test_a_scontrol_that_does_not_tell_is_one_line(monkeypatch):

@@ -117,6 +117,15 @@ def test_more_epochs_extend_a_finished_run(train, tmp_path, latent_run, cache, c
     assert starts[0].keys() >= {"time", "command", "torch", "threads", "python", "git_commit", "device"}
 
 
+@pytest.mark.parametrize("text", ["null", "[]", "3", '{"starts": 3}', '{"starts": [null]}', "{", ""])
+def test_a_run_goes_on_whatever_became_of_its_config(text, ae_run, copy_of, cache):
+    folder = copy_of(ae_run)
+    (folder / "config.json").write_text(text)
+    result = call(AE, "train.py", "--resume", folder, "--epochs", 3, "--cache-dir", cache)
+    assert result.code == 0, result.text
+    assert len(json.loads((folder / "config.json").read_text())["starts"]) == 1
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux's affinity masks")
 def test_a_bound_openmp_still_sees_every_core(tiny, tmp_path):
     """Clusters like OMP_PROC_BIND, under which importing torch narrows the affinity mask to one core."""

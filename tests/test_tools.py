@@ -123,8 +123,9 @@ def test_a_failing_disk_is_not_passed_over(tree, capsys, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "scandir", failing)
-    assert run_main(lambda: inspect_ckpt.main([str(tree)])) == BAD_CHECKPOINT
-    assert "Input/output error" in capsys.readouterr().err
+    for tool in (inspect_ckpt, find_best_ckpt):
+        assert run_main(lambda tool=tool: tool.main([str(tree)])) == BAD_CHECKPOINT
+        assert "Input/output error" in capsys.readouterr().err
 
 
 def test_nothing_to_find(tree, tmp_path, capsys):
