@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from common import ckpt
 from common.args import AUTO, Args, Difference, bash_word, flag_of
 from common.device import make_output_directories
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, RUN_LOCKED, STOPPED_EARLY, USAGE, Exit
+from common.files import alone_in
 from common.record import announce, flags_in
 from common.slurm import stop_requested
 
@@ -116,12 +117,18 @@ def open_run(
     settle(args)
     make_output_directories(outdir)
     prefix, logdir = name(args), _logdir(args, outdir)
-    begun = _take_over(checkpoints, prefix, args) if args.auto_resume else None
-    if begun and (found := ckpt.newest_readable(checkpoints / begun[0], warn)):  # it saved while we waited for its lock
+    begun = found = None
+    with alone_in(checkpoints) if args.auto_resume else nullcontext():  # of equal starts the first begins a run
+        if args.auto_resume and (begun := _take_over(checkpoints, prefix, args)):
+            found = ckpt.newest_readable(checkpoints / begun[0], warn)  # it saved while we waited for its lock
+        elif args.auto_resume:
+            found, _ = find_run(args, checkpoints, models, lambda _: None)  # it began, and saved, since we looked
+        if not found:
+            run_name, lock = begun or _claim(checkpoints, prefix, logdir, args)
+            return Run(run_name, outdir, logdir, lock)
+    if begun:
         begun[1].close()
-        return _resume(args, *found, warn)
-    run_name, lock = begun or _claim(checkpoints, prefix, logdir, args)
-    return Run(run_name, outdir, logdir, lock)
+    return _resume(args, *found, warn)
 
 
 def recorded_runs(directory: str | Path, warn: ckpt.Warn) -> list[tuple[Path, ckpt.State]]:

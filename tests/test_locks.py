@@ -13,7 +13,7 @@ from helpers import LATENT, call
 from common import files
 from common import run as run_module
 from common.args import AUTO, Args
-from common.error_codes import BAD_OUTPUT, RUN_LOCKED, Exit
+from common.error_codes import BAD_OUTPUT, OK, RUN_LOCKED, Exit
 from common.files import alone_in
 
 
@@ -26,6 +26,37 @@ def test_two_runs_started_in_the_same_second_get_different_names(tmp_path):
 
 def claim_name(folder):
     return claim(folder)[0]
+
+
+def open_at_once(outdir, all_here, done, codes):
+    """Begins or resumes a run with --auto-resume, exactly when the others do; holds it for as long as they look."""
+    args = plain_args(lr=1.0)
+    args.outdir, args.logdir, args.resume, args.auto_resume, args.model = outdir, None, None, True, "ae-mlp"
+    args.kinds["outdir"], args.origin = "place", dict.fromkeys(("outdir", "lr"), "default")
+    args.defaults = {}
+    run_module.LOCK_PATIENCE = 0.1
+    here = (lambda _: None, lambda _: all_here.wait(60))  # settle() is the last thing before a run is claimed
+    try:
+        run = run_module.open_run(args, lambda _: "run", ("ae-mlp",), print, *here)
+        codes.put(OK)
+        done.wait(60)
+        run.lock.close()
+    except Exit as end:
+        codes.put(end.code)
+
+
+def test_of_equal_starts_at_the_same_moment_one_begins_a_run(tmp_path):
+    context = multiprocessing.get_context("fork")
+    all_here, done, codes = context.Barrier(3), context.Event(), context.Queue()
+    processes = [context.Process(target=open_at_once, args=(tmp_path, all_here, done, codes)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    ended = sorted(codes.get(timeout=60) for _ in processes)
+    done.set()
+    for process in processes:
+        process.join(60)
+    assert ended == [OK, RUN_LOCKED, RUN_LOCKED]
+    assert len(os.listdir(tmp_path / "checkpoints")) == 1
 
 
 def claim(folder, logs=None):
