@@ -24,7 +24,7 @@ OWN_RUNS = ROOT / "mnist_ae" / "outputs" / "checkpoints"  # where their trainer 
 
 
 def read_autoencoder(path: str | Path | tuple[Path, ckpt.State]) -> dict[str, Any]:
-    """An autoencoder's checkpoint (a file, a run's folder, or FOLDER/best), reduced to what `build_autoencoder` needs.
+    """An autoencoder's checkpoint (a file, a run's folder, or RUN/best), reduced to what `build_autoencoder` needs.
 
     The result is plain and can be stored inside another checkpoint. Raises Exit(MODEL_MISMATCH) if the checkpoint
     holds another kind of model, UnreadableCheckpoint if it cannot be read.

@@ -274,7 +274,7 @@ def newest_readable(
 def open_checkpoint(
     path: str | Path, warn: Warn = lambda _: None, read: Callable[[Path], State] = read_checkpoint
 ) -> tuple[Path, State]:
-    """(file, state) of what a user's `path` means: a file, a run folder's newest readable checkpoint, or FOLDER/best.
+    """(file, state) of what a user's `path` means: a file, a run folder's newest readable checkpoint, or RUN/best.
 
     Raises UnreadableCheckpoint if there is no such file, or it cannot be read.
     """
@@ -296,7 +296,7 @@ def load_checkpoint(
     optimizer: Any = None,
     scaler: Any = None,
 ) -> State:
-    """Read the checkpoint at `path` (a file, a run's folder, or FOLDER/best) and restore the objects given.
+    """Read the checkpoint at `path` (a file, a run's folder, or RUN/best) and restore the objects given.
 
     Returns the whole state. Raises UnreadableCheckpoint, also if its weights do not fit `model`.
     """
@@ -453,7 +453,12 @@ def resolve_resume_path(
 
 
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What is in any PyTorch file, as plain types: see `common.inspect_ckpt.describe`."""
-    from common.inspect_ckpt import describe
+    """Show what is in any PyTorch file, a run's newest checkpoint or RUN/best, and return it as plain types.
 
-    return describe(path)
+    See `common.inspect_ckpt.describe`. Raises UnreadableCheckpoint.
+    """
+    from common.inspect_ckpt import describe, report
+
+    _, info = open_checkpoint(path, read=describe)
+    print(report(info))
+    return info

@@ -254,8 +254,11 @@ def _decoded(cache_dir: Path, name: str, warn: Callable[[str], None]) -> tuple[t
         return _whole(name, content["images"], content["labels"])
     except ValueError as reason:
         warn(f"passing over {path}: {reason}")
-    except (UnreadableCheckpoint, KeyError, TypeError, AttributeError):
-        pass
+    except UnreadableCheckpoint as error:
+        if not error.gone:
+            warn(f"passing over {error}")
+    except (KeyError, TypeError, AttributeError):
+        warn(f"passing over {path}: it holds no decoded digits")
     return None
 
 

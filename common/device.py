@@ -25,7 +25,7 @@ OUTPUT_FOLDERS = ("checkpoints", "samples", "runs", "logs")
 
 
 def get_device(name: str | None = None, me: Identity = ALONE) -> torch.device:
-    """The device called `name` ("cuda", "cuda:1", "mps", "cpu"), or the best there is: CUDA, then MPS, then CPU.
+    """The device called `name` ("cuda", "cuda:1", "mps", "cpu"), or (None, "none") the best: CUDA, then MPS, then CPU.
 
     Of several processes on one machine (`me` is one of them) each gets a CUDA device of its own.
     Raises Exit(NO_DEVICE) if a named device does not exist; a wish is never quietly replaced by the CPU.
@@ -34,7 +34,7 @@ def get_device(name: str | None = None, me: Identity = ALONE) -> torch.device:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
-    if name is None:
+    if name is None or name.lower() == "none":
         name = "cuda" if gpus else "mps" if mps else "cpu"
     if name == "cuda" and me.size > 1 and gpus:
         if gpus < me.local_size and not (gpus == 1 and "SLURM_PROCID" in os.environ):  # Slurm may show each its own

@@ -21,6 +21,7 @@ from common.flags import (
     DEFAULT_GUIDANCE,
     DEFAULT_RESAMPLE,
     DEFAULT_STRENGTH,
+    MOST_PASSES,
     OUTPUT,
     add_sampling_arguments,
     add_scale_argument,
@@ -55,7 +56,7 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
     """The flags of an infer.py, under the names that either experiment gives them."""
     parser = Parser(description, example)
     add = parser.add_argument
-    add(*CHECKPOINT, help="checkpoint file, a folder of a run or of runs (newest), FOLDER/best, or latest")
+    add(*CHECKPOINT, help="checkpoint file, a folder of a run or of runs (newest), RUN/best, or latest")
     add(*COUNT, type=number(int, 1), default=count, help=f"how many (default: {count})")
     add(*OUTPUT, default=output, help=f"the grid's file (default: {output})")
     add(
@@ -82,7 +83,7 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
     mask = "keep the picture as it is but where this one, of the same size, is white (pixel diffusion only)"
     add("--inpaint", metavar="MASK", help=mask)
     times = f"with --inpaint, go every stretch of steps N times (RePaint's resampling; default: {DEFAULT_RESAMPLE})"
-    add("--resample", type=number(int, 1, 1000), metavar="N", help=times)
+    add("--resample", type=number(int, 1, MOST_PASSES), metavar="N", help=times)
     add("--export", metavar="FILE", help="draw nothing, but write what drawing needs of the run to this file (.pt)")
     add_sampling_arguments(parser)
     return parser

@@ -259,9 +259,7 @@ def read_scores(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Score a checkpoint.", "python -m common.evaluate --ckpt RUN_FOLDER --digit 0 1 2 3 4 5 6 7 8 9")
-    parser.add_argument(
-        *CHECKPOINT, help="checkpoint file, a folder of a run or of runs (newest), FOLDER/best, or latest"
-    )
+    parser.add_argument(*CHECKPOINT, help="checkpoint file, a folder of a run or of runs (newest), RUN/best, or latest")
     parser.add_argument(
         *COUNT, dest="n", type=number(int, FEWEST), default=5000, help="images, at least 200 (default: 5000)"
     )

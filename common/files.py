@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 A_DAY = 24 * 3600  # seconds
-KEPT = 50  # letters of a name in that of its temporary file, which may not be too long where the name is not
+LONGEST_NAME = 255  # bytes
 ALONE_PATIENCE = 10.0  # seconds
 
 
@@ -48,7 +48,8 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 def _temporary(folder: Path, name: str) -> Path:
     """A new file's name that no reader's pattern matches, and that says which process writes it."""
-    return folder / f".{name[:KEPT]}.{os.getpid()}@{_host()}.{uuid.uuid4().hex[:8]}.tmp"
+    rest = f".{os.getpid()}@{_host()}.{uuid.uuid4().hex[:8]}.tmp"
+    return folder / f".{os.fsencode(name)[: LONGEST_NAME - 1 - len(rest)].decode(errors='ignore')}{rest}"
 
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
@@ -136,6 +137,6 @@ def link(target: Path, name: str) -> None:
 
 def clear_leftovers(folder: str | Path, name: str = "*") -> None:
     """Remove the temporary files that killed writes of `name` left in `folder`."""
-    for leftover in Path(folder).glob(f".{name[:KEPT]}.*.tmp"):
+    for leftover in Path(folder).glob(f".{name}.*.tmp"):
         with contextlib.suppress(OSError):
             leftover.unlink()

@@ -17,6 +17,7 @@ DPM_STEPS = 10  # more draw hardly better (tests/benchmarks/README.md)
 DEFAULT_STRENGTH = {"lddpm": 0.15, "ddpm": 0.3}  # of --from-image: a digit mostly stays the digit that it is
 DEFAULT_RESAMPLE = 5  # of --inpaint: what is drawn fits what is kept, as five times as many steps do not achieve
 DEFAULT_GUIDANCE = 1.1  # a little variety for one more digit in a hundred that is what was asked for
+MOST_PASSES = 1000  # of resampling
 LARGEST_GUIDANCE = 1000.0  # far beyond use, and no float overflows
 DEFAULT_GUIDE_SCALE = 2.0  # with an early epoch of the same run as guide (mnist_single_digit/README.md)
 # One notion has the same spellings in every tool; which comes first differs, as documented

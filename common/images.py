@@ -147,6 +147,8 @@ def _arrays(path: Path) -> tuple[torch.Tensor, tuple[int, int]]:
         if "images" not in arrays and len(arrays.files) != 1:
             raise ValueError(f"it has no array named images, but {', '.join(arrays.files) or 'none at all'}")
         array = arrays["images" if "images" in arrays else arrays.files[0]]
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"its images are of type {array.dtype}")
     values = array.astype(numpy.float32) / 255 if array.dtype == numpy.uint8 else array
     return as_images(values, "its images"), (SIDE, SIDE)
 
@@ -160,6 +162,8 @@ def _picture(path: Path, mask: bool) -> tuple[torch.Tensor, tuple[int, int]]:
         picture = ImageOps.exif_transpose(file)
         if picture.mode[0] in "IF":  # numbers of 16 bits or more, which Pillow would cut off at 255
             values = numpy.asarray(picture, dtype=numpy.float64)
+            if not numpy.isfinite(values).all():
+                raise ValueError("not all of its numbers are finite")
             white = next((most for most in (1, 255) if values.max() <= most), 65535)  # the file does not tell
             picture = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(numpy.uint8))
         if picture.has_transparency_data:

@@ -136,7 +136,8 @@ def _exported(exported: dict[str, Any] | None) -> dict[str, str | None]:
 
 
 def report(info: dict[str, Any]) -> str:
-    """What a person wants to know, as lines of text; `info` is from `describe`."""
+    """What a person wants to know, as lines of text for a terminal; `info` is from `describe`."""
+    info = _cleaned(info, text=True)
     rows: dict[str, Any] = {"kind": info["kind"]}
     if info["kind"] == "checkpoint":
         best, known = info["best"], {name: value for name, value in info["args"].items() if value is not None}
@@ -182,7 +183,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def _places(path: Path) -> list[Path]:
-    """What a path means: itself (a file, a run's folder, or FOLDER/best), or the runs and other files of a tree."""
+    """What a path means: itself (a file, a run's folder, or RUN/best), or the runs and other files of a tree."""
     if not os.path.isdir(path) or ckpt.run_checkpoints(path):
         return [path]
     files = files_below(path)
@@ -210,7 +211,7 @@ def _verify(path: Path) -> bool:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Show what is in a PyTorch file.", "python -m common.inspect_ckpt outputs/checkpoints/RUN --json")
     parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="a file, a run's folder (newest), FOLDER/best, or a tree"
+        "paths", nargs="+", type=Path, metavar="PATH", help="a file, a run's folder (newest), RUN/best, or a tree"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object per file and line")
     parser.add_argument("--verify", action="store_true", help="also read everything and verify the checksums")
@@ -250,8 +251,7 @@ def _text(info: dict[str, Any], asked: bool) -> str:
     checksums = (
         "verified" if info["verified"] else "has none (not a zip archive)" if asked else "not verified (--verify)"
     )
-    shown = report(_cleaned(info, text=True))
-    return f"{emoji.step} {info['path']}\n{shown}\n{'checksums':>12}  {checksums}"
+    return f"{emoji.step} {_cleaned(info['path'], text=True)}\n{report(info)}\n{'checksums':>12}  {checksums}"
 
 
 if __name__ == "__main__":

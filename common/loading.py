@@ -103,6 +103,7 @@ class Diffusion(Loaded):
 
         if not isinstance(count, Integral) or count < 1:
             raise ValueError(f"count must be a whole number of at least 1, not {count}")
+        count = int(count)
         if not isinstance(seed, Integral):
             raise ValueError(f"seed must be a whole number, not {seed!r}")
         if guidance is None:
@@ -164,7 +165,7 @@ def _one_line():
 
 
 def load(path: str | Path, device: str | None = None, *, guide: str | Path | None = None) -> Diffusion | Autoencoder:
-    """The trained network of a checkpoint file, a run's folder (its newest), FOLDER/best, or a folder of runs (newest).
+    """The trained network of a checkpoint file, a run's folder (its newest), RUN/best, or a folder of runs (newest).
 
     device: "cpu", "cuda", "cuda:1" or "mps" (default: the best there is). guide: as --guide, for a diffusion model.
     Raises ValueError if there is no such file or device, or a file cannot be read, or the guide does not fit.

@@ -123,8 +123,11 @@ def _of_hub(name: str, cache_dir: Path, warn: Callable[[str], None]) -> dict[str
     try:
         content = read_file(path)
         return {part: content[part].numpy() for part in NAMES if part in content}
-    except (UnreadableCheckpoint, KeyError, TypeError, AttributeError):
-        pass  # missing or damaged: it is made anew
+    except UnreadableCheckpoint as error:  # it is made anew
+        if not error.gone:
+            warn(f"passing over {error}")
+    except (KeyError, TypeError, AttributeError):
+        warn(f"passing over {path}: it holds no decoded images")
     passed_over: list[str] = []
     if (found := _splits_in_cache(name, cache_dir, passed_over.append)) is None:
         for text in passed_over:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 _SECONDS = os.environ.get("DDPM_RANK_PATIENCE", "")
-PATIENCE = int(_SECONDS) if _SECONDS.isdigit() and int(_SECONDS) else 300  # seconds to wait for another process
+PATIENCE = int(_SECONDS) if _SECONDS.isdecimal() and int(_SECONDS) else 300  # seconds to wait for another process
 
 OF_A_MACHINE = ("cache_dir", "debug", "device", "logdir", "num_workers", "threads")  # flags that may differ
 
@@ -101,6 +101,8 @@ def joined(flags: dict[str, Any], where: torch.device | None = None) -> Iterator
     Exit(USAGE) if they have not the same flags.
     """
     me = identity()
+    if me.rank >= me.size:
+        raise Exit(RANK_FAILED, f"RANK is {me.rank} and WORLD_SIZE {me.size}: ranks count from 0")
     if me.size == 1:
         yield World(me)
         return
@@ -108,7 +110,7 @@ def joined(flags: dict[str, Any], where: torch.device | None = None) -> Iterator
 
     if where is not None and where.type == "mps":
         raise Exit(NO_DEVICE, "several processes cannot train on MPS: start one, or give --device cpu")
-    if not os.environ.get("MASTER_ADDR") or _number("MASTER_PORT") is None:
+    if not os.environ.get("MASTER_ADDR") or not 0 < (_number("MASTER_PORT") or 0) < 2**16:
         host, port = _meeting_point()
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

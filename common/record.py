@@ -133,11 +133,14 @@ class Record:
         self._filter(self.run.log_file, lambda line: _epoch_in_log(line) <= done)
 
     def _filter(self, path: Path, keep: Callable[[str], bool]) -> None:
-        if path.is_file():
+        def rewrite() -> None:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if keep(line)]
             if kept != lines:
-                self._try(path.name, lambda: write_text(path, "".join(kept)))
+                write_text(path, "".join(kept))
+
+        if path.is_file():
+            self._try(path.name, rewrite)
 
     @property
     def events(self) -> Events:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,6 +98,7 @@ def open_run(
     to the timestamp. On resume the checkpoint's flags become today's defaults.
     Raises Exit(MODEL_MISMATCH) if --resume names another kind of model.
     """
+    warn = cache(warn)  # what is looked at again, once a lock is held, is not told again
     identify(args)
     outdir = Path(args.outdir)
     checkpoints = outdir / ckpt.RUNS

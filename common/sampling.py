@@ -13,7 +13,7 @@ from torch import nn
 
 from common.device import move
 from common.diffusion import Schedules, half_log_snr, null_label_of, predictor_of, takes_labels
-from common.flags import DEFAULT_GUIDE_SCALE, SAMPLERS, default_steps, timesteps_left
+from common.flags import DEFAULT_GUIDE_SCALE, MOST_PASSES, SAMPLERS, default_steps, timesteps_left
 from common.ranks import World
 from common.rng import generator
 
@@ -98,7 +98,7 @@ def reverse_steps(schedules: Schedules, steps: int | None = None, sampler: str =
     if not isinstance(steps, Integral) or not 1 <= steps <= T:
         raise ValueError(f"steps must be a whole number from 1 to T = {T}, not {steps}")
     alpha_bar = schedules.exact_alpha_bar
-    visited = _evenly_spaced(alpha_bar, steps, sampler)
+    visited = _evenly_spaced(alpha_bar, int(steps), sampler)
     now = alpha_bar[visited]
     before = torch.cat([alpha_bar[visited[1:]], torch.ones(1, dtype=torch.float64)])  # alpha_bar of the next stop
     variance = (1 - before) / (1 - now) * (1 - now / before) * (sampler in ("ddpm", "dpm-sde"))
@@ -353,12 +353,12 @@ def draw(
         raise ValueError(f"strength must be greater than 0 and at most 1, not {strength}")
     if from_image is None and (strength < 1 or inpaint is not None):
         raise ValueError("strength and inpaint say what becomes of an image: give from_image")
-    if not isinstance(resample, Integral) or resample < 1:
-        raise ValueError(f"resample must be at least 1, not {resample}")
+    if not isinstance(resample, Integral) or not 1 <= resample <= MOST_PASSES:
+        raise ValueError(f"resample must be at least 1 and at most {MOST_PASSES}, not {resample}")
     timesteps = timesteps_left(strength, schedules.T)
     if isinstance(steps, Integral) and steps > timesteps < schedules.T:
         raise ValueError(f"strength {strength} leaves {timesteps} timesteps: steps can be at most that, not {steps}")
-    plan = resampled(reverse_steps(schedules.first(timesteps), steps, sampler), resample)
+    plan = resampled(reverse_steps(schedules.first(timesteps), steps, sampler), 1 if inpaint is None else resample)
     mine = torch.arange(len(labels)).split(PART)[world.rank :: world.size]  # this process's groups of rows
     predictor, labels = _in_parts(predictor_of(net)), torch.tensor(labels, device=device)
     how = {"acts": _within(schedules, guidance_interval), "guide_scale": guide_scale}

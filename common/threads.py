@@ -36,7 +36,7 @@ def available() -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if share.isdigit() and int(share):
+    if share.isdecimal() and int(share):
         return min(cores, int(share))
     return max(1, cores // identity().local_size)
 

@@ -33,7 +33,7 @@ WALK_STEPS = 10
 def parse_args(argv=None):
     parser = Parser("Reconstruct test digits, or walk between them.", "python infer.py --ckpt RUN_FOLDER --interpolate")
     add = parser.add_argument
-    add(*CHECKPOINT, help="checkpoint file, a folder of a run or of runs (newest), FOLDER/best, or latest")
+    add(*CHECKPOINT, help="checkpoint file, a folder of a run or of runs (newest), RUN/best, or latest")
     add(*OUTPUT, help="PNG file (default: reconstructions.png or interpolation.png)")
     add(*COUNT, type=number(int, 1), default=16, help="digits or walks (default: 16)")
     add("--interpolate", action="store_true", help="one row per walk from a digit to another")

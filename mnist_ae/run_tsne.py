@@ -172,7 +172,7 @@ def outputs(output: str) -> dict[str, Path]:
 def parse_args(argv: list[str] | None = None) -> Any:
     parser = Parser("t-SNE of a latent space.", "python run_tsne.py --checkpoint RUN_FOLDER --output tsne")
     add = parser.add_argument
-    add(*CHECKPOINT, help="autoencoder: a file, a folder of a run or of runs (newest), FOLDER/best, or latest")
+    add(*CHECKPOINT, help="autoencoder: a file, a folder of a run or of runs (newest), RUN/best, or latest")
     add(*OUTPUT, default="tsne", help="a folder for the pictures, or a .png for the map, the rest beside (tsne)")
     add(
         *COUNT,

@@ -125,6 +125,19 @@ def test_the_next_older_checkpoint_is_used_and_the_damaged_one_named(tmp_path, k
         assert ckpt.resolve_resume_path(resume, True, run.parent, "run-", warnings.append) == wanted, resume
 
 
+def test_the_log_of_a_resume_tells_what_was_said_before_there_was_one(ae_run, copy_of, cache):
+    folder = copy_of(ae_run)
+    damage("truncated", folder / "checkpoint_epoch_000002.pt", None)
+    result = call(AE, "train.py", "--resume", folder, "--epochs", 3, "--lr", 0.5, "--cache-dir", cache)
+    assert result.code == OK, result.text
+    log = (folder.parent.parent / "logs" / f"{folder.name}.log").read_text()
+    for text in (result.text, log):
+        assert text.count("passing over") == 1
+        assert text.count("this resume changes --lr") == 1
+    started = log[log.index("passing over") :]
+    assert started.index("this resume changes --lr") < started.index("resumed from")
+
+
 def test_all_damaged_means_none(tmp_path):
     run = make_run(tmp_path / "run")
     for _, path in ckpt.run_checkpoints(run):

@@ -124,14 +124,19 @@ def test_workers_change_nothing(train):
     assert order_of(make_mnist_loader(small, 32, num_workers=2), 2) == order_of(make_mnist_loader(small, 32), 2)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "other"])
 def test_a_damaged_decoded_cache_is_made_anew(tmp_path, cache, test, damage):
     file = shutil.copytree(cache, tmp_path / "cache") / "decoded" / "embedded-test.pt"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content if damage == "flip" else content[:-100])
-    assert torch.equal(HF_MNIST("test", tmp_path / "cache", source="embedded").images, test.images)
+    if damage == "other":
+        torch.save([1], file)
+    warnings = []
+    again = HF_MNIST("test", tmp_path / "cache", source="embedded", warn=warnings.append)
+    assert torch.equal(again.images, test.images)
     assert torch.equal(data.read_file(file)["images"], test.images)
+    assert [text.startswith(f"passing over {file}") for text in warnings] == [True]
 
 
 def test_the_decoded_cache_is_used(cache, monkeypatch):

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import drawing, evaluate, session
-from common.device import move, seed_everything
+from common.device import get_device, move, seed_everything
 from common.diffusion import precompute_schedules, timestep_distribution
 from common.error_codes import NON_FINITE_LOSS, OUT_OF_MEMORY, STOPPED_EARLY, run_main
 from common.learner import Learner
@@ -450,3 +450,8 @@ def test_a_run_moves_between_the_cpu_and_cuda(recipe, train, tmp_path):
     for epochs, device, more in ((2, "cuda", ["--amp"]), (3, "cpu", ["--no-amp"])):
         result = train(recipe, device, tmp_path, "--epochs", epochs, "--resume", only_run(tmp_path), *more)
         assert result.code == 0, result.text
+
+
+@pytest.mark.parametrize("name", [None, "none", "None"])
+def test_no_name_is_the_best_there_is(name):
+    assert get_device(name).type == get_device().type

@@ -345,6 +345,8 @@ def files(digit, right_half, tmp_path, monkeypatch):
     np.savez(tmp_path / "range.npz", images=np.full((2, 28, 28), 2.0))
     np.savez(tmp_path / "names.npz", one=np.zeros((28, 28)), two=np.zeros((28, 28)))
     np.savez(tmp_path / "objects.npz", images=np.array([{}], dtype=object))
+    np.savez(tmp_path / "complex.npz", images=np.zeros((2, 28, 28), dtype=complex))
+    Image.fromarray(np.full((28, 28), np.nan, dtype=np.float32)).save(tmp_path / "nan.tif")
     np.savez(tmp_path / "twenty.npz", images=np.zeros((20, 28, 28)))
     np.savez(tmp_path / "two.npz", images=np.ones((2, 28, 28)))
     return tmp_path
@@ -375,6 +377,8 @@ FROM = ("--from-image", "digit.png")
         (("--from-image", "range.npz"), BAD_IMAGE, "from 0 (black) to 1"),
         (("--from-image", "names.npz"), BAD_IMAGE, "no array named images, but one, two"),
         (("--from-image", "objects.npz"), BAD_IMAGE, "objects.npz cannot be read"),
+        (("--from-image", "complex.npz"), BAD_IMAGE, "of type complex128"),
+        (("--from-image", "nan.tif"), BAD_IMAGE, "not all of its numbers are finite"),
         (("--from-image", "twenty.npz"), USAGE, "--num-images 16 is less than one of each of the 20"),
         ((*FROM, "--inpaint", "wide.png"), BAD_IMAGE, "wide.png is 30 x 28 pixels"),
         ((*FROM, "--inpaint", "black.png"), BAD_IMAGE, "black.png has nothing white"),
@@ -385,7 +389,7 @@ FROM = ("--from-image", "digit.png")
 )
 def test_a_wrong_wish_is_one_line_before_anything_is_drawn(flags, code, said, files, pixel_run, monkeypatch):
     monkeypatch.setattr("common.sampling.sample", lambda *_: pytest.fail("drawn"))
-    paths = [files / flag if isinstance(flag, str) and flag.endswith(("png", "npz")) else flag for flag in flags]
+    paths = [files / flag if isinstance(flag, str) and flag.endswith(("png", "npz", "tif")) else flag for flag in flags]
     result = call(PIXEL, "infer.py", "--ckpt", pixel_run, "--output", files / "a.png", *paths)
     assert result.code == code, result.text
     assert len(result.text.splitlines()) == 1, result.text

@@ -41,6 +41,13 @@ def test_a_plain_state_dict(net, tmp_path):
     assert info["parameters"] == sum(value.numel() for value in net.state_dict().values())
 
 
+def test_the_function_shows_what_the_tool_shows(ae_run, capsys):
+    info = ckpt.inspect_checkpoint(ae_run)
+    assert f"experiment  {ae_run.name}" in capsys.readouterr().out
+    assert (info["path"], info["epoch"]) == (str(ae_run / "checkpoint_epoch_000002.pt"), 2)
+    assert ckpt.inspect_checkpoint(ae_run / "best")["epoch"] == info["best"]["epoch"]
+
+
 def test_the_format_from_before_zip_archives(net, tmp_path):
     torch.save(net.state_dict(), tmp_path / "a.pt", _use_new_zipfile_serialization=False)
     assert ckpt.inspect_checkpoint(tmp_path / "a.pt")["tensors"] == shapes(net)

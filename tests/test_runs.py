@@ -1,11 +1,15 @@
 """Which run a start means: resumed, extended, taken over, or new."""
 
+import argparse
+import errno
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import (
@@ -29,6 +33,7 @@ from helpers import (
 from common import ckpt
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, OUT_OF_MEMORY, run_main
 from common.events import Events
+from common.logger_utils import log_args_rich
 
 
 @pytest.fixture
@@ -115,6 +120,33 @@ def test_more_epochs_extend_a_finished_run(train, tmp_path, latent_run, cache, c
     starts = json.loads((folder / "config.json").read_text())["starts"]
     assert [entry["resumed_from"] is None for entry in starts] == [True, False]
     assert starts[0].keys() >= {"time", "command", "torch", "threads", "python", "git_commit", "device"}
+
+
+def test_what_was_typed_is_recorded_as_typed(latent_run):
+    flags = json.loads((latent_run / "config.json").read_text())["flags"]
+    assert flags["data"] == {"value": "embedded", "from": "flag"}
+    assert flags["dataset"]["from"] == "default"
+
+
+def test_argparses_own_arguments_are_logged_too(caplog):
+    log = logging.getLogger("plain")
+    with caplog.at_level(logging.INFO, "plain"):
+        log_args_rich(log, argparse.Namespace(lr=0.1, epochs=3))
+    assert [record.message.split() for record in caplog.records] == [["epochs", "3"], ["lr", "0.1"]]
+
+
+def test_figures_that_may_not_be_read_stop_no_resume(ae_run, copy_of, cache, monkeypatch):
+    folder, read = copy_of(ae_run), Path.read_text
+
+    def refused(path, *how, **more):
+        if path.name == "metrics.jsonl":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return read(path, *how, **more)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    result = call(AE, "train.py", "--resume", folder, "--epochs", 3, "--cache-dir", cache)
+    assert result.code == 0, result.text
+    assert "cannot write metrics.jsonl" in result.text
 
 
 @pytest.mark.parametrize("text", ["null", "[]", "3", '{"starts": 3}', '{"starts": [null]}', "{", ""])
