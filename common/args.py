@@ -206,6 +206,13 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument {'/'.join(action.option_strings)}: the value is empty")
         return found, rest
 
+    def format_help(self) -> str:
+        """As argparse does it, but of a tool, which resumes nothing, the headings do not speak of that."""
+        if "resume" not in self.kinds:
+            for group in self._by_kind.values():
+                group.title = group.title.split(" (")[0]
+        return super().format_help()
+
     def typed(self, argv: list[str] | None = None) -> dict[str, Any]:
         """The flags that `argv` really has, with their values; to be asked after everything else."""
         for action in self._actions:

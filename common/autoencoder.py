@@ -55,7 +55,10 @@ def describe(data: dict[str, Any]) -> str:
 
 
 def build_autoencoder(data: dict[str, Any], device: torch.device | str = "cpu") -> nn.Module:
-    """The frozen autoencoder in `data` (from `read_autoencoder`), in eval mode, rebuilt as its own flags say."""
+    """The frozen autoencoder in `data` (from `read_autoencoder`), in eval mode, rebuilt as its own flags say.
+
+    Raises UnreadableCheckpoint if its weights do not fit.
+    """
     module = module_of(ckpt.infer_model_from_checkpoint(data))
     autoencoder = module.Autoencoder(latent_dim=data["args"]["latent_dim"], use_sigmoid=True)
     try:

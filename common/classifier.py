@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,7 +80,7 @@ def random_affine(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def train_classifier(
-    digits: HF_MNIST,
+    digits: Any,
     seed: int = 0,
     *,
     epochs: int = 5,
@@ -91,6 +92,7 @@ def train_classifier(
 ) -> DigitClassifier:
     """Train on `digits`; a small data set gets more epochs, to make `min_steps`. A function of (digits, seed).
 
+    digits: any data set that a tensor of rows indexes, giving (images (B, 1, 28, 28) in [0, 1], labels (B,)).
     progress is told how it goes; poll is called between steps, and may raise to stop.
     """
     rng = generator(seed, "classifier")

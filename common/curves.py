@@ -20,8 +20,9 @@ def tick_name(value: float, _position: int | None = None) -> str:
 
 
 def draw_curves(metrics: Path, target: Path, title: str) -> None:
-    """Draw the epochs in a metrics.jsonl as a PNG, 640 x 480. Raises OSError if it cannot be written.
+    """Draw the epochs in a metrics.jsonl as a PNG, 640 x 480.
 
+    Raises OSError if that is missing or the PNG cannot be written, ValueError or KeyError for lines that are torn.
     title: the run's name. Figure without pyplot: no window system, no global state, half of the import time.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -15,7 +15,10 @@ PERPLEXITY = 30.0  # t-SNE's neighbourhood size
 
 
 def encode_digits(autoencoder: Any, digits: HF_MNIST, count: int, seed: int, device: Any = "cpu") -> tuple:
-    """(latents (N, D), labels (N,), images (N, 1, 28, 28)) of `count` random digits, fewer if there are fewer."""
+    """(latents (N, D), labels (N,), images (N, 1, 28, 28)) of `count` random digits, fewer if there are fewer.
+
+    The first two are numpy arrays, the images, in [0, 1], a tensor.
+    """
     import torch
 
     rows = torch.randperm(len(digits), generator=generator(seed, "t-SNE digits"))[:count]
@@ -26,7 +29,10 @@ def encode_digits(autoencoder: Any, digits: HF_MNIST, count: int, seed: int, dev
 
 
 def tsne_map(latents: Any, perplexity: float = PERPLEXITY) -> Any:
-    """(N, D) latents -> (N, 2) map (van der Maaten & Hinton 2008), begun from the principal components."""
+    """(N, D) latents -> (N, 2) map (van der Maaten & Hinton 2008), begun from the principal components; numpy arrays.
+
+    perplexity: less than N.
+    """
     from sklearn.manifold import TSNE
 
     init = "pca" if latents.shape[1] > 1 else "random"

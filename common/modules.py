@@ -122,6 +122,7 @@ def trained_network(
     """The network of a diffusion checkpoint, with its averaged weights, for drawing; and its schedules.
 
     read: the checkpoint's (path, state); build(flags, schedules): the experiment's.
+    Raises Exit(MODEL_MISMATCH) if the weights are another network's.
     """
     from common import ckpt
     from common.diffusion import schedules_of

@@ -89,7 +89,8 @@ def reverse_steps(schedules: Schedules, steps: int | None = None, sampler: str =
     eta 0; eta 1 is "ddpm"); "dpm" is DPM-Solver++(2M) and "dpm-sde" SDE-DPM-Solver++(2M) (Lu et al. 2022b,
     algorithm 2 and its counterpart for SDEs): "ddim" and "ddpm" with a term of second order. `steps` (default: see
     `default_steps`) below T visits that many timesteps, evenly spaced in t, for these two in log-SNR. The last step
-    adds no noise, and is of first order: it leads to the predicted x_0.
+    adds no noise, and is of first order: it leads to the predicted x_0. Raises ValueError for an unknown sampler, or
+    steps that are not from 1 to T.
     """
     T = schedules.T
     if sampler not in SAMPLERS:

@@ -1,6 +1,6 @@
 """The training session: the mechanism behind every train.py, which keeps only its recipe.
 
-    with open_session(args, experiment_name, models=("ddpm",)) as session:
+    with open_session(args, experiment_name, models=("ddpm",)) as session:  # common.start
         session.attach(net, steps_per_epoch=len(train))
         for epoch in session.epochs():
             for batch in session.batches(train):
@@ -16,43 +16,33 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from common import ckpt, device, emoji, ranks, slurm, threads
 from common.args import AUTO, Args
-from common.console import patient
 from common.error_codes import (
     BAD_CHECKPOINT,
-    BAD_OUTPUT,
     MODEL_MISMATCH,
-    NO_AE_CHECKPOINT,
-    NO_DATA,
-    NO_MODEL_SPECIFIED,
     NON_FINITE_LOSS,
-    OK,
     OUT_OF_MEMORY,
     RANK_FAILED,
     SAVE_FAILED,
     STOPPED_EARLY,
-    USAGE,
     Exit,
 )
 from common.flags import MNIST, OUR_NETWORK
 from common.learner import DrawsFn, Learner, LossFn, learning_rate
-from common.logger_utils import close_handlers, log_args_rich, setup_component_logger
+from common.logger_utils import log_args_rich, setup_component_logger
 from common.modules import network_digest
-from common.own_data import identify_data
 from common.progress import counted, progress
 from common.record import NoRecord, Record
 from common.rng import derive_seed, generator
-from common.run import Run, open_run
+from common.run import Run
 from common.train_state import TrainState
 
 if TYPE_CHECKING:
@@ -65,105 +55,6 @@ if TYPE_CHECKING:
     from common.data import HF_MNIST
 
 LOOK_EVERY = 50  # steps between looks at the loss on devices that should not wait for it; and TensorBoard's points
-# what is found out only when a run was begun: of one that saved nothing then, nothing is left
-IN_VAIN = (
-    *(USAGE, MODEL_MISMATCH, NO_MODEL_SPECIFIED, NO_AE_CHECKPOINT, BAD_CHECKPOINT, NO_DATA),
-    *(NON_FINITE_LOSS, OUT_OF_MEMORY, BAD_OUTPUT, OK),
-)
-
-
-@contextmanager
-def open_session(
-    args: Args,
-    name: Callable[[Args], str],
-    *,
-    models: tuple[str, ...],
-    identify: Callable[[Args], None] = lambda _: None,
-    settle: Callable[[Args], None] = lambda _: None,
-) -> Iterator[Session]:
-    """Everything around a training run: signals, threads, run folder and lock, log, device, seeds.
-
-    See `common.run.open_run` for `name`, `models`, `identify` and `settle`. Raises Exit, having logged why.
-    Of several processes the first finds and holds the run, logs and writes.
-    """
-    handlers = slurm.install_signal_handlers()  # before the slow imports
-    log = setup_component_logger("train", debug=args.debug)
-    run: Run | None = None  # on the first process, which holds it
-    with patient() as console:
-        try:
-            asked = threads.prepare()
-            if asked and args.threads == AUTO:
-                args.derive("OMP_NUM_THREADS", threads=asked)
-            where = device.get_device(args.device, ranks.identity())
-            with ranks.joined(args.flags(), where) as world:
-
-                def found() -> tuple[Run, dict[str, Any]]:
-                    nonlocal run
-                    identify_data(args, log.warning)
-                    run = open_run(args, name, models, log.warning, identify, settle)
-                    raise_if_finished(args, run, log)
-                    settle_shards(args, run, world)
-                    return dataclasses.replace(run, lock=None), vars(args)
-
-                theirs, flags = world.first(found)
-                vars(args).update(flags)
-                record = Record(run, log.warning) if run else NoRecord()
-                log = setup_component_logger("train", run and run.log_file, args.debug)
-                console.tell(log.warning)
-                try:
-                    with device.memory_in_one_line(
-                        f"choose a smaller --batch-size than {args.batch_size}, or a smaller network"
-                    ):
-                        yield Session(args, run or theirs, record, where, log, world)
-                finally:
-                    record.close()
-        except Exit as end:
-            (log.error if end.code not in (OK, STOPPED_EARLY) else log.info)(str(end))
-            if run is not None and end.code in IN_VAIN:
-                run.discard_if_empty()
-            end.shown = not console.out and not ranks.identity().rank
-            raise
-        except KeyboardInterrupt:
-            log.error("interrupted a second time: leaving at once; what was saved is safe")
-            raise
-        except Exception:
-            log.critical("ended by a bug:", exc_info=True)
-            raise
-        finally:
-            if run is not None:
-                run.lock.close()
-            close_handlers(log)
-            slurm.restore_signal_handlers(handlers)
-
-
-def raise_if_finished(args: Args, run: Run, log: Any) -> None:
-    """Raises Exit(OK) if the run to be resumed has nothing left to train; nothing of it has been touched then."""
-    state = run.state
-    if state is None or not ckpt.is_complete(state):
-        return
-    if end := TrainState.from_checkpoint(state).why_ended(args.flags()):
-        log.info(f"checkpoints: {run.source.parent.resolve()}")
-        more = "; raise --epochs to extend it" if state["epoch"] >= args.epochs else ""
-        name = run.name if run.source.parent == run.checkpoints else run.source
-        raise Exit(OK, f"{name} is already finished: {end}{more}")
-
-
-def settle_shards(args: Args, run: Run, world: ranks.World) -> None:
-    """--shards, where nobody has said how many: one for each process of a new run; a run from before had one.
-
-    Raises Exit(USAGE) if these processes cannot share them, or the batch is too small.
-    """
-    if args.shards == AUTO:
-        shards = world.size if run.state is None else 1
-        args.derive("default" if shards == 1 else "derived", shards=shards)
-    if args.shards % world.size:
-        raise Exit(
-            USAGE,
-            f"{counted(world.size, 'process', 'processes')} cannot share {counted(args.shards, 'shard')} equally: "
-            f"start a number that divides {args.shards}" + ("" if run.state else f", or give --shards {world.size}"),
-        )
-    if args.batch_size < args.shards:
-        raise Exit(USAGE, f"--batch-size {args.batch_size} is less than a row for each of {args.shards} shards")
 
 
 def no_draws(_batch: Any, _rng: torch.Generator) -> tuple[torch.Tensor, ...]:
@@ -172,7 +63,11 @@ def no_draws(_batch: Any, _rng: torch.Generator) -> tuple[torch.Tensor, ...]:
 
 
 class Session:
-    """Drives one run. Attributes for recipes: `args`, `device`, `log`, `epoch`, `net`, `averaged_net`."""
+    """Drives one run.
+
+    Attributes for recipes: `args`, `device`, `data_device`, `log`, `epoch`, `net`, `averaged_net`; `resumed` (the state
+    that the run goes on from, or None) and `extras` (what the recipe adds to its checkpoints).
+    """
 
     def __init__(
         self, args: Args, run: Run, record: Record | NoRecord, where: torch.device, log: Any, world: ranks.World
@@ -213,7 +108,10 @@ class Session:
         return generator(self.args.seed, *purpose)
 
     def digits(self) -> HF_MNIST:
-        """The training digits that the flags ask for. The first process reads them, and hands them to the others."""
+        """The training digits that the flags ask for. The first process reads them, and hands them to the others.
+
+        Raises Exit(NO_DATA) if they cannot be had, Exit(MODEL_MISMATCH) if they are not what the run began with.
+        """
         from common.data import HF_MNIST
 
         where, known = (self.args.cache_dir, self.args.only_digit, self.args.data), self.args.dataset
@@ -249,7 +147,10 @@ class Session:
         return make_mnist_loader(dataset, batch_size, shuffle=shuffle, **how)
 
     def attach(self, net: nn.Module, *, steps_per_epoch: int, warmup: int = 0, **options: Any) -> None:
-        """Take charge of the network (options: see `Learner`), and restore everything if this run resumes."""
+        """Take charge of the network (options: see `Learner`), and restore everything if this run resumes.
+
+        Raises Exit(MODEL_MISMATCH) or Exit(BAD_CHECKPOINT) if what it resumes from does not fit.
+        """
         if self.resumed and self.resumed["global_step"] and self.args.threads == AUTO:  # saved before it was recorded
             before = self.world.first(self.record.last_start)
             self.args.derive("checkpoint", threads=before.get("threads", AUTO))
@@ -374,7 +275,10 @@ class Session:
         self.log.info(f"checkpoints: {self.run.checkpoints.resolve()}")
 
     def batches(self, loader: DataLoader) -> Iterator[Any]:
-        """The epoch's batches from where it stands, on the device; between them, saves when due and obeys stops."""
+        """The epoch's batches from where it stands, on the device; between them, saves when due and obeys stops.
+
+        Raises Exit(STOPPED_EARLY), and Exit(OUT_OF_MEMORY) if a worker finds no room.
+        """
         loader.sampler.epoch, loader.sampler.start = self.epoch, self.at.batch
         loader.generator.manual_seed(derive_seed(self.args.seed, "workers", self.epoch))
         self.net.train()
@@ -552,6 +456,7 @@ class Session:
 
         preview() returns images (N, C, H, W) in [0, 1]; it is called with --generate-images. scalars: more figures
         for TensorBoard, metrics.jsonl and the checkpoint's `scores`.
+        Raises Exit(NON_FINITE_LOSS) if a loss or a weight is NaN or infinite.
         """
         self._look_at_losses()
         if preview is not None and self.args.generate_images:

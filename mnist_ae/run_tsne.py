@@ -153,7 +153,10 @@ def progress(what: str) -> Iterator[None]:
 
 
 def outputs(output: str) -> dict[str, Path]:
-    """The files to write, by their standard names: in a folder, or a .png path with the others beside it."""
+    """The files to write, by their standard names: in a folder, or a .png path with the others beside it.
+
+    Raises Exit(USAGE) for another kind of picture, Exit(BAD_OUTPUT) if they could not be written.
+    """
     path = Path(output)
     if path.suffix.lower() in (".jpg", ".jpeg", ".pdf", ".svg", ".gif", ".tif", ".tiff") and not path.is_dir():
         raise Exit(USAGE, f"--output {output}: pictures are written as .png, or into a folder")

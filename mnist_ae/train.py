@@ -12,7 +12,7 @@ from common.evaluate import epoch_scorer
 from common.flags import add_training_arguments
 from common.images import over
 from common.modules import module_of
-from common.session import open_session
+from common.start import open_session
 
 MODELS = {AUTO: AUTO, "mlp": "ae-mlp", "conv": "ae-conv", "ae-mlp": "ae-mlp", "ae-conv": "ae-conv"}
 LATENT_NOISE = 0.05  # deviation of the noise on latents in training; their own is 1.2 to 1.5

@@ -13,7 +13,7 @@ from common.error_codes import run_main
 from common.evaluate import epoch_scorer
 from common.flags import add_diffusion_arguments, add_training_arguments, check_betas
 from common.modules import module_of, named, network_file
-from common.session import open_session
+from common.start import open_session
 
 LABEL_DROPOUT = 0.3  # how often the denoiser does not see the label, so that it can also draw without one
 

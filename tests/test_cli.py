@@ -222,6 +222,7 @@ def test_help_of_a_tool_imports_nothing_heavy(tool):
     result = finish(start(".", "-c", HELP.format(start=code)))
     assert result.code == 0, result.text
     assert "usage:" in result.text
+    assert "on resume" not in result.text
 
 
 def test_help_shows_every_flag_of_the_specification():
@@ -231,6 +232,7 @@ def test_help_shows_every_flag_of_the_specification():
     own = {AE: "--model --latent-dim", LATENT: "--ae-ckpt --ae-ckpt-dir --T --beta-start --beta-end --hidden-dim"}
     for folder, flags in own.items():
         text = call(folder, "train.py", "--help").text
+        assert "training (kept on resume unless given)" in text
         assert [
             flag for flag in f"{shared} {flags}".split() if f"  {flag}" not in text and f", {flag}" not in text
         ] == []

@@ -13,6 +13,7 @@ from typing import Any
 from common import ckpt, threads
 from common.args import AUTO, bash_word
 from common.device import get_device
+from common.drawing import FEW
 from common.error_codes import MODEL_MISMATCH, USAGE, Exit
 from common.flags import DEFAULT_GUIDANCE, DEFAULT_RESAMPLE, DEFAULT_STRENGTH, HUB, OUR_NETWORK, is_own, why_not_drawn
 from common.loading import Autoencoder, Diffusion, load
@@ -23,7 +24,6 @@ from common.record import METRICS
 from common.run import recorded_runs
 
 KEPT = 4  # networks in memory
-FEW = 64  # images that are drawn to find the fastest number of threads
 KINDS = {"ae-mlp": "autoencoder", "ae-conv": "autoencoder", "lddpm": "latent diffusion", "ddpm": "pixel diffusion"}
 EXPERIMENTS = tuple(dict.fromkeys(file.split("/")[0] for file in MODULE_FILES.values()))
 FULL = ("decoded/mnist-test.pt", "ylecun___mnist")  # what a cache of full MNIST has
@@ -241,7 +241,10 @@ class Shelf:
         return torch.get_num_threads()
 
     def digits(self, opened: Opened) -> Any:
-        """The test digits that the run's autoencoder is looked at with: HF_MNIST, from where its training had them."""
+        """The test digits that the run's autoencoder is looked at with: HF_MNIST, from where its training had them.
+
+        Raises Refused if they have changed since.
+        """
         cache, source = self.data_of(opened)
         flags = opened.run.flags
         try:
