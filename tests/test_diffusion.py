@@ -390,7 +390,7 @@ def test_large_drawings_go_through_the_net_in_parts(guidance, monkeypatch):
     """Its memory stays bounded, and every row keeps its noise and its label."""
 
     class Net:
-        null_label, asked = 10, []
+        null_label, takes_labels, asked = 10, True, []
 
         def predictor(self):
             return lambda x, t, labels: self.asked.append(len(x)) or x * 0.1 + labels[:, None] / (t + 1)
@@ -398,6 +398,8 @@ def test_large_drawings_go_through_the_net_in_parts(guidance, monkeypatch):
     wish = {"labels": list(range(9)), "guidance": guidance, "seed": 1}
     schedules = diffusion.precompute_schedules(12, **BETAS)
     whole = sampling.draw(Net(), (4,), schedules, **wish)
+    plain = sampling.draw(Net(), (4,), schedules, **wish | {"guidance": 1.0})
+    assert torch.equal(whole, plain) == (guidance == 1)
     monkeypatch.setattr(sampling, "PART", 4)
     Net.asked.clear()
     torch.testing.assert_close(sampling.draw(Net(), (4,), schedules, **wish), whole)

@@ -7,6 +7,7 @@ import struct
 import warnings
 import zipfile
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,6 +189,24 @@ def test_resampling_goes_every_stretch_again_and_each_step_begins_where_the_last
         assert some == plan
 
 
+def test_what_is_noised_again_keeps_its_variance():
+    plan = [sampling.ReverseStep(0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, back_scale=0.6)]  # leads from x to x
+    z = sampling.noise_source(1, (10,))
+    torch.testing.assert_close(sampling.sample(lambda x, t: x, z, plan), 0.6 * z(0) + 0.8 * z(1))
+
+
+def test_every_row_has_its_own_image_and_mask_in_whatever_part_it_is_drawn(net, monkeypatch):
+    images, masks = torch.rand(2, 6, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    how = {"from_image": images, "inpaint": masks, "strength": 0.5, "steps": 5, "count": 6}
+    whole = sampling.draw(net, (1, 28, 28), SCHEDULES, **how)
+    assert torch.equal(whole == images, masks <= 0.5)  # what is above a half is drawn anew
+    monkeypatch.setattr(sampling, "PART", 2)
+    torch.testing.assert_close(sampling.draw(net, (1, 28, 28), SCHEDULES, **how), whole)
+    second = SimpleNamespace(rank=1, size=2, all=lambda mine: [[torch.zeros_like(mine[0])] * 2, mine])
+    shared = sampling.draw(net, (1, 28, 28), SCHEDULES, world=second, **how)
+    torch.testing.assert_close(shared[2:4], whole[2:4])
+
+
 WRONG = [
     ({"strength": 0.5}, "give from_image"),
     ({"inpaint": torch.ones(28, 28)}, "give from_image"),
@@ -336,6 +355,7 @@ def files(digit, right_half, tmp_path, monkeypatch):
     """Some files to be wrong about, in the current folder of the script."""
     Image.new("L", (30, 28), 255).save(tmp_path / "wide.png")
     Image.new("L", (28, 28), 0).save(tmp_path / "black.png")
+    Image.new("L", (28, 28), 100).save(tmp_path / "dark.png")
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "cut.png").write_bytes(digit[0].read_bytes()[:-60])
     (tmp_path / "folder.png").mkdir()
@@ -382,6 +402,7 @@ FROM = ("--from-image", "digit.png")
         (("--from-image", "twenty.npz"), USAGE, "--num-images 16 is less than one of each of the 20"),
         ((*FROM, "--inpaint", "wide.png"), BAD_IMAGE, "wide.png is 30 x 28 pixels"),
         ((*FROM, "--inpaint", "black.png"), BAD_IMAGE, "black.png has nothing white"),
+        ((*FROM, "--inpaint", "dark.png"), BAD_IMAGE, "dark.png has nothing white"),
         ((*FROM, "--inpaint", "nothing.png"), BAD_IMAGE, "nothing.png: no such file"),
         ((*FROM, "--inpaint", "two.npz"), BAD_IMAGE, "2 masks"),
     ],

@@ -115,6 +115,7 @@ def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
     assert nameless.code == 0, nameless.text
     more = json.loads((folder / "checkpoint_epoch_000002.scores.json").read_text())
     assert more["details_unlabelled"]["settings"]["kind"] == "without labels"
+    assert "agreement_unlabelled" in more  # the run has seen only one digit
     assert {name: value for name, value in more.items() if not name.endswith("_unlabelled")} == written
     few = [line for line in plain.text.splitlines() if "of only 25" in line]
     assert [line.split()[0] for line in few] == ["fid", "imbalance"]
@@ -223,7 +224,7 @@ def _missing():
     raise Exit(NO_DATA, "no test digits")
 
 
-def test_what_is_scored_was_drawn_with_the_guide(judged, cache, tmp_path, latent_run):
+def test_what_is_scored_was_drawn_with_the_guide_and_the_seed(judged, cache, tmp_path, latent_run):
     flags = (
         "--ckpt",
         latent_run,
@@ -237,12 +238,29 @@ def test_what_is_scored_was_drawn_with_the_guide(judged, cache, tmp_path, latent
         tmp_path / "a.json",
     )
     found = []
-    for more in ((), ("--guide", latent_run / "checkpoint_epoch_000001.pt", "--guide-scale", 50)):
+    for more in ((), ("--guide", latent_run / "checkpoint_epoch_000001.pt", "--guide-scale", 50), ("--seed", 7)):
         result = call("common", "evaluate.py", *flags, *more)
         assert result.code == 0, result.text
         found.append(json.loads((tmp_path / "a.json").read_text()))
-    assert found[0]["fid"] != found[1]["fid"]
+    assert len({scores["fid"] for scores in found}) == 3
     assert found[1]["details"]["settings"]["guide_scale"] == 50
+
+
+def test_drawings_of_one_digit_are_compared_with_that_digit(latent_run, cache, judged, tmp_path, monkeypatch):
+    """Also of a run that has seen them all."""
+    state = ckpt.read_checkpoint(latent_run / "latest.pt")
+    state["args"] |= {"only_digit": None, "class_counts": [100] * 10}
+    ckpt.save_checkpoint(tmp_path / "a.pt", state)
+    compared = []
+
+    def spy(images, wanted, real, *rest, **how):
+        compared.append(set(real.labels.tolist()))
+        return score(images, wanted, real, *rest, **how)
+
+    monkeypatch.setattr(evaluate, "score", spy)
+    flags = ("--ckpt", tmp_path / "a.pt", "--n", 200, "--data", "embedded", "--cache-dir", cache, "--digit", 3)
+    evaluate.main([str(flag) for flag in flags])
+    assert compared == [{3}]
 
 
 @pytest.mark.slow

@@ -611,6 +611,7 @@ def test_a_wrong_drawing_is_one_line(latent_run, tmp_path):
 @pytest.mark.usefixtures("judged")
 def test_processes_score_together_as_one_does(latent_run, cache, tmp_path):
     flags = ("--ckpt", latent_run, "--n", 300, "--data", "embedded", "--cache-dir", cache, "--device", "cpu")
+    flags += ("--guide", latent_run / "checkpoint_epoch_000001.pt", "--guide-scale", 50)
     scores = []
     for size in (1, 2):
         results = Launched(".", size, *flags, "--json", tmp_path / f"{size}.json", script="-m common.evaluate").finish()

@@ -357,6 +357,15 @@ def test_drawings_that_are_all_alike_have_precision_but_no_recall():
     assert found["recall"]["value"] < 0.1
 
 
+def test_the_recall_of_drawings_that_come_class_by_class_is_that_of_all_of_them():
+    drawn = Digits(2000)
+    recall = [
+        evaluate.score(drawn[rows][0], None, Digits(800), CORNERS, errors=False, splits=1)["recall"]["value"]
+        for rows in (torch.arange(2000), drawn.labels.argsort())
+    ]
+    assert recall[1] == pytest.approx(recall[0], abs=0.1)
+
+
 def test_reconstructions_are_scored_on_the_digits_of_the_floor(monkeypatch):
     real = Digits(100)
     monkeypatch.setattr("common.autoencoder.read_autoencoder", lambda path: path)

@@ -56,6 +56,7 @@ def best(*argv, capsys) -> tuple[int, str, str]:
         (("--metric", "train_loss"), "a/checkpoint_epoch_000003.pt"),
         (("--metric", "epoch"), "a/checkpoint_epoch_000003.pt"),  # grows unless told otherwise
         (("--metric", "epoch", "--mode", "min"), "a/checkpoint_epoch_000001.pt"),
+        (("--metric", "batch"), "a/checkpoint_epoch_000003.pt"),  # 0 in all: the latest epoch
     ],
 )
 def test_the_best(tree, flags, wanted, capsys):
@@ -163,6 +164,16 @@ def test_a_score_is_found_under_the_name_it_has_with_labels(tmp_path, capsys):
     code, path, warnings = best(tmp_path, "--metric", "fid", "--print-path-only", capsys=capsys)
     assert (code, path) == (0, str(tmp_path / "a" / "checkpoint_epoch_000002.pt"))
     assert "ranking by fid_labelled" in warnings
+
+
+@pytest.mark.parametrize(("day", "wanted"), [("01", "1"), ("02", "9")])
+def test_scores_measured_later_go_before_those_of_training_if_they_are_of_this_checkpoint(
+    day, wanted, tmp_path, capsys
+):
+    save(tmp_path / "a", 1, scores={"fid": 9})
+    scores = {"timestamp": f"2026-01-{day}T00:00:00+00:00", "fid": 1}
+    find_best_ckpt.scores_file(tmp_path / "a" / "checkpoint_epoch_000001.pt").write_text(json.dumps(scores))
+    assert best(tmp_path, "--metric", "fid", capsys=capsys)[1].splitlines()[1].split()[1] == wanted
 
 
 def test_metrics_and_logs_fill_what_checkpoints_lack(tree, capsys):
