@@ -1,8 +1,10 @@
 """Which autoencoder a latent training takes, and what it writes down about it."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import AE, LATENT, call, inside, newest_state, only_run, recipe
 
 from common.autoencoder import find_autoencoder
@@ -80,6 +82,14 @@ def test_names_once_the_autoencoder_is_known():
     with inside(AE):
         ae = recipe(AE, "train.py")
     assert ae.experiment_name(ae.parse_args(["--model", "conv"])).startswith("ae-conv-dall-bs128-")
+
+
+def test_the_deviation_of_latents_is_that_of_their_dimensions():
+    with inside(AE):
+        ae = recipe(AE, "train.py")
+    latents = torch.tensor([[-1.0, -11.0], [1.0, -9.0]])
+    found = ae.latent_statistics(SimpleNamespace(encode=lambda images: images), latents)
+    assert found == pytest.approx({"latent/mean": -5, "latent/std": 2**0.5, "latent/max": 11})
 
 
 @pytest.mark.parametrize("flag", ["--hidden-dim", "--T"])

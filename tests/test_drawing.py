@@ -212,11 +212,16 @@ def test_what_cannot_guide_says_so(runs, ae_run, tmp_path):
     save_checkpoint(tmp_path / "moved.pt", state)
     state["ema"]["module.latent_mean"] -= state["ema"]["module.latent_std"] * 0.49  # of another split
     save_checkpoint(tmp_path / "split.pt", state)
+    state["ema"]["module.latent_std"] *= 2
+    save_checkpoint(tmp_path / "wide.pt", state)
     for name, changed in (
         ("latents", {"ae_weights": "0" * 12}),
         ("fours", {"only_digit": 4}),
         ("x", {"labelled": False}),
         ("shirts", {"dataset": "0" * 12}),
+        ("later", {"beta_start": 2e-4}),
+        ("noisier", {"beta_end": 0.03}),
+        ("longer", {"T": 21}),
     ):
         state = read_checkpoint(runs[LATENT] / "latest.pt")
         state["args"] |= changed
@@ -228,7 +233,11 @@ def test_what_cannot_guide_says_so(runs, ae_run, tmp_path):
         (LATENT, ("--guide", tmp_path / "fours.pt"), MODEL_MISMATCH, "seen 4s only"),
         (LATENT, ("--guide", tmp_path / "x.pt"), MODEL_MISMATCH, "takes no labels"),
         (LATENT, ("--guide", tmp_path / "shirts.pt"), MODEL_MISMATCH, "other data"),
+        (LATENT, ("--guide", tmp_path / "later.pt"), MODEL_MISMATCH, "--beta-start 0.0002, this one 0.0001"),
+        (LATENT, ("--guide", tmp_path / "noisier.pt"), MODEL_MISMATCH, "--beta-end 0.03, this one 0.02"),
+        (LATENT, ("--guide", tmp_path / "longer.pt"), MODEL_MISMATCH, "--T 21, this one 20"),
         (LATENT, ("--guide", tmp_path / "moved.pt"), MODEL_MISMATCH, "standardises latents by those of other digits"),
+        (LATENT, ("--guide", tmp_path / "wide.pt"), MODEL_MISMATCH, "standardises latents by those of other digits"),
         (LATENT, ("--guide", tmp_path / "none.pt"), BAD_CHECKPOINT, "none.pt"),
         (LATENT, ("--guide", ""), USAGE, "the value is empty"),
         (PIXEL, ("--guide-scale", 2), USAGE, "give --guide PATH"),

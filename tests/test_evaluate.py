@@ -58,9 +58,20 @@ def test_the_classifier_reads_digits_and_is_kept(judged, cache):
     _, probabilities = judge(net, test[torch.arange(len(test))][0])
     assert (probabilities.argmax(1) == test.labels).float().mean().item() == pytest.approx(accuracy)
     again, same = load_classifier(cache, "embedded", progress=lambda text: pytest.fail(f"not from the cache: {text}"))
-    assert same == accuracy
+    assert (same, again.training) == (accuracy, False)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
     assert fingerprint(net) == fingerprint(again)
+
+
+def test_digits_to_learn_from_are_turned_and_not_bent(monkeypatch):
+    """By the greatest angle: a round spot stays what it is, a bar does not."""
+    draws = iter([1.0, 0.5, 0.5, 0.5, 0.5])  # angle, scale, shear, shifts; 0.5 is none
+    monkeypatch.setattr(torch, "rand", lambda count, generator: torch.full((count,), next(draws)))
+    square = (torch.arange(28.0) - 13.5).square()
+    images = torch.stack([torch.exp(-(square + square[:, None] * flat) / 50) for flat in (1, 9)])[:, None]
+    spot, bar = (classifier.random_affine(images, None) - images).abs().amax((1, 2, 3))
+    assert spot < 0.02
+    assert bar > 0.1
 
 
 def test_the_classifier_is_a_function_of_its_seed(cache):

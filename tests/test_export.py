@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import AE, LATENT, PIXEL, REPO, call, newest_state, only_run, run
+from helpers import AE, LATENT, PIXEL, REPO, assert_same, call, newest_state, only_run, run
 from PIL import Image
 
 from common import ckpt, load
@@ -59,6 +59,8 @@ def test_it_holds_what_drawing_needs_and_nothing_of_the_place_it_comes_from(kind
     averaged = {key.removeprefix("module."): value for key, value in (source["ema"] or source["model"]).items()}
     for name, tensor in state["model"].items():
         torch.testing.assert_close(tensor.float(), averaged[name].float(), rtol=5e-4, atol=1e-6)
+        if tensor.ndim < 2:
+            assert_same(tensor, averaged[name], name)
 
 
 @pytest.mark.parametrize("kind", ["lddpm", "ddpm"])

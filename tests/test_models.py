@@ -193,6 +193,9 @@ def test_ae_infer_in_both_modes(kind, cache, tmp_path, request):
     assert "mean squared error over 50 test digits (embedded)" in result.text
     columns = math.ceil(math.sqrt(2 * 5))
     assert Image.open(tmp_path / "a.png").size == grid_size(2 * columns * math.ceil(5 / columns), columns)
+    result = call(AE, "infer.py", *common, "--output", tmp_path / "c.png", "--num-images", 5, "--seed", 1)
+    assert result.code == 0, result.text
+    assert (tmp_path / "c.png").read_bytes() != (tmp_path / "a.png").read_bytes()
     result = call(AE, "infer.py", *common, "--output", tmp_path / "b.png", "--interpolate", "--n", 3, "--walk-steps", 7)
     assert result.code == 0, result.text
     assert Image.open(tmp_path / "b.png").size == grid_size(21, 7)

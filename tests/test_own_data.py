@@ -1,6 +1,7 @@
 """Data other than MNIST, FILE.npz and hub:OWNER/NAME, through the real scripts: what they are is their content."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -417,6 +418,18 @@ def test_several_configurations_are_not_guessed_among(tmp_path):
     result = call(".", "common/data.py", "--data", "hub:zoo/shapes", "--cache-dir", tmp_path)
     assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text
     assert "several configurations" in result.text
+
+
+def test_of_several_versions_the_newest_in_time_is_taken(tmp_path):
+    stored(tmp_path, "zoo", "shapes", splits=("test", "train"))
+    older = tmp_path / "zoo___shapes" / "default" / "9.0.0"
+    older.with_name("0.0.0").rename(older)
+    for arrow in older.rglob("*.arrow"):
+        os.utime(arrow, (0, 0))
+    stored(tmp_path, "zoo", "shapes")
+    for split, count, seed in (("train", 150, 0), ("test", 30, 1)):
+        found = HF_MNIST(split, tmp_path, source="hub:zoo/shapes").images
+        assert (found.numpy() == shapes(count, seed)["images"]).all()
 
 
 def test_a_warm_cache_of_mnist_serves_nobody_elses_name(cache, tmp_path, monkeypatch):

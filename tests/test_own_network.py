@@ -27,6 +27,7 @@ class {kind}(nn.Module):
         self.body = nn.Sequential(nn.Linear({size} + 1 + width, 32), nn.Dropout(0.2), nn.SiLU(), nn.Linear(32, {size}))
 
     def forward(self, x, t, labels):
+        assert torch.is_grad_enabled() or not self.training, "validated or drawn with dropout"
         rows = torch.cat([x.flatten(1), t[:, None] / 20, self.told(labels)], dim=1)
         return self.body(rows).view_as(x)
 """

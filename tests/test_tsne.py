@@ -104,6 +104,19 @@ def test_too_little_memory_is_one_line(tsne, tmp_path, monkeypatch):
     assert "Traceback" not in result.text
 
 
+def test_digits_stand_where_their_points_are():
+    with inside(AE):
+        module = recipe(AE, "run_tsne.py")
+    points, labels = np.random.default_rng(0).normal(size=(60, 2)), np.arange(60) % 10
+    (axes,), panels = module.plot_map(points, labels, "a run").axes, module.plot_by_digit(points, labels, "a run").axes
+    for digit in range(10):
+        own = points[labels == digit]
+        for drawn in (axes.collections[digit], panels[digit].collections[1]):
+            assert (drawn.get_offsets() == own).all()
+        assert axes.texts[digit].get_position() == tuple(np.median(own, axis=0))
+        assert (axes.texts[digit].get_text(), panels[digit].get_title()) == (str(digit), f"{digit}   (6)")
+
+
 def test_other_checkpoints(latent_run, ae_run, cache, tmp_path):
     flags = ("--data", "embedded", "--cache-dir", cache, "--output", tmp_path, "--n-samples", 50)
     assert call(AE, "run_tsne.py", "--checkpoint", latent_run, *flags).code == MODEL_MISMATCH

@@ -20,6 +20,7 @@ from tornado.httpclient import HTTPRequest
 from tornado.websocket import websocket_connect
 
 from common import classifier, load
+from common.data import HF_MNIST
 from common.error_codes import BAD_CHECKPOINT, INTERRUPTED, NO_DEVICE, USAGE, Exit
 from common.images import to_bytes
 from common.play import drawings, judge
@@ -111,6 +112,14 @@ def test_latents_are_drawn_by_one_thread_beside_the_browser_and_pixels_by_the_fa
     finally:
         torch.set_num_threads(1)
     assert opened == {"ddpm": 3, "lddpm": 1}
+
+
+def test_the_networks_used_last_stay_in_memory(runs, monkeypatch):
+    monkeypatch.setattr(play_runs, "KEPT", 2)
+    shelf = Shelf(find([str(runs["ddpm"].parent)], print), "cpu", 1, None)
+    one, two, three = (run.name for run in runs.values())
+    opened = {name: shelf.open(name) for name in (one, two, one, three)}
+    assert [shelf.open(name) is opened[name] for name in (one, three, two)] == [True, True, False]
 
 
 def test_files_in_one_folder_keep_a_map_each(ae_run, conv_run, cache, tmp_path):
@@ -216,7 +225,7 @@ def test_frames_are_x_t_and_the_x_0_predicted_from_it(server, runs):
 def test_a_newer_epoch_is_picked_up(server, runs):
     newest = sorted(runs["lddpm"].glob("checkpoint_epoch_*.pt"))[-1]
     state = torch.load(newest, weights_only=True)
-    state["epoch"] = 3
+    state["epoch"] = state["args"]["epochs"] = 3
     for value in state["ema"].values():
         if value.is_floating_point():
             value.mul_(1.5)
@@ -228,6 +237,7 @@ def test_a_newer_epoch_is_picked_up(server, runs):
         _, after = talk(server, asked)
         assert [moments(answers)[0][0]["epoch"] for answers in (before, after)] == [2, 3]
         assert last_pictures(before) != last_pictures(after)
+        assert talk(server, {"do": "look", "run": runs["lddpm"].name})[1][0][0]["flags"]["epochs"] == "3"
     finally:
         later.unlink()
     assert last_pictures(talk(server, asked)[1]) == last_pictures(before)
@@ -274,6 +284,9 @@ def test_the_latent_space(server, runs, kind, cache):
     _, (*_, (header, _)) = talk(server, {"do": "map", "run": name})
     assert len(header["points"]) == len(header["labels"]) == 50  # the threes among the embedded test digits
     assert set(header["labels"]) == {3}
+    latents = autoencoder.encode(HF_MNIST("test", cache, 3, source="embedded")[torch.arange(50)][0])
+    assert header["mean"] == pytest.approx(latents.mean(0).tolist(), abs=1e-4)
+    assert header["deviation"] == pytest.approx(latents.std(0, correction=0).tolist(), abs=1e-4)
     assert (runs[kind] / "latent_map.npz").is_file()
     assert talk(server, {"do": "map", "run": name})[1][-1][0]["points"] == header["points"]
     _, ((digit, pixels),) = talk(server, {"do": "digit", "run": name, "index": 5})
@@ -281,6 +294,7 @@ def test_the_latent_space(server, runs, kind, cache):
     assert torch.allclose(autoencoder.encode(image)[0], torch.tensor(digit["latent"]), atol=1e-5)
     assert pixels[784:] == to_bytes(autoencoder.decode(torch.tensor([digit["latent"]]))).numpy().tobytes()
     _, ((walk, strip),) = talk(server, {"do": "walk", "run": name, "from": 5, "to": 6})
+    assert (walk["ends"], walk["latents"][0]) == ([5, 6], digit["latent"])
     ends = to_bytes(autoencoder.decode(torch.tensor(walk["latents"]))).numpy().tobytes()
     assert (len(strip), strip[:784], strip[-784:]) == (11 * 784, ends[:784], ends[784:])
     middle = [(a + b) / 2 for a, b in zip(*walk["latents"], strict=True)]
@@ -289,7 +303,7 @@ def test_the_latent_space(server, runs, kind, cache):
     assert abs(near).max() <= 1
 
 
-def test_a_kept_map_of_other_weights_is_not_taken(runs, copy_of, cache):
+def test_a_kept_map_of_other_weights_or_digits_is_not_taken(runs, copy_of, cache):
     copy = copy_of(runs["ae-mlp"])
     shelf = Shelf(find([str(copy)], print), "cpu", 1, str(cache))
     first = Space(shelf, shelf.open(copy.name))
@@ -299,8 +313,9 @@ def test_a_kept_map_of_other_weights_is_not_taken(runs, copy_of, cache):
     assert np.array_equal(Space(shelf, shelf.open(copy.name)).points, first.points)
     with np.load(copy / "latent_map.npz") as kept:
         arrays = dict(kept)
-    np.savez(copy / "latent_map.npz", **arrays | {"digest": np.array("another")})
-    assert Space(shelf, shelf.open(copy.name)).points is None
+    for changed in ({"digest": np.array("another")}, {"labels": arrays["labels"] + 1}):
+        np.savez(copy / "latent_map.npz", **arrays | changed)
+        assert Space(shelf, shelf.open(copy.name)).points is None
     (copy / "latent_map.npz").write_bytes(b"damaged")
     assert Space(shelf, shelf.open(copy.name)).points is None
 
@@ -311,14 +326,16 @@ def test_a_sketch_is_what_load_makes_of_it(server, runs):
     image = torch.tensor(sketch) / 255
     asked = settings(image=sketch.flatten().tolist(), strength=0.5, finish=False, steps=20)
     for kind in ("lddpm", "ddpm"):
-        _, answers = talk(server, {"do": "sketch", "run": runs[kind].name, "drawings": [asked]})
-        how = {"count": 4, "guidance": 2.0, "seed": 7, "sampler": "ddim", "from_image": image}
-        mine = load(runs[kind], "cpu").draw(3, **how, strength=0.5, steps=10)  # half of T = 20 are left
-        assert last_pictures(answers) == to_bytes(mine).numpy().tobytes()
+        how = {"count": 4, "seed": 7, "sampler": "ddim", "from_image": image}
+        for digits, told in (([], {}), ([3], {"labels": 3, "guidance": 2.0})):  # who is told no digit is not guided
+            drawings = [asked | {"digits": digits}]
+            _, answers = talk(server, {"do": "sketch", "run": runs[kind].name, "drawings": drawings})
+            mine = load(runs[kind], "cpu").draw(**told, **how, strength=0.5, steps=10)  # half of T = 20 are left
+            assert last_pictures(answers) == to_bytes(mine).numpy().tobytes()
     _, answers = talk(
         server, {"do": "sketch", "run": runs["ddpm"].name, "drawings": [asked | {"finish": True, "passes": 2}]}
     )
-    mine = load(runs["ddpm"], "cpu").draw(3, **how, inpaint=image == 0, resample=2, steps=20)
+    mine = load(runs["ddpm"], "cpu").draw(**told, **how, inpaint=image == 0, resample=2, steps=20)
     assert last_pictures(answers) == to_bytes(mine).numpy().tobytes()
     drawn = np.frombuffer(last_pictures(answers), np.uint8).reshape(4, 28, 28)
     assert (drawn[:, sketch > 0] == 200).all()
