@@ -79,8 +79,6 @@ class Args(argparse.Namespace):
     def derive(self, source: str = "derived", **values: Any) -> None:
         """Set values that no user typed: read from an autoencoder (named by the flag `source`), found, measured."""
         for name, value in values.items():
-            if self.given(name) and getattr(self, name) == value:
-                continue
             setattr(self, name, value)
             self.origin[name] = source
 

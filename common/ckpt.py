@@ -50,7 +50,7 @@ class UnreadableCheckpoint(Exit):
 
     def __init__(self, path: str | Path, reason: str, error: OSError | None = None) -> None:
         super().__init__(BAD_CHECKPOINT, f"{path}: {reason}")
-        self.gone = isinstance(error, FileNotFoundError)
+        self.gone = isinstance(error, FileNotFoundError | NotADirectoryError)
         self.passing = error is not None and error.errno in _PASSING  # it may well be readable later
 
 
@@ -457,8 +457,9 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
 
     See `common.inspect_ckpt.describe`. Raises UnreadableCheckpoint.
     """
-    from common.inspect_ckpt import describe, report
+    from common.inspect_ckpt import describe, odd_values, report
 
-    _, info = open_checkpoint(path, read=describe)
-    print(report(info))
+    with odd_values(path):
+        _, info = open_checkpoint(path, read=describe)
+        print(report(info))
     return info

@@ -287,6 +287,11 @@ def keep(path: Path, arrays: dict[str, Any]) -> None:
         )
 
 
+def has_mnist(cache_dir: Path) -> bool:
+    """Does a cache hold full MNIST, so that it need not be downloaded?"""
+    return decoded_path(cache_dir, "mnist-test").exists() or bool(_arrow_files("test", cache_dir))
+
+
 def _arrow_files(split: str, cache_dir: Path) -> list[Path]:
     """What the `datasets` library left in `cache_dir`, the newest first."""
     return finished(cache_dir, f"ylecun___mnist/mnist/*/*/mnist-{split}.arrow")

@@ -103,7 +103,8 @@ def _in_half(weights: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _commands(run: Path, model: str) -> list[str]:
     """The commands that a run's config.json tells of, without the flags of PLACES; [] if there is none."""
-    starts = [start["command"] for start in starts_in(run) if start.get("command")]
+    starts = [start.get("command") for start in starts_in(run)]
+    starts = [words for words in starts if isinstance(words, list) and words and all(isinstance(w, str) for w in words)]
     places, commands = [flag_of(name) for name in PLACES], []
     for script, *words in starts:
         if Path(script).name != "train.py":  # a program that called its main

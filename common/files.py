@@ -49,7 +49,8 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
 def _temporary(folder: Path, name: str) -> Path:
     """A new file's name that no reader's pattern matches, and that says which process writes it."""
     rest = f".{os.getpid()}@{_host()}.{uuid.uuid4().hex[:8]}.tmp"
-    return folder / f".{os.fsencode(name)[: LONGEST_NAME - 1 - len(rest)].decode(errors='ignore')}{rest}"
+    room, whole = LONGEST_NAME - 1 - len(rest), os.fsencode(name)
+    return folder / f".{name if len(whole) <= room else whole[:room].decode(errors='ignore')}{rest}"
 
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)

@@ -11,6 +11,8 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -208,6 +210,17 @@ def _verify(path: Path) -> bool:
     return True
 
 
+@contextmanager
+def odd_values(path: str | Path) -> Iterator[None]:
+    """What values that this project never writes make `describe` and `report` raise becomes UnreadableCheckpoint."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        text = f"has the keys of a checkpoint of this project, but other values under them ({why})"
+        raise ckpt.UnreadableCheckpoint(path, text) from None
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Show what is in a PyTorch file.", "python -m common.inspect_ckpt outputs/checkpoints/RUN --json")
     parser.add_argument(
@@ -233,14 +246,13 @@ def main(argv: list[str] | None = None) -> None:
             continue
         for place in places:
             try:
-                path, info = ckpt.open_checkpoint(place, fail, describe)
-                info |= {"verified": args.verify and _verify(path)}
-                shown = json.dumps(_cleaned(info, text=False), default=repr) if args.json else _text(info, args.verify)
+                with odd_values(place):
+                    path, info = ckpt.open_checkpoint(place, fail, describe)
+                    info |= {"verified": args.verify and _verify(path)}
+                    plain = _cleaned(info, text=False)
+                    shown = json.dumps(plain, default=repr) if args.json else _text(info, args.verify)
             except Exit as error:
                 fail(error)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                why = f"{type(error).__name__}: {error}".splitlines()[0]
-                fail(f"{place}: has the keys of a checkpoint of this project, but other values under them ({why})")
             else:
                 print(shown)
     if failures:

@@ -110,7 +110,10 @@ def joined(flags: dict[str, Any], where: torch.device | None = None) -> Iterator
 
     if where is not None and where.type == "mps":
         raise Exit(NO_DEVICE, "several processes cannot train on MPS: start one, or give --device cpu")
-    if not os.environ.get("MASTER_ADDR") or not 0 < (_number("MASTER_PORT") or 0) < 2**16:
+    port = _number("MASTER_PORT")
+    if port is not None and not 0 < port < 2**16:
+        raise Exit(RANK_FAILED, f"MASTER_PORT is {port}, which is no port: give one up to 65535")
+    if not os.environ.get("MASTER_ADDR") or port is None:
         host, port = _meeting_point()
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -119,18 +119,12 @@ def open_run(
     settle(args)
     make_output_directories(outdir)
     prefix, logdir = name(args), _logdir(args, outdir)
-    begun = found = None
-    with alone_in(checkpoints) if args.auto_resume else nullcontext():  # of equal starts the first begins a run
-        if args.auto_resume and (begun := _take_over(checkpoints, prefix, args)):
-            found = ckpt.newest_readable(checkpoints / begun[0], warn)  # it saved while we waited for its lock
-        elif args.auto_resume:
-            found, _ = find_run(args, checkpoints, models, lambda _: None)  # it began, and saved, since we looked
-        if not found:
-            run_name, lock = begun or _claim(checkpoints, prefix, logdir, args)
-            return Run(run_name, outdir, logdir, lock)
-    if begun:
-        begun[1].close()
-    return _resume(args, *found, warn)
+    found = None
+    if args.auto_resume:
+        found, claimed = _found_or_claimed(args, checkpoints, prefix, logdir, models)
+    else:
+        claimed = _claim(checkpoints, prefix, logdir, args)
+    return _resume(args, *found, warn) if found else Run(claimed[0], outdir, logdir, claimed[1])
 
 
 def recorded_runs(directory: str | Path, warn: ckpt.Warn) -> list[tuple[Path, ckpt.State]]:
@@ -256,6 +250,37 @@ def _resume(args: Args, source: Path, state: ckpt.State, warn: ckpt.Warn) -> Run
 # --- claiming and locking ---------------------------------------------------------------------------------------------
 
 
+def _found_or_claimed(
+    args: Args, checkpoints: Path, prefix: str, logdir: Path, models: tuple[str, ...]
+) -> tuple[tuple[Path, ckpt.State] | None, tuple[str, IO[str]] | None]:
+    """Of a start with --auto-resume: a run that saved since it looked, else the name and lock of a folder for its own.
+
+    Of equal starts at the same moment the first claims one, as the folder of runs is held meanwhile; the others see
+    that, wait outside until it ends, and look again. Raises Exit(RUN_LOCKED) when their patience does.
+    """
+    deadline = time.monotonic() + LOCK_PATIENCE
+
+    def saved() -> tuple[Path, ckpt.State] | None:
+        return find_run(args, checkpoints, models, lambda _: None)[0]
+
+    while True:
+        try:
+            with alone_in(checkpoints):
+                if found := saved():
+                    return found, None
+                begun = _take_over(checkpoints, prefix, args)
+                found = ckpt.newest_readable(checkpoints / begun[0], lambda _: None) if begun else saved()
+                if not found:  # nor did any save just now
+                    return None, begun or _claim(checkpoints, prefix, logdir, args)
+            if begun:
+                begun[1].close()
+            return found, None
+        except Exit as end:
+            if end.code != RUN_LOCKED or time.monotonic() >= deadline:
+                raise
+        time.sleep(0.5)
+
+
 def _claim(checkpoints: Path, prefix: str, logdir: Path, args: Args) -> tuple[str, IO[str]]:
     """A new name, claimed by creating its folder and its log: of two jobs in the same second one waits for the next.
 
@@ -295,10 +320,9 @@ def _begins(log: Path) -> bool:
 
 
 def _take_over(checkpoints: Path, prefix: str, args: Args) -> tuple[str, IO[str]] | None:
-    """A folder in which a run of the same flags left no checkpoint; if it lives, its end is waited for.
+    """A folder in which a run of the same flags left no checkpoint. Raises Exit(RUN_LOCKED) if that lives.
 
-    By then there may be a checkpoint. Raises Exit(RUN_LOCKED) if it goes on. Where there are no locks, nobody can tell
-    the dead from the living, and nothing is taken over.
+    Where there are no locks, nobody can tell the dead from the living, and nothing is taken over.
     """
 
     def is_ours(folder: Path, flags: dict[str, Any]) -> bool:
@@ -321,7 +345,7 @@ def _take_over(checkpoints: Path, prefix: str, args: Args) -> tuple[str, IO[str]
             continue
         sure = is_surely_ours(flags)
         try:
-            lock = _lock(folder, LOCK_PATIENCE if sure else 0, certainly=True)
+            lock = _lock(folder, 0, certainly=True)
         except OSError:
             continue
         except Exit as end:

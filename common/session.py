@@ -124,7 +124,9 @@ class Session:
             return digits
 
         digits = self.world.first(read)
-        self.args.derive(data=digits.source, class_counts=digits.class_counts)
+        if digits.source != self.args.data:
+            self.args.derive(data=digits.source)
+        self.args.derive(class_counts=digits.class_counts)
         if digits.fingerprint != MNIST:
             self.log.info(f"{len(digits):,} images of {digits.source}; for tests: {digits.held_out}")
         return digits

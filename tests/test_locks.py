@@ -8,9 +8,9 @@ import shutil
 from time import sleep
 
 import pytest
-from helpers import LATENT, call
+from helpers import LATENT, call, state_of
 
-from common import files
+from common import ckpt, files
 from common import run as run_module
 from common.args import AUTO, Args
 from common.error_codes import BAD_OUTPUT, OK, RUN_LOCKED, Exit
@@ -28,13 +28,13 @@ def claim_name(folder):
     return claim(folder)[0]
 
 
-def open_at_once(outdir, all_here, done, codes):
+def open_at_once(outdir, all_here, done, codes, patience=0.1):
     """Begins or resumes a run with --auto-resume, exactly when the others do; holds it for as long as they look."""
     args = plain_args(lr=1.0)
     args.outdir, args.logdir, args.resume, args.auto_resume, args.model = outdir, None, None, True, "ae-mlp"
     args.kinds["outdir"], args.origin = "place", dict.fromkeys(("outdir", "lr"), "default")
     args.defaults = {}
-    run_module.LOCK_PATIENCE = 0.1
+    run_module.LOCK_PATIENCE = patience
     here = (lambda _: None, lambda _: all_here.wait(60))  # settle() is the last thing before a run is claimed
     try:
         run = run_module.open_run(args, lambda _: "run", ("ae-mlp",), print, *here)
@@ -273,7 +273,45 @@ def test_what_became_of_a_folder_while_it_was_waited_for(happens, tmp_path, monk
         holder.join()
 
     monkeypatch.setattr(run_module.time, "sleep", meanwhile)
-    assert run_module._take_over(tmp_path / "checkpoints", "run", plain_args(lr=1.0)) is None
+    where = (tmp_path / "checkpoints", "run", tmp_path / "logs")
+    found, (mine, lock) = run_module._found_or_claimed(plain_args(lr=1.0), *where, ("ae-mlp",))
+    lock.close()
+    assert done.is_set()
+    assert (found, mine != name or happens == "ends in vain") == (None, True)
+
+
+def test_nobody_waits_for_who_waits_for_another_run(tmp_path):
+    """While a start waits for the end of an equal one, those of other runs begin theirs."""
+    context = multiprocessing.get_context("fork")
+    done, codes = context.Event(), context.Queue()
+    here = [context.Barrier(1), done, codes]
+    first = context.Process(target=open_at_once, args=(tmp_path, *here))
+    first.start()
+    assert codes.get(timeout=60) == OK
+    second = context.Process(target=open_at_once, args=(tmp_path, *here), kwargs={"patience": 60})
+    second.start()
+    sleep(1.5)  # it waits by now
+    with alone_in(tmp_path / "checkpoints"):
+        assert second.is_alive()
+        done.set()  # the first one ends in vain
+        first.join(60)
+        sleep(1)
+        assert codes.empty()
+    assert codes.get(timeout=60) == OK  # the second has taken it over
+    second.join(60)
+
+
+def test_a_folder_of_the_dead_is_left_where_an_equal_run_has_saved_meanwhile(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    claim(checkpoints)[1].close()
+    ckpt.save_checkpoint_and_link_latest(
+        checkpoints / "run-20260101-000000", state_of(1, args={"model": "ae-mlp", "lr": 1.0})
+    )
+    (path, _), claimed = run_module._found_or_claimed(
+        plain_args(lr=1.0), checkpoints, "run", tmp_path / "logs", ("ae-mlp",)
+    )
+    assert (path.parent.name, claimed) == ("run-20260101-000000", None)
 
 
 def test_the_lock_of_a_file_that_was_deleted_is_none(tmp_path, monkeypatch):

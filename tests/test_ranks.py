@@ -633,10 +633,13 @@ def test_what_the_first_one_alone_finds_wrong_ends_all_alike(latent_run, cache, 
     assert [len(result.errors) for result in results] == [1, 0]
 
 
-def test_ranks_count_from_0(monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(Exit, match="ranks count from 0") as caught, ranks.joined({}):
+@pytest.mark.parametrize(
+    ("size", "port", "said"), [(1, 29500, "ranks count from 0"), (2, 99999999, "MASTER_PORT is 99999999")]
+)
+def test_what_is_wrong_with_the_launchers_variables_is_one_line(size, port, said, monkeypatch):
+    for name, value in {"RANK": 1, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(Exit, match=said) as caught, ranks.joined({}):
         pass
     assert caught.value.code == RANK_FAILED
 
@@ -652,7 +655,7 @@ def test_slurms_processes_meet_though_variables_are_missing_or_nonsense(monkeypa
     assert ranks._meeting_point() == ("127.0.0.1", 20_058)
 
 
-@pytest.mark.parametrize("more", [{"MASTER_PORT": "29500"}, {"MASTER_PORT": "99999999", "MASTER_ADDR": "127.0.0.1"}])
+@pytest.mark.parametrize("more", [{"MASTER_PORT": "29500"}, {"MASTER_PORT": "abc", "MASTER_ADDR": "127.0.0.1"}])
 def test_half_a_meeting_point_in_the_environment_is_none(more, latent_run, tmp_path):
     """A cluster's profile that sets one of the variables."""
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "MASTER_ADDR": "", **more}

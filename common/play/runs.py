@@ -12,6 +12,7 @@ from typing import Any
 
 from common import ckpt, threads
 from common.args import AUTO, bash_word
+from common.data import has_mnist
 from common.device import get_device
 from common.drawing import FEW
 from common.error_codes import MODEL_MISMATCH, USAGE, Exit
@@ -26,7 +27,6 @@ from common.run import recorded_runs
 KEPT = 4  # networks in memory
 KINDS = {"ae-mlp": "autoencoder", "ae-conv": "autoencoder", "lddpm": "latent diffusion", "ddpm": "pixel diffusion"}
 EXPERIMENTS = tuple(dict.fromkeys(file.split("/")[0] for file in MODULE_FILES.values()))
-FULL = ("decoded/mnist-test.pt", "ylecun___mnist")  # what a cache of full MNIST has
 READY = "pretrained.pt"  # in an experiment's folder: weights that came with the repository
 MAKES_ONE = "bash mnist_latent_diffusion/run.sh"
 
@@ -272,7 +272,7 @@ class Shelf:
             if not kept:
                 raise Refused(f"{name} is in no cache here: fetch it with python -m common.data --data {wanted}.")
             return kept[0], wanted
-        full = [place for place in places if any((place / name).exists() for name in FULL)]
+        full = [place for place in places if has_mnist(place)]
         if wanted != "embedded" and full:
             return full[0], "hub"
         return places[0], "embedded"
