@@ -233,6 +233,7 @@ def test_a_file_of_data_is_named_and_its_place_is_not(tmp_path):
     place = str(tmp_path / "mine.npz")
     words = ([f"--data={place}"], ["--data", place], ["--data", "hub:a/b", "--lr", "0.1"])
     starts = [{"command": ["train.py", *some]} for some in words]
+    starts += [{"command": odd} for odd in (7, [], [None], ["train.py", 5])] + [{}, None]
     (run / "config.json").write_text(json.dumps({"starts": starts}))
     args = {"model": "ddpm", "data": place, "dataset": "0123456789ab"}
     state = {"model": {"w": torch.ones(2, 2)}, "args": args, "epoch": 1, "exp_name": "x", "format": 1}

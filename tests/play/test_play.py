@@ -19,7 +19,7 @@ from serving import PLAY, last_pictures, moments, parts_of, settings, talk, wait
 from tornado.httpclient import HTTPRequest
 from tornado.websocket import websocket_connect
 
-from common import classifier, load
+from common import ckpt, classifier, load
 from common.data import HF_MNIST
 from common.error_codes import BAD_CHECKPOINT, INTERRUPTED, NO_DEVICE, USAGE, Exit
 from common.images import to_bytes
@@ -112,6 +112,21 @@ def test_latents_are_drawn_by_one_thread_beside_the_browser_and_pixels_by_the_fa
     finally:
         torch.set_num_threads(1)
     assert opened == {"ddpm": 3, "lddpm": 1}
+
+
+def test_a_download_that_was_cut_off_is_no_mnist(latent_run, copy_of, tmp_path):
+    folder = copy_of(latent_run)
+    for _, path in ckpt.run_checkpoints(folder):
+        state = ckpt.read_checkpoint(path)
+        ckpt.save_checkpoint(path, state | {"args": state["args"] | {"data": "hub"}})
+    shelf = Shelf(find([str(folder)], print), "cpu", 1, str(tmp_path))
+    opened = shelf.open(folder.name)
+    arrow = tmp_path / "ylecun___mnist" / "mnist" / "0.0.0" / "abc.incomplete" / "mnist-test.arrow"
+    arrow.parent.mkdir(parents=True)
+    arrow.touch()
+    assert shelf.data_of(opened) == (tmp_path, "embedded")
+    arrow.parent.rename(arrow.parent.with_name("abc"))
+    assert shelf.data_of(opened) == (tmp_path, "hub")
 
 
 def test_the_networks_used_last_stay_in_memory(runs, monkeypatch):
