@@ -301,6 +301,21 @@ def test_nobody_waits_for_who_waits_for_another_run(tmp_path):
     second.join(60)
 
 
+def test_what_is_saved_just_as_folders_are_looked_at_is_found(tmp_path, monkeypatch):
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+
+    def meanwhile(*_):
+        state = state_of(1, args={"model": "ae-mlp", "lr": 1.0})
+        ckpt.save_checkpoint_and_link_latest(checkpoints / "run-20260101-000000", state)
+
+    monkeypatch.setattr(run_module, "_take_over", meanwhile)
+    found, claimed = run_module._found_or_claimed(
+        plain_args(lr=1.0), checkpoints, "run", tmp_path / "logs", ("ae-mlp",)
+    )
+    assert (found[0].parent.name, claimed) == ("run-20260101-000000", None)
+
+
 def test_a_folder_of_the_dead_is_left_where_an_equal_run_has_saved_meanwhile(tmp_path):
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()

@@ -67,7 +67,7 @@ class Contestant(NamedTuple):
 
 NETWORKS = {
     "ours": Contestant(ours, batch=64),  # for all digits 128 is better
-    "ours-dense": Contestant(lambda: ours(dense=512), batch=64, min_snr_gamma=1.0),  # as ours
+    "ours-dense": Contestant(lambda: ours(dense=512), batch=64, min_snr_gamma=1.0),  # for all digits 128
     "ours-16": Contestant(lambda: ours(16), batch=64),
     "ours-32": Contestant(lambda: ours(32), batch=64),
     "ours-24-coarse": Contestant(lambda: ours(24, fine=0), batch=64),
