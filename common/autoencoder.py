@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from common import ckpt
 from common.args import AUTO, Args, bash_word
+from common.data import dataset_of
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, NO_AE_CHECKPOINT, Exit
 from common.flags import MNIST
 from common.modules import ROOT, module_of
-from common.own_data import dataset_of
 from common.run import recorded_runs
 from common.train_state import TrainState
 

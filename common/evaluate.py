@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import ckpt, emoji, threads
 from common.args import Parser, flag_of, number
+from common.data import held_out
 from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress, sampling_options, wanted_labels
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit, run_main
@@ -23,7 +24,6 @@ from common.files import alone_in, write_text
 from common.flags import CHECKPOINT, COUNT, add_data_arguments, add_sampling_arguments, check_sampling
 from common.images import check_output
 from common.modules import guiding_network, module_of
-from common.own_data import held_out
 from common.ranks import World, identity, joined
 from common.run import require_checkpoint
 

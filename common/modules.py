@@ -142,7 +142,7 @@ def guiding_network(
     Raises Exit(MODEL_MISMATCH) if it knows another noise, other latents or data, or not all of the labels.
     """
     from common import ckpt
-    from common.own_data import dataset_of
+    from common.data import dataset_of
 
     path, state = ckpt.read_model(source, (ckpt.infer_model_from_checkpoint(guided),))
     if state["args"]["only_digit"] not in (None, guided["args"]["only_digit"]):

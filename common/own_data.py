@@ -12,12 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common import data
-from common.args import AUTO, Args
-from common.ckpt import UnreadableCheckpoint, read_file
+from common import cache
 from common.device import memory_in_one_line
-from common.error_codes import MODEL_MISMATCH, NO_DATA, Exit
-from common.flags import HUB, MNIST, is_own
+from common.error_codes import NO_DATA, Exit
+from common.flags import HUB
 from common.rng import generator
 
 if TYPE_CHECKING:
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
 NAMES = ("images", "labels", "test_images", "test_labels")
 FEWEST = {"": 90, "test_": 10}  # images, so of one set 100
 TENTH = "a tenth of the images, always the same"
-SEEN = "training digits of full MNIST, which it has learned from"
 
 
 class OwnData(NamedTuple):
@@ -109,25 +106,22 @@ def _of_file(path: Path) -> dict[str, numpy.ndarray]:
     except (Exit, MemoryError):
         raise
     except Exception as error:  # a damaged archive can raise anything
-        raise Exit(NO_DATA, f"{path} is damaged, or no .npz file: {data.first_line(error)}") from None
+        raise Exit(NO_DATA, f"{path} is damaged, or no .npz file: {cache.first_line(error)}") from None
 
 
 def hub_file(name: str, cache_dir: Path) -> Path:
     """Where a data set of the hub is kept, decoded."""
-    return data.decoded_path(cache_dir, "hub-" + name.replace("/", "--"))
+    return cache.decoded_path(cache_dir, "hub-" + name.replace("/", "--"))
 
 
 def _of_hub(name: str, cache_dir: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     """The arrays of a data set of the hub: from our decoded cache, the `datasets` cache, or a download."""
     path = hub_file(name, cache_dir)
-    try:
-        content = read_file(path)
-        return {part: content[part].numpy() for part in NAMES if part in content}
-    except UnreadableCheckpoint as error:  # it is made anew
-        if not error.gone:
-            warn(f"passing over {error}")
-    except (KeyError, TypeError, AttributeError):
-        warn(f"passing over {path}: it holds no decoded images")
+    if (content := cache.kept(path, warn)) is not None:
+        try:
+            return {part: content[part].numpy() for part in NAMES if part in content}
+        except (KeyError, TypeError, AttributeError):
+            warn(f"passing over {path}: it holds no decoded images")
     passed_over: list[str] = []
     if (found := _splits_in_cache(name, cache_dir, passed_over.append)) is None:
         for text in passed_over:
@@ -142,7 +136,7 @@ def _of_hub(name: str, cache_dir: Path, warn: Callable[[str], None]) -> dict[str
             raise Exit(NO_DATA, f"{HUB}{name} has no split of the name train, but {', '.join(found)}")
         arrays |= {f"{prefix}{part}": array for part, array in _decoded(found[split], name).items()}
     _check(arrays, f"{HUB}{name}")
-    data.keep(path, arrays)
+    cache.keep(path, arrays)
     return arrays
 
 
@@ -150,7 +144,7 @@ def _splits_in_cache(name: str, cache_dir: Path, warn: Callable[[str], None]) ->
     """{split: data set} as the `datasets` library left them, without asking the network; None if it did not."""
     owner, title = name.split("/")
     short = _snake_case(title)
-    trains = data.finished(cache_dir, f"{owner}___{short}/*/*/*/{short}-train.arrow")
+    trains = cache.finished(cache_dir, f"{owner}___{short}/*/*/*/{short}-train.arrow")
     if not trains:
         return None
     if len({path.parents[2] for path in trains}) > 1:
@@ -164,7 +158,7 @@ def _splits_in_cache(name: str, cache_dir: Path, warn: Callable[[str], None]) ->
         files = sorted(folder.glob(f"{short}-*.arrow"))
         return {file.stem.removeprefix(f"{short}-"): Dataset.from_file(str(file)) for file in files}
     except Exception as error:  # a damaged file: whatever arrow and the library raise
-        warn(f"passing over {folder}: {data.first_line(error)}")
+        warn(f"passing over {folder}: {cache.first_line(error)}")
         return None
 
 
@@ -176,8 +170,8 @@ def _snake_case(title: str) -> str:
 
 def _downloaded(name: str, cache_dir: Path, again: bool) -> Any:
     """again: what is in the cache is no good."""
-    if not data.hub_answers():
-        fetch = f"python -m common.data --data {HUB}{name} --cache-dir {data.lasting_cache(cache_dir).resolve()}"
+    if not cache.hub_answers():
+        fetch = f"python -m common.data --data {HUB}{name} --cache-dir {cache.lasting_cache(cache_dir).resolve()}"
         raise Exit(
             NO_DATA,
             f"{name} is not in {cache_dir} and the Hugging Face hub cannot be reached; "
@@ -188,7 +182,7 @@ def _downloaded(name: str, cache_dir: Path, again: bool) -> Any:
     try:
         return load_dataset(name, cache_dir=str(cache_dir), download_mode="force_redownload" if again else None)
     except Exception as error:  # the library raises whatever its many layers raise
-        raise Exit(NO_DATA, f"downloading {name} failed: {data.first_line(error)}") from None
+        raise Exit(NO_DATA, f"downloading {name} failed: {cache.first_line(error)}") from None
 
 
 def _decoded(dataset: Any, name: str) -> dict[str, numpy.ndarray]:
@@ -205,45 +199,8 @@ def _decoded(dataset: Any, name: str) -> dict[str, numpy.ndarray]:
             raise Exit(NO_DATA, f"{HUB}{name} has {len(columns) or 'no'} columns of {what}; its columns are {found}")
     try:
         return {
-            "images": data.pictures_in(dataset, pictures[0]),
+            "images": cache.pictures_in(dataset, pictures[0]),
             "labels": dataset.data.column(labels[0]).to_numpy().copy(),
         }
     except Exception as error:  # pictures of several sizes, or damaged ones
-        raise Exit(NO_DATA, f"{HUB}{name} cannot be decoded: {data.first_line(error)}") from None
-
-
-# --- what a run learns from -------------------------------------------------------------------------------------------
-
-
-def identify_data(args: Args, warn: Callable[[str], None]) -> None:
-    """Set `dataset`: what the data are, of which --data only says where they lie, if it means other data than MNIST."""
-    args.defaults["dataset"] = MNIST
-    args.derive("default", dataset=MNIST)
-    if is_own(args.data):
-        if not args.data.startswith(HUB):
-            args.data = str(Path(args.data).absolute())
-        args.kinds["data"] = "books"
-        args.derive("--data", dataset=read_own(args.data, Path(args.cache_dir), warn).fingerprint)
-
-
-def dataset_of(flags: dict[str, Any]) -> str:
-    """What a run with these flags learned from; those from before there was a choice learned from MNIST."""
-    return flags.get("dataset", MNIST)
-
-
-def held_out(asked: str, cache_dir: str | Path, trained: dict[str, Any], digit: int | None = None) -> data.HF_MNIST:
-    """The images for tests, perhaps of one digit, with which a tool looks at a run with the flags `trained`.
-
-    asked: the tool's --data; unless it was given, the run's own other data are taken.
-    The embedded digits are training digits of full MNIST: that a run has learned from them is said, and marked in
-    `held_out`. Raises Exit(MODEL_MISMATCH) if the run learned from other data than these.
-    """
-    own = trained.get("data", AUTO)
-    real = data.HF_MNIST("test", cache_dir, digit, own if asked == AUTO and is_own(own) else asked)
-    if real.fingerprint != dataset_of(trained):
-        theirs = f"{trained.get('data', 'hub')} ({dataset_of(trained)})"
-        raise Exit(MODEL_MISMATCH, f"this run learned from {theirs}, and {real.source} is other data")
-    if real.source == "embedded" and trained.get("data") == "hub":
-        real.held_out = SEEN
-        data.warn_on_stderr(f"the embedded digits are {SEEN}: they flatter this run; --cache-dir says where MNIST is")
-    return real
+        raise Exit(NO_DATA, f"{HUB}{name} cannot be decoded: {cache.first_line(error)}") from None

@@ -10,6 +10,7 @@ from typing import Any
 from common import ckpt, device, ranks, slurm, threads
 from common.args import AUTO, Args
 from common.console import patient
+from common.data import identify_data
 from common.error_codes import (
     BAD_CHECKPOINT,
     BAD_OUTPUT,
@@ -25,7 +26,6 @@ from common.error_codes import (
     Exit,
 )
 from common.logger_utils import close_handlers, setup_component_logger
-from common.own_data import identify_data
 from common.progress import counted
 from common.record import NoRecord, Record
 from common.run import Run, open_run

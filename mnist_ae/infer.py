@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import emoji, threads
 from common.args import Parser, number
 from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
-from common.data import make_mnist_loader
+from common.data import held_out, make_mnist_loader
 from common.device import get_device, memory_in_one_line
 from common.error_codes import BAD_CHECKPOINT, NO_DATA, USAGE, Exit, run_main
 from common.export import export
@@ -23,7 +23,6 @@ from common.flags import (
 )
 from common.images import over, save_output
 from common.latents import walks_between
-from common.own_data import held_out
 from common.rng import generator
 from common.run import require_checkpoint
 

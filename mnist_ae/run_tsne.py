@@ -21,13 +21,13 @@ from common import emoji, threads
 from common.args import Parser, bash_word, number
 from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
 from common.ckpt import RUNS
+from common.data import held_out
 from common.device import get_device, memory_in_one_line
 from common.error_codes import BAD_CHECKPOINT, NO_DATA, USAGE, Exit, run_main
 from common.files import atomic_write, write_text
 from common.flags import CHECKPOINT, COUNT, OUTPUT, add_data_arguments, add_device_argument, add_threads_argument
 from common.images import check_output, one_line, over, save_output
 from common.latents import PERPLEXITY, encode_digits, tsne_map
-from common.own_data import held_out
 from common.run import require_checkpoint
 
 PLAIN_LINE_EVERY = 10.0  # seconds between progress lines

@@ -11,10 +11,11 @@ import pytest
 import torch
 from helpers import CLOSED_PORT, LATENT, call, run
 
-from common import data
-from common.data import HF_MNIST, hub_answers, make_mnist_loader, split_train_val
+from common import mnist
+from common.cache import hub_answers
+from common.ckpt import read_file
+from common.data import HF_MNIST, SEEN, held_out, make_mnist_loader, split_train_val
 from common.error_codes import NO_DATA, Exit
-from common.own_data import SEEN, held_out
 
 SOON = 30  # seconds: five for the hub to answer, and more for a busy machine to read the digits
 
@@ -135,12 +136,12 @@ def test_a_damaged_decoded_cache_is_made_anew(tmp_path, cache, test, damage):
     warnings = []
     again = HF_MNIST("test", tmp_path / "cache", source="embedded", warn=warnings.append)
     assert torch.equal(again.images, test.images)
-    assert torch.equal(data.read_file(file)["images"], test.images)
+    assert torch.equal(read_file(file)["images"], test.images)
     assert [text.startswith(f"passing over {file}") for text in warnings] == [True]
 
 
 def test_the_decoded_cache_is_used(cache, monkeypatch):
-    monkeypatch.setattr(data, "_embedded", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(mnist, "_embedded", lambda *_: pytest.fail("decoded again"))
     assert len(HF_MNIST("test", cache, source="embedded")) == 500
 
 
@@ -151,7 +152,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, capsys):
 
 
 def test_full_mnist_from_the_datasets_cache(full_mnist, monkeypatch):
-    monkeypatch.setattr(data, "_from_hub", lambda *_: pytest.fail("asked the network"))
+    monkeypatch.setattr(mnist, "_from_hub", lambda *_: pytest.fail("asked the network"))
     train = HF_MNIST("train", full_mnist)
     assert (len(train), train.source) == (60_000, "hub")
     pixels = train.images.double() / 255
@@ -159,7 +160,7 @@ def test_full_mnist_from_the_datasets_cache(full_mnist, monkeypatch):
     assert pixels.std().item() == pytest.approx(0.3081, abs=5e-5)
     assert train.labels.bincount()[[0, 5]].tolist() == [5923, 5421]
     assert len(HF_MNIST("test", full_mnist, only_digit=0, source="hub")) == 980
-    monkeypatch.setattr(data, "_from_datasets_cache", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(mnist, "_from_datasets_cache", lambda *_: pytest.fail("decoded again"))
     assert torch.equal(HF_MNIST("train", full_mnist, source="hub").images, train.images)
 
 
@@ -202,7 +203,7 @@ def test_a_datasets_cache_that_is_not_whole_is_named_and_passed_over(damage, tes
 
 
 def test_an_older_file_serves_where_the_newest_is_damaged(test, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.COUNTS, "mnist-train", 500)
+    monkeypatch.setitem(mnist.COUNTS, "mnist-train", 500)
     whole = arrow_file(tmp_path, test, version="1")
     short = arrow_file(tmp_path, test.subset(torch.arange(400)), version="2")
     os.utime(whole, (1, 1))
@@ -223,15 +224,15 @@ def test_a_decoded_cache_that_is_short_is_not_trusted(test, train, cache, tmp_pa
     assert "mnist-train.pt: it holds 500 digits instead of 60,000" in warnings[0]
     assert "EMBEDDED DIGITS" in warnings[1]
     assert "embedded-train.pt: it holds 500 digits instead of 4,500" in warnings[2]
-    assert len(data.read_file(tmp_path / "decoded" / "embedded-train.pt")["labels"]) == 4500
+    assert len(read_file(tmp_path / "decoded" / "embedded-train.pt")["labels"]) == 4500
 
 
 def test_a_damaged_cache_is_downloaded_anew(test, tmp_path, monkeypatch):
     """Asked plainly, the library would give the damaged file again."""
     import datasets
 
-    monkeypatch.setitem(data.COUNTS, "mnist-train", 500)
-    monkeypatch.setattr(data, "hub_answers", lambda: True)
+    monkeypatch.setitem(mnist.COUNTS, "mnist-train", 500)
+    monkeypatch.setattr("common.cache.hub_answers", lambda: True)
     asked = []
 
     def load(_name, *, split, cache_dir, download_mode):
@@ -248,8 +249,8 @@ def test_what_another_start_downloads_meanwhile_is_not_downloaded_again(test, tm
     """Of ten first starts at once, as an array's tasks are."""
     import datasets
 
-    monkeypatch.setitem(data.COUNTS, "mnist-train", 500)
-    monkeypatch.setattr(data, "hub_answers", lambda: bool(arrow_file(tmp_path, test)))
+    monkeypatch.setitem(mnist.COUNTS, "mnist-train", 500)
+    monkeypatch.setattr("common.cache.hub_answers", lambda: bool(arrow_file(tmp_path, test)))
     asked = []
 
     def load(_name, *, split, cache_dir, download_mode):

@@ -15,7 +15,7 @@ from forks import start
 from helpers import AE, LATENT, PIXEL, call, finish, newest_state, only_run, run
 from scipy.linalg import sqrtm
 
-from common import ckpt, classifier, data, evaluate, metrics
+from common import ckpt, classifier, evaluate, metrics, mnist
 from common.classifier import VERSION, fingerprint, judge, load_classifier, train_classifier
 from common.data import HF_MNIST
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit
@@ -221,8 +221,8 @@ def test_scores_during_training(folder, tiny, tiny_latent, judged, tmp_path):
 
 def test_what_scores_need_is_looked_for_before_training(tiny, cache, tmp_path, monkeypatch):
     """A test split that cannot be had ends the run at its start, not at its first scored epoch."""
-    load = data._load
-    monkeypatch.setattr(data, "_load", lambda split, *rest: load(split, *rest) if split == "train" else _missing())
+    load = mnist.load
+    monkeypatch.setattr(mnist, "load", lambda split, *rest: load(split, *rest) if split == "train" else _missing())
     flags = ("--model", "mlp", *tiny, "--epochs", 9, "--outdir", tmp_path)
     result = call(AE, "train.py", *flags, "--eval-every", 9)
     assert (result.code, len(result.errors)) == (NO_DATA, 1), result.text

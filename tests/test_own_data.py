@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers import AE, LATENT, PIXEL, assert_same_training, call, newest_state, only_run
 
-from common import ckpt, classifier, data, load, own_data
+from common import ckpt, classifier, data, load, mnist, own_data
+from common.cache import decoded_path, keep
 from common.data import HF_MNIST
 from common.error_codes import (
     BAD_CHECKPOINT,
@@ -128,7 +129,7 @@ def test_the_page_looks_at_a_run_with_its_own_data(autoencoder, latent, file, tm
     with pytest.raises(Refused, match=r"fetch it with python -m common.data --data hub:a/shapes"):
         shelf.digits(opened)
     assert judge.labels_of(shelf, opened, own.images[:2]) is None
-    data.keep(own_data.hub_file("a/shapes", tmp_path), shapes(600))
+    keep(own_data.hub_file("a/shapes", tmp_path), shapes(600))
     assert torch.equal(shelf.digits(opened).images, own.images)
 
 
@@ -356,9 +357,9 @@ def test_what_is_being_prepared_is_not_taken_for_a_data_set(tmp_path, monkeypatc
     path = tmp_path / "ylecun___mnist" / "mnist" / "0.0.0" / "abc.incomplete" / "mnist-train.arrow"
     path.parent.mkdir(parents=True)
     path.touch()
-    assert data._arrow_files("train", tmp_path) == []
+    assert mnist._arrow_files("train", tmp_path) == []
     monkeypatch.setattr(Path, "glob", lambda *_: [tmp_path / "gone" / "mnist-train.arrow"])
-    assert data._arrow_files("train", tmp_path) == []
+    assert mnist._arrow_files("train", tmp_path) == []
 
 
 def test_what_is_not_cached_is_downloaded(tmp_path, monkeypatch):
@@ -366,7 +367,7 @@ def test_what_is_not_cached_is_downloaded(tmp_path, monkeypatch):
 
     stored(tmp_path / "there", "zoo", "shapes", splits=("train",))
     there = own_data._splits_in_cache("zoo/shapes", tmp_path / "there", pytest.fail)
-    monkeypatch.setattr(data, "hub_answers", lambda: True)
+    monkeypatch.setattr("common.cache.hub_answers", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: {"zoo/Shapes": there}[name])
     assert HF_MNIST("train", tmp_path, source="hub:zoo/Shapes").held_out == own_data.TENTH
     result = call(".", "common/data.py", "--data", "hub:zoo/unknown", "--cache-dir", tmp_path)
@@ -406,7 +407,7 @@ def test_a_damaged_cache_of_the_hub_is_named_and_fetched_again(tmp_path, monkeyp
     for arrow in tmp_path.glob("zoo___shapes/**/*.arrow"):
         arrow.write_bytes(arrow.read_bytes()[:1000])
     asked, warnings = [], []
-    monkeypatch.setattr(data, "hub_answers", lambda: True)
+    monkeypatch.setattr("common.cache.hub_answers", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda _, download_mode, **__: asked.append(download_mode) or there)
     assert len(HF_MNIST("train", tmp_path, source="hub:zoo/shapes", warn=warnings.append)) == 150
     assert (asked, len(warnings)) == (["force_redownload"], 1)
@@ -435,10 +436,10 @@ def test_of_several_versions_the_newest_in_time_is_taken(tmp_path):
 def test_a_warm_cache_of_mnist_serves_nobody_elses_name(cache, tmp_path, monkeypatch):
     """Also where somebody writes another name into data.py instead of giving --data."""
     digits = HF_MNIST("test", cache, source="embedded")
-    monkeypatch.setitem(data.COUNTS, "mnist-test", 500)
-    monkeypatch.setitem(data.COUNTS, "mnist-train", 500)
+    monkeypatch.setitem(mnist.COUNTS, "mnist-test", 500)
+    monkeypatch.setitem(mnist.COUNTS, "mnist-train", 500)
     for split in ("train", "test"):
-        data.keep(data.decoded_path(tmp_path, f"mnist-{split}"), {"images": digits.images, "labels": digits.labels})
+        keep(decoded_path(tmp_path, f"mnist-{split}"), {"images": digits.images, "labels": digits.labels})
     assert len(HF_MNIST("test", tmp_path, source="hub")) == 500
     stored(tmp_path, "zoo", "shapes")
     for source in ("hub", "auto"):

@@ -12,14 +12,15 @@ from typing import Any
 
 from common import ckpt, threads
 from common.args import AUTO, bash_word
-from common.data import has_mnist
+from common.data import held_out
 from common.device import get_device
 from common.drawing import FEW
 from common.error_codes import MODEL_MISMATCH, USAGE, Exit
 from common.flags import DEFAULT_GUIDANCE, DEFAULT_RESAMPLE, DEFAULT_STRENGTH, HUB, OUR_NETWORK, is_own, why_not_drawn
 from common.loading import Autoencoder, Diffusion, load
+from common.mnist import has_mnist
 from common.modules import MODULE_FILES, ROOT
-from common.own_data import held_out, hub_file
+from common.own_data import hub_file
 from common.play.wishes import Refused
 from common.record import METRICS
 from common.run import recorded_runs
