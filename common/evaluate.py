@@ -1,8 +1,7 @@
 """Score a checkpoint: `python -m common.evaluate --ckpt PATH`.
 
 Draws images from a diffusion checkpoint (or reconstructs test digits with an autoencoder) and compares them with
-held-out digits in the feature space of a digit classifier. The distances are not Inception figures: they compare only
-with figures of the same classifier. Several processes (torchrun, srun) share the drawing.
+held-out digits (`common.scores`). Several processes (torchrun, srun) share the drawing.
 """
 
 from __future__ import annotations
@@ -16,29 +15,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import ckpt, emoji, threads
 from common.args import Parser, flag_of, number
-from common.data import held_out
 from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress, sampling_options, wanted_labels
-from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit, run_main
+from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE, Exit, run_main
 from common.files import alone_in, write_text
 from common.flags import CHECKPOINT, COUNT, add_data_arguments, add_sampling_arguments, check_sampling
 from common.images import check_output
 from common.modules import guiding_network, module_of
 from common.ranks import World, identity, joined
 from common.run import require_checkpoint
+from common.scores import SPLITS, halves, judges, of_digits, read_scores, score, scores_file, train_on_synthetic
 
 if TYPE_CHECKING:
     import torch
 
-    from common.session import Session
 
 FEWEST = 200  # images that are worth a score
-FEWEST_REAL = 10  # held-out digits: of each half some neighbours are looked for
 SAMPLING = ("seed", "sampler", "digit", "guidance", "guidance_interval", "guide", "guide_scale", "steps")
 COUNTED = ("fid", "imbalance")  # figures that grow as the images grow fewer
-SPLITS = 10  # of the held-out digits, over which the Fréchet distance is averaged
 CHUNK = 500  # digits reconstructed at a time
-ORDER = ("fid", "precision", "recall", "agreement", "imbalance", "confident")
 MEANING = {
     "fid": "Fréchet distance in the classifier's feature space (lower is better)",
     "precision": "share of the images that look like real digits (k-NN manifold)",
@@ -48,175 +43,6 @@ MEANING = {
     "confident": "share of the images that the classifier is more than 90 % sure of",
     "tstr": "accuracy on real test digits of a classifier that learned from the images (real: from as many real ones)",
 }
-
-
-def _halves(real: Any, split: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(indices of the reference digits, of the spare ones): one of a fixed row of random splits.
-
-    In MNIST's own order the first half of the test digits is the cleaner one.
-    """
-    import torch
-
-    from common.rng import generator
-
-    return torch.randperm(len(real), generator=generator(split, "evaluation halves")).tensor_split(2)
-
-
-def score(
-    images: torch.Tensor,
-    wanted: torch.Tensor | None,
-    real: Any,
-    classifier: Any,
-    *,
-    errors: bool = True,
-    splits: int = SPLITS,
-) -> dict[str, dict[str, float]]:
-    """{figure: {"value", "error", "floor" (what real digits score), "floor_error"}}; errors by bootstrap.
-
-    images (N, 1, 28, 28) in [0, 1]; wanted (N,) labels, None if none were asked for. real: held-out digits (HF_MNIST);
-    one half is the reference, the other sets the floor, cut to N digits if it has more. The Fréchet distance depends
-    on which half it is: it is the mean over so many `splits`, and its "floor_error" their standard deviation.
-    """
-    import numpy
-    import torch
-
-    from common.classifier import judge
-    from common.metrics import bootstrap, covered, frechet_distance, imbalance
-
-    rng = numpy.random.default_rng(0)
-    real_images, real_labels = real[torch.arange(len(real))]
-    real_features, real_probabilities = (part.numpy() for part in judge(classifier, real_images))
-    halves = [_halves(real, split) for split in range(splits)]
-    first, second = halves[0][0], halves[0][1][: len(images)]
-    reference = real_features[first]
-    half = len(reference)
-    spare = (real_features[second], real_probabilities[second], real_labels[second])
-    drawn = (*(part.numpy() for part in judge(classifier, images)), wanted)
-    found: dict[str, dict[str, float]] = {}
-    for column, (features, probabilities, asked) in {"floor": spare, "value": drawn}.items():
-        predicted = probabilities.argmax(1)
-        balance = (real_labels[first] if wanted is None else asked).numpy()
-        size = min(len(features), half)  # precision and recall want sets of equal size
-        some = features[rng.permutation(len(features))[:size]]  # not the first ones: drawings come digit by digit
-        samples: dict[str, tuple[Callable[..., float], Any]] = {
-            "fid": (lambda rows: frechet_distance(rows, reference), features),
-            "precision": (lambda rows: rows.mean(), covered(reference[:size], some)),
-            "recall": (lambda rows: rows.mean(), covered(some, reference[:size])),
-            "imbalance": (lambda rows, balance=balance: imbalance(rows, balance), predicted),
-            "confident": (lambda rows: rows.mean(), probabilities.max(1) > 0.9),
-        }
-        if wanted is not None:
-            samples["agreement"] = (lambda rows: rows.mean(), predicted == asked.numpy())
-        for name, (statistic, rows) in samples.items():
-            entry = found.setdefault(name, {})
-            entry[column] = float(statistic(rows))
-            if errors:
-                entry["error" if column == "value" else "floor_error"] = bootstrap(statistic, rows)
-    if splits > 1:
-        fid, count = found["fid"], len(images)
-        values = [frechet_distance(drawn[0], real_features[some]) for some, _ in halves]
-        floors = [frechet_distance(real_features[rest[:count]], real_features[some]) for some, rest in halves]
-        fid |= {"value": float(numpy.mean(values)), "floor": float(numpy.mean(floors))}
-        if errors:
-            fid["floor_error"] = float(numpy.std(floors, ddof=1))
-    return {name: found[name] for name in ORDER if name in found}
-
-
-def train_on_synthetic(
-    images: torch.Tensor, labels: torch.Tensor, real: Any, learnable: Any, say: Callable[[str], None]
-) -> dict[str, float]:
-    """The figure "tstr" of `score`: train on synthetic, test on real (Esteban et al. 2017).
-
-    images (N, 1, 28, 28), labels (N,): the drawings. real: the test digits; learnable: real training digits, N of which
-    set the floor (all, if there are fewer). Both classifiers are the project's own, trained alike.
-    """
-    import torch
-    from torch.utils.data import TensorDataset
-
-    from common.classifier import judge, train_classifier
-    from common.metrics import bootstrap
-    from common.rng import generator
-
-    some = torch.randperm(len(learnable), generator=generator(0, "evaluation training digits"))[: len(images)]
-    found: dict[str, float] = {}
-    for column, error, learned in (
-        ("value", "error", TensorDataset(images, labels)),
-        ("floor", "floor_error", learnable.subset(some)),
-    ):
-        net = train_classifier(learned, progress=say)
-        predicted = judge(net, real[torch.arange(len(real))][0])[1].argmax(1)
-        hits = (predicted == real.labels).numpy()
-        found |= {column: float(hits.mean()), error: bootstrap(lambda rows: rows.mean(), hits)}
-    return found
-
-
-def epoch_scorer(
-    session: Session, shown: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor | None]]]
-) -> Callable[[], dict[str, Any]]:
-    """For a trainer's --eval-every: a function that scores an epoch, {figure + suffix: value, "classifier": which}.
-
-    It gives {} in the epochs between, and without --eval-every. shown: by suffix, what to score: a function that
-    returns (images, wanted labels), as `score` takes them.
-
-    The digits and the classifier are fetched here, before training begins: Exit(NO_DATA) if they cannot be had.
-    """
-    args = session.args
-    if not args.eval_every:
-        return dict
-    from common.classifier import fingerprint
-
-    only = [] if args.only_digit is None else [args.only_digit]
-    real = classifier = None  # of several processes only the first needs them
-
-    def fetch() -> None:
-        nonlocal real, classifier
-        real, classifier, _ = _judges(args, args.flags(), only, session.log.info, session.poll)
-
-    session.on_first(fetch)
-
-    def scored() -> dict[str, Any]:
-        return {} if session.epoch % args.eval_every else session.on_first(measured)
-
-    def measured() -> dict[str, Any]:
-        figures: dict[str, Any] = {}
-        for suffix, show in shown.items():
-            images, wanted = show()
-            if not images.isfinite().all():
-                session.log.warning(f"epoch {session.epoch} gives images that are not finite: not scored")
-                continue
-            rows = score(images, wanted, real, classifier, errors=False)
-            figures |= {f"{name}{suffix}": row["value"] for name, row in rows.items()}
-        return figures and figures | {"classifier": fingerprint(classifier)}
-
-    return scored
-
-
-def _judges(
-    args: Any,
-    trained: dict[str, Any],
-    digits: list[int],
-    say: Callable[[str], None],
-    poll: Callable[[], object] = lambda: None,
-) -> tuple[Any, Any, float]:
-    """(held-out real digits, only `digits` if any are given; the classifier; its accuracy), for a run's flags.
-
-    Raises Exit(MODEL_MISMATCH) if it learned from other data, Exit(NO_DATA) if too few are held out.
-    """
-    from common.classifier import load_classifier
-
-    real = held_out(args.data, args.cache_dir, trained)
-    some = _only(real, digits)
-    if len(some) < FEWEST_REAL:
-        raise Exit(NO_DATA, f"{real.source} has too few {real.noun} for tests, {len(some)}, to compare with")
-    classifier, accuracy = load_classifier(args.cache_dir, real.source, say, poll)
-    return some, classifier, accuracy
-
-
-def _only(real: Any, digits: list[int]) -> Any:
-    """The data set `real`, or its part of these digits if any are named."""
-    import torch
-
-    return real.subset(torch.isin(real.labels, torch.tensor(digits)).nonzero().flatten()) if digits else real
 
 
 def _draw(args: Any, draw: Callable, labels: list[int] | None, world: World) -> tuple[torch.Tensor, float]:
@@ -236,25 +62,11 @@ def _reconstruct(
     from common.autoencoder import build_autoencoder, read_autoencoder
 
     autoencoder = build_autoencoder(read_autoencoder(read), device)
-    images, labels = real[_halves(real)[1][:count]]
+    images, labels = real[halves(real)[1][:count]]
     started = time.perf_counter()
     with torch.no_grad():
         rebuilt = torch.cat([autoencoder(part.to(device)).cpu() for part in images.split(CHUNK)])
     return rebuilt, labels.tolist(), time.perf_counter() - started
-
-
-def scores_file(path: Path) -> Path:
-    """Where the scores of the checkpoint file `path` are written."""
-    return path.with_name(f"{path.stem}.scores.json")
-
-
-def read_scores(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """What was written there about the checkpoint with this `state`; {} if it was about another of that name."""
-    try:
-        scores = json.loads(path.read_text())
-        return scores if scores["timestamp"] == state["timestamp"] else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -334,7 +146,7 @@ def _prepare(args: Any, typed: Collection[str], poll: Callable[[], object]) -> S
         why = "leave out --digit none" if args.digit == [] else "this model's network takes none"
         raise Exit(USAGE, f"--tstr learns from the images' labels; {why}")
     subject = Subject(path, state, model, labels, None, None, 0.0)
-    real, classifier, accuracy = _judges(args, state["args"], args.digit or subject.digits, _say, poll)
+    real, classifier, accuracy = judges(args, state["args"], args.digit or subject.digits, _say, poll)
     return subject._replace(real=real, classifier=classifier, accuracy=accuracy)
 
 
@@ -360,7 +172,7 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
     splits = 1 if model.startswith("ae-") else SPLITS
     figures = score(images, None if wanted is None else torch.tensor(wanted), real, classifier, splits=splits)
     if args.tstr:
-        learnable = _only(HF_MNIST("train", args.cache_dir, source=real.source), args.digit or digits)
+        learnable = of_digits(HF_MNIST("train", args.cache_dir, source=real.source), args.digit or digits)
         figures["tstr"] = train_on_synthetic(images, torch.tensor(labels), real, learnable, _say)
 
     # by suffix, one file holds the figures of three ways of drawing, and none hides another's
@@ -372,7 +184,7 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
         kind, suffix = ("labels as asked for", "_labelled") if args.digit else ("without labels", "_unlabelled")
     print(f"{len(images):,} images, {kind}, from {trained['exp_name']}, epoch {trained['epoch']}")
     print(f"judged by a classifier that reads {accuracy:.2%} of the test {real.noun} ({real.source}) correctly")
-    spare = len(_halves(real)[1])
+    spare = len(halves(real)[1])
     print(f"{'':>10} {'value':>9} {'+-':>8} {'real':>9} {'+-':>8}")
     for name, row in figures.items():
         cells = f"{row['value']:>9.4f} {row['error']:>8.4f} {row['floor']:>9.4f} {row['floor_error']:>8.4f}"

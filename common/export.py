@@ -60,7 +60,7 @@ def _is_exported(path: Path) -> bool:
 
 def reduced(path: Path, state: ckpt.State) -> ckpt.State:
     """What is exported of the checkpoint's state in `path`. Raises Exit for weights that are no numbers."""
-    from common.evaluate import read_scores, scores_file
+    from common.scores import read_scores, scores_file
 
     commands = _commands(path.parent, ckpt.infer_model_from_checkpoint(state))
     kept = {key: state[key] for key in KEPT if key in state} | {"args": _without_places(state["args"])}

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from common import ckpt, emoji, peek
 from common.args import Parser, number
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
-from common.evaluate import read_scores, scores_file
 from common.files import atomic_write
 from common.inspect_ckpt import files_below
+from common.scores import read_scores, scores_file
 
 _RISING = ("acc", "precision", "recall", "agreement", "confident", "tstr", "per_second")
 COMPARABLE = (

@@ -8,10 +8,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.args import AUTO, Args, Parser, number
 from common.data import split_train_val
 from common.error_codes import NO_MODEL_SPECIFIED, Exit, run_main
-from common.evaluate import epoch_scorer
 from common.flags import add_training_arguments
 from common.images import over
 from common.modules import module_of
+from common.scores import epoch_scorer
 from common.start import open_session
 
 MODELS = {AUTO: AUTO, "mlp": "ae-mlp", "conv": "ae-conv", "ae-mlp": "ae-mlp", "ae-conv": "ae-conv"}

@@ -10,9 +10,9 @@ from common.autoencoder import build_autoencoder, choose_autoencoder, describe, 
 from common.data import make_mnist_loader, split_train_val
 from common.drawing import preview_and_scored
 from common.error_codes import run_main
-from common.evaluate import epoch_scorer
 from common.flags import add_diffusion_arguments, add_training_arguments, check_betas
 from common.modules import module_of, named, network_file
+from common.scores import epoch_scorer
 from common.start import open_session
 
 LABEL_DROPOUT = 0.3  # how often the denoiser does not see the label, so that it can also draw without one

@@ -19,8 +19,8 @@ from common import ckpt, classifier, evaluate, metrics, mnist
 from common.classifier import VERSION, fingerprint, judge, load_classifier, train_classifier
 from common.data import HF_MNIST
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit
-from common.evaluate import score
 from common.rng import generator
+from common.scores import score
 
 RNG = np.random.default_rng(0)
 

@@ -12,7 +12,7 @@ import torch
 from helpers import AE, LATENT, PIXEL, call, metrics, newest_state, only_run, recipe
 from torch.nn.functional import mse_loss
 
-from common import classifier, diffusion, drawing, evaluate, sampling
+from common import classifier, diffusion, drawing, evaluate, sampling, scores
 from common.args import Args
 from common.autoencoder import build_autoencoder
 from common.ckpt import load_averaged, read_checkpoint
@@ -323,12 +323,12 @@ class Digits:
 
 def test_scores_compare_with_one_half_and_the_floor_comes_from_the_other():
     real = Digits(2000)
-    first, second = evaluate._halves(real)
+    first, second = scores.halves(real)
     assert not set(first.tolist()) & set(second.tolist())
-    assert not torch.equal(first, evaluate._halves(real, 1)[0])
+    assert not torch.equal(first, scores.halves(real, 1)[0])
     floors = {}
     for count in (200, 1000):
-        found = evaluate.score(*(part[:count] for part in real[second]), real, CORNERS, errors=False, splits=1)
+        found = scores.score(*(part[:count] for part in real[second]), real, CORNERS, errors=False, splits=1)
         for name, row in found.items():
             assert row["value"] == row["floor"] or name in ("precision", "recall"), name  # the very same digits
         assert found["agreement"]["value"] == 1
@@ -338,11 +338,11 @@ def test_scores_compare_with_one_half_and_the_floor_comes_from_the_other():
 
 def test_the_distance_is_the_mean_over_the_splits_and_its_floor_has_their_spread():
     real, drawn = Digits(800), Digits(300).images
-    found = evaluate.score(drawn, None, real, CORNERS, splits=3)["fid"]
+    found = scores.score(drawn, None, real, CORNERS, splits=3)["fid"]
     features = CORNERS.features(real.images).numpy()
     values, floors = [], []
     for split in range(3):
-        first, second = evaluate._halves(real, split)
+        first, second = scores.halves(real, split)
         values.append(frechet_distance(CORNERS.features(drawn).numpy(), features[first]))
         floors.append(frechet_distance(features[second[:300]], features[first]))
     assert found["value"] == pytest.approx(statistics.mean(values))
@@ -352,7 +352,7 @@ def test_the_distance_is_the_mean_over_the_splits_and_its_floor_has_their_spread
 
 def test_drawings_that_are_all_alike_have_precision_but_no_recall():
     alike = 0.5 + 0.02 * torch.rand(1000, 1, 28, 28, generator=generator(1, "corners"))
-    found = evaluate.score(alike, None, Digits(2000), CORNERS, errors=False)
+    found = scores.score(alike, None, Digits(2000), CORNERS, errors=False)
     assert found["precision"]["value"] > 0.9
     assert found["recall"]["value"] < 0.1
 
@@ -360,7 +360,7 @@ def test_drawings_that_are_all_alike_have_precision_but_no_recall():
 def test_the_recall_of_drawings_that_come_class_by_class_is_that_of_all_of_them():
     drawn = Digits(2000)
     recall = [
-        evaluate.score(drawn[rows][0], None, Digits(800), CORNERS, errors=False, splits=1)["recall"]["value"]
+        scores.score(drawn[rows][0], None, Digits(800), CORNERS, errors=False, splits=1)["recall"]["value"]
         for rows in (torch.arange(2000), drawn.labels.argsort())
     ]
     assert recall[1] == pytest.approx(recall[0], abs=0.1)
@@ -371,7 +371,7 @@ def test_reconstructions_are_scored_on_the_digits_of_the_floor(monkeypatch):
     monkeypatch.setattr("common.autoencoder.read_autoencoder", lambda path: path)
     monkeypatch.setattr("common.autoencoder.build_autoencoder", lambda *_: lambda images: images)
     images, labels, _ = evaluate._reconstruct("x", real, 30, torch.device("cpu"))
-    second = evaluate._halves(real)[1][:30]
+    second = scores.halves(real)[1][:30]
     assert torch.equal(images, real[second][0])
     assert labels == real[second][1].tolist()
 

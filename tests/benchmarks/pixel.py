@@ -35,12 +35,12 @@ from common.data import HF_MNIST, split_train_val
 from common.device import get_device, move
 from common.diffusion import epsilon_loss, loss_draws, precompute_schedules, uniform_timesteps
 from common.error_codes import run_main
-from common.evaluate import score
 from common.flags import add_data_arguments
 from common.learner import Learner, learning_rate
 from common.modules import module_of
 from common.rng import generator
 from common.sampling import draw
+from common.scores import score
 
 STEPS = 100  # of T = 1000 ancestral ones, for everybody: at 1,000 the peers would draw for an hour
 GRID = ("--base-ch", 32, "--lr", 1e-3, "--lr-scheduler", "cosine", "--min-snr-gamma", 1, "--epochs", 20)  # README.md's

@@ -17,9 +17,9 @@ from common.classifier import judge, load_classifier, train_classifier
 from common.data import HF_MNIST, split_train_val
 from common.diffusion import epsilon_loss, loss_draws, precompute_schedules, uniform_timesteps
 from common.drawing import wanted_labels
-from common.evaluate import score
 from common.rng import generator
 from common.sampling import draw
+from common.scores import score
 
 LATENT = "mnist_latent_diffusion"
 MANY = 5000  # drawings in the full mode

@@ -18,9 +18,9 @@ from common.classifier import load_classifier
 from common.data import HF_MNIST
 from common.drawing import wanted_labels
 from common.error_codes import USAGE, Exit, run_main
-from common.evaluate import score
 from common.flags import SAMPLERS, add_data_arguments
 from common.modules import module_of
+from common.scores import score
 
 EVALUATIONS = (1, 2, 4, 8, 16, 50, 1000)
 SEED = 42
