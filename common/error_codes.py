@@ -81,6 +81,8 @@ def _run(main: Callable[[], None]) -> int:
             symbol = emoji.error if end.code else emoji.ok
             print(f"{symbol} {f'process {rank}: ' if rank else ''}{end}", file=sys.stderr if end.code else sys.stdout)
         return end.code
+    except SystemExit as end:  # argparse's, after --help, whose words are still to be written
+        return end.code or OK
     except KeyboardInterrupt:
         print(f"{emoji.error} interrupted", file=sys.stderr)
         return INTERRUPTED

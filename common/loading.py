@@ -164,6 +164,13 @@ def _one_line():
         raise ValueError(str(end)) from None
 
 
+def _path(given: str | Path) -> Path:
+    try:
+        return Path(given).expanduser()
+    except (TypeError, RuntimeError):  # no path at all, or of a user that there is not
+        raise ValueError(f"{given!r} names no checkpoint") from None
+
+
 def load(path: str | Path, device: str | None = None, *, guide: str | Path | None = None) -> Diffusion | Autoencoder:
     """The trained network of a checkpoint file, a run's folder (its newest), RUN/best, or a folder of runs (newest).
 
@@ -175,12 +182,13 @@ def load(path: str | Path, device: str | None = None, *, guide: str | Path | Non
     with _one_line():
         where = get_device(device)
         say = partial(warnings.warn, stacklevel=5)  # of damaged files that are passed over
-        read = ckpt.read_model(Path(path).expanduser(), ckpt.MODEL_TYPES, say)
+        read = ckpt.read_model(_path(path), ckpt.MODEL_TYPES, say)
         model = ckpt.infer_model_from_checkpoint(read[1])
         if model.startswith("ae-"):
             if guide is not None:
                 raise ValueError(f"{read[0]} holds an autoencoder: it draws nothing that could be guided")
             return _autoencoder(*read, where)
+        guide = None if guide is None else _path(guide)
         inner = _autoencoder(read[0], read[1]["ae_ckpt_data"], where) if model == "lddpm" else None
         return Diffusion(*read, module_of(model).load_for_drawing(read, where, guide=guide)[0], inner)
 

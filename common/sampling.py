@@ -277,7 +277,7 @@ def as_floats(values: Any) -> torch.Tensor:
     """
     if not isinstance(values, torch.Tensor):
         values = torch.from_numpy(numpy.array(values, dtype=numpy.float32))  # torch takes no view that is flipped
-    return values.float()
+    return values.to_dense().float()
 
 
 def as_images(values: Any, name: str) -> torch.Tensor:

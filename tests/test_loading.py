@@ -122,7 +122,7 @@ def test_an_autoencoder_encodes_and_decodes(ae_run):
     latents = run.encode(images)
     assert torch.equal(latents, net.encode(images))
     flipped = images.flip(2).numpy()[:, :, ::-1]
-    for alike in (images.tolist(), images.double().numpy(), images.numpy().astype(">f4"), flipped):
+    for alike in (images.tolist(), images.double().numpy(), images.numpy().astype(">f4"), flipped, images.to_sparse()):
         assert torch.equal(run.encode(alike), latents)
     assert torch.equal(run.decode(latents), net.decode(latents))
     assert torch.equal(run.encode(images[:, 0]), latents)
@@ -141,6 +141,11 @@ def test_what_cannot_be_loaded_is_a_value_error(latent_run, tmp_path, copy_of):
             load(path)
         assert len(str(raised.value).splitlines()) == 1
         assert raised.value.__suppress_context__  # one line, not two tracebacks
+    for nothing in (None, 3, b"run", "~no-such-user/run"):
+        with pytest.raises(ValueError, match="names no checkpoint"):
+            load(nothing)
+    with pytest.raises(ValueError, match="names no checkpoint"):
+        load(latent_run, guide=3)
     with pytest.raises(ValueError, match="no such kind of device"):
         load(latent_run, "gpu")
 
