@@ -118,8 +118,8 @@ class Finish(nn.Module):
 class Denoiser(nn.Module):
     """Predicts the noise in an image x_t (scaled to [-1, 1]) from x_t, the timestep and the digit.
 
-    28 x 28 is folded to 14 x 14 at once (space to depth); 7 x 7, with attention, gets most of the work, and may have a
-    `Dense` layer of width `dense_dim` (0: none); at full resolution there are one convolution before and one block
+    28 x 28 is folded to 14 x 14 at once (space to depth); 7 x 7, with attention and a `Dense` layer of width
+    `dense_dim` (0: none), gets most of the work; at full resolution there are one convolution before and one block
     behind, of `fine_ch` channels (0: neither). Labels are 0 to num_classes - 1, or `null_label` for "not told". Like
     the latent denoiser it mixes the network's output v and x_t to epsilon (v-prediction, Salimans & Ho 2022, appendix
     D).
@@ -132,7 +132,7 @@ class Denoiser(nn.Module):
         schedules: Schedules | None = None,
         *,
         fine_ch: int = 8,
-        dense_dim: int = 0,
+        dense_dim: int = 512,
     ) -> None:
         super().__init__()
         self.null_label = num_classes

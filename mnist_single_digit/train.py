@@ -24,8 +24,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     parser.flag("shape", "--base-ch", type=width, default=24, help="U-Net width, a multiple of 8 (default: 24)")
     fine = "width of the block at full resolution, a multiple of 8; 0: none (default: 8)"
     parser.flag("shape", "--fine-ch", type=number(int, 0), default=8, help=fine)
-    dense = "width of a layer that sees all positions of 7 x 7 at once; 0: none (default: 0)"
-    parser.flag("shape", "--dense-dim", type=number(int, 0), default=0, help=dense)
+    dense = "width of a layer that sees all positions of 7 x 7 at once; 0: none (default: 512)"
+    parser.flag("shape", "--dense-dim", type=number(int, 0), default=512, help=dense)
     add_diffusion_arguments(parser)
     add_training_arguments(parser, epochs=30, workers=4)
     args = parser.parse(argv)

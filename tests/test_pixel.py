@@ -46,7 +46,7 @@ def net(request):
 
 
 def test_a_checkpoint_from_before_two_flags_draws_and_resumes(flags, tmp_path):
-    result = call(PIXEL, "train.py", *flags, "--epochs", 1, "--fine-ch", 0, "--outdir", tmp_path)
+    result = call(PIXEL, "train.py", *flags, "--epochs", 1, "--fine-ch", 0, "--dense-dim", 0, "--outdir", tmp_path)
     assert result.code == 0, result.text
     folder = only_run(tmp_path)
     path = ckpt.run_checkpoints(folder)[0][1]

@@ -48,7 +48,7 @@ TRAINING = "training images/s"
 SAMPLES = {16: 50, 64: 20}  # so many samples at once, timed over so many steps; at 256 diffusers' network is slower
 
 
-def ours(width: int = 24, fine: int = 8, dense: int = 0) -> nn.Module:
+def ours(width: int = 24, fine: int = 8, dense: int = 512) -> nn.Module:
     """The network of mnist_single_digit."""
     return module_of("ddpm").Denoiser(width, schedules=precompute_schedules(), fine_ch=fine, dense_dim=dense)
 
@@ -66,11 +66,12 @@ class Contestant(NamedTuple):
 
 
 NETWORKS = {
-    "ours": Contestant(ours, batch=64),  # for all digits 128 is better
-    "ours-dense": Contestant(lambda: ours(dense=512), batch=64, min_snr_gamma=1.0),  # for all digits 128
-    "ours-16": Contestant(lambda: ours(16), batch=64),
-    "ours-32": Contestant(lambda: ours(32), batch=64),
-    "ours-24-coarse": Contestant(lambda: ours(24, fine=0), batch=64),
+    "ours": Contestant(ours, batch=64, min_snr_gamma=1.0),  # for all digits 128 is better
+    "ours-32": Contestant(lambda: ours(32), batch=128),
+    "ours-without-dense": Contestant(lambda: ours(dense=0), batch=64),  # for all digits 128 is better
+    "ours-16-without-dense": Contestant(lambda: ours(16, dense=0), batch=64),
+    "ours-32-without-dense": Contestant(lambda: ours(32, dense=0), batch=64),
+    "ours-24-coarse": Contestant(lambda: ours(24, fine=0, dense=0), batch=64),
     "plain": Contestant(lambda: PlainDenoiser(pixels=True), 1e-3, 128),
     "diffusers-32": Contestant(lambda: diffusers_unet((32, 64, 64))),
     "diffusers-16": Contestant(lambda: diffusers_unet((16, 32, 32)), 4e-3),
