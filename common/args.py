@@ -166,6 +166,11 @@ class Parser(argparse.ArgumentParser):
         self._by_kind: dict[str, argparse._ArgumentGroup] = {}
         self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -5e-1 for a flag
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """As argparse's, but a --help that cannot be written is no success."""
+        if message:
+            (file or sys.stderr).write(message)
+
     def flag(self, kind: str, *names: str, env: str = "", **options: Any) -> None:
         """Declare a flag of the given kind. If the variable `env` is set and not empty, it is the default."""
         if kind not in self._by_kind:

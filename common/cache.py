@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy
+    import torch
 
 _HUB_PATIENCE = 5.0  # seconds to find out whether the hub can be reached at all
 
@@ -46,14 +47,24 @@ def decoded_path(cache_dir: Path, name: str) -> Path:
     return cache_dir / "decoded" / f"{name}.pt"
 
 
-def kept(path: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """What `keep` wrote there; None if nothing did, or it is damaged: then it is made anew."""
+def kept(path: Path, warn: Callable[[str], None]) -> dict[str, torch.Tensor] | None:
+    """The tensors that `keep` wrote there, `images` and `labels` among them.
+
+    None if nothing did, or it is damaged: then it is made anew.
+    """
+    import torch
+
     try:
-        return read_file(path)
+        content = read_file(path)
     except UnreadableCheckpoint as error:
         if not error.gone:
             warn(f"passing over {error}")
         return None
+    whole = isinstance(content, dict) and {"images", "labels"} <= content.keys()
+    if whole and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return content
+    warn(f"passing over {path}: it holds no decoded digits")
+    return None
 
 
 def keep(path: Path, arrays: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ class UnreadableCheckpoint(Exit):
     def __init__(self, path: str | Path, reason: str, error: OSError | None = None) -> None:
         super().__init__(BAD_CHECKPOINT, f"{path}: {reason}")
         self.gone = isinstance(error, FileNotFoundError | NotADirectoryError)
-        self.hidden = error is not None and error.errno in (*_PASSING, errno.EACCES)  # and may well be whole
+        self.passing = error is not None and error.errno in _PASSING  # it may well be readable later
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -251,8 +251,8 @@ def newest_readable(
 ) -> tuple[Path, State] | None:
     """The newest checkpoint of a run that can be read; every damaged one that is passed over is named through `warn`.
 
-    None if there is none. Raises UnreadableCheckpoint if a disk or file server fails for longer than a moment, or this
-    user may not read one: the newest may well be whole, and must be neither passed over nor begun again.
+    None if there is none. Raises UnreadableCheckpoint if a disk or file server fails for longer than a moment: the
+    newest may well be whole, and must be neither passed over nor begun again.
     """
     damaged: set[Path] = set()
     while True:
@@ -260,7 +260,7 @@ def newest_readable(
             try:
                 return path, read(path)
             except UnreadableCheckpoint as error:
-                if error.hidden:
+                if error.passing:
                     raise
                 if error.gone and not path.is_symlink():
                     break  # pruned by the run that trains there, once it had a newer one: look again

@@ -14,7 +14,7 @@ from common import cache, emoji, mnist
 from common.args import AUTO, Args
 from common.device import seed_worker
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, Exit, run_main
-from common.flags import HUB, MNIST, MNIST_NAME, is_own
+from common.flags import HUB, MNIST, is_own
 from common.own_data import read_own
 from common.rng import generator
 
@@ -24,14 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import DataLoader
 
-HUB_NAME = MNIST_NAME
 VALIDATION_FRACTION = 0.1
 SEEN = "training digits of full MNIST, which it has learned from"
-
-
-def _meant(source: str) -> str:
-    """`source`; but where somebody gave HUB_NAME another value it is other data, for which no cache of MNIST serves."""
-    return f"{HUB}{HUB_NAME}" if HUB_NAME != MNIST_NAME and source in ("auto", "hub") else source
 
 
 class HF_MNIST:
@@ -55,7 +49,7 @@ class HF_MNIST:
         source: str = "auto",
         warn: Callable[[str], None] | None = None,
     ) -> None:
-        source, cache_dir, warn = _meant(source), Path(cache_dir), warn or cache.warn_on_stderr
+        cache_dir, warn = Path(cache_dir), warn or cache.warn_on_stderr
         if is_own(source):
             own = read_own(source, cache_dir, warn)
             both = {"train": (own.images, own.labels), "test": (own.test_images, own.test_labels)}
@@ -235,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             digits = HF_MNIST(split, cache_dir, source="hub" if args.data == "auto" else args.data)
         except Exit as end:
-            if is_own(_meant(args.data)):
+            if is_own(args.data):
                 raise
             way_out = "run this where there is internet; the 5,000 digits of --data embedded need none"
             raise Exit(end.code, f"{mnist.lacking(cache_dir)}; {way_out}") from None

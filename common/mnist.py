@@ -72,9 +72,7 @@ def _decoded(cache_dir: Path, name: str, warn: Callable[[str], None]) -> tuple[t
         return _whole(name, content["images"], content["labels"])
     except ValueError as reason:
         warn(f"passing over {path}: {reason}")
-    except (KeyError, TypeError, AttributeError):
-        warn(f"passing over {path}: it holds no decoded digits")
-    return None
+        return None
 
 
 def _store(cache_dir: Path, name: str, images: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:

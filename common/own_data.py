@@ -118,10 +118,7 @@ def _of_hub(name: str, cache_dir: Path, warn: Callable[[str], None]) -> dict[str
     """The arrays of a data set of the hub: from our decoded cache, the `datasets` cache, or a download."""
     path = hub_file(name, cache_dir)
     if (content := cache.kept(path, warn)) is not None:
-        try:
-            return {part: content[part].numpy() for part in NAMES if part in content}
-        except (KeyError, TypeError, AttributeError):
-            warn(f"passing over {path}: it holds no decoded images")
+        return {part: content[part].numpy() for part in NAMES if part in content}
     passed_over: list[str] = []
     if (found := _splits_in_cache(name, cache_dir, passed_over.append)) is None:
         for text in passed_over:

@@ -369,9 +369,10 @@ def test_output_may_be_piped_and_cut_off(latent_run):
     for what, place, code in (
         (latent_run, ">/dev/full", BAD_OUTPUT),
         ("--help", ">/dev/full", BAD_OUTPUT),
+        ("--help", ">/dev/full # unbuffered", BAD_OUTPUT),
         (latent_run, ">&-", 0),
     ):
-        command = f"{sys.executable} -m common.inspect_ckpt {what} {place}"
+        command = f"{sys.executable} {'-u' * ('#' in place)} -m common.inspect_ckpt {what} {place}"
         result = subprocess.run(command, shell=True, cwd=REPO, env=env, capture_output=True, text=True)
         assert result.returncode == code, result.stderr
         assert len(result.stderr.splitlines()) == bool(code), result.stderr

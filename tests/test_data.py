@@ -125,14 +125,17 @@ def test_workers_change_nothing(train):
     assert order_of(make_mnist_loader(small, 32, num_workers=2), 2) == order_of(make_mnist_loader(small, 32), 2)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "other"])
+OTHERS = {"list": [1], "none": None, "tensor": torch.zeros(2), "empty": {}, "numbers": {"images": 1, "labels": 2}}
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", *OTHERS])
 def test_a_damaged_decoded_cache_is_made_anew(tmp_path, cache, test, damage):
     file = shutil.copytree(cache, tmp_path / "cache") / "decoded" / "embedded-test.pt"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content if damage == "flip" else content[:-100])
-    if damage == "other":
-        torch.save([1], file)
+    if damage in OTHERS:
+        torch.save(OTHERS[damage], file)
     warnings = []
     again = HF_MNIST("test", tmp_path / "cache", source="embedded", warn=warnings.append)
     assert torch.equal(again.images, test.images)

@@ -1,10 +1,11 @@
 """The networks keep their shapes and promises, and infer.py turns checkpoints into pictures."""
 
+import inspect
 import math
 
 import pytest
 import torch
-from helpers import AE, LATENT, call, run
+from helpers import AE, LATENT, PIXEL, call, recipe, run
 from PIL import Image
 
 from common.autoencoder import build_autoencoder, read_autoencoder
@@ -31,6 +32,18 @@ def grid_size(count: int, columns: int | None = None) -> tuple[int, int]:
 
 
 # --- networks ---
+
+
+@pytest.mark.parametrize(
+    ("model", "network", "folder"), [("ddpm", "Denoiser", PIXEL), ("lddpm", "LatentDenoiser", LATENT)]
+)
+def test_a_network_by_itself_is_what_the_trainer_trains(model, network, folder):
+    """Their defaults stand in two places, so that a notebook can say `Denoiser()`."""
+    flags = recipe(folder, "train.py").parse_args([]).flags()
+    parameters = inspect.signature(getattr(module_of(model), network)).parameters
+    named = {"base_ch", "fine_ch", "dense_dim", "hidden_dim"} & parameters.keys()
+    assert named
+    assert {name: parameters[name].default for name in named} == {name: flags[name] for name in named}
 
 
 def test_a_module_is_read_once_however_it_is_asked_for():

@@ -54,7 +54,7 @@ def ours(width: int = 24, fine: int = 8, dense: int = 512) -> nn.Module:
 
 
 class Contestant(NamedTuple):
-    """A network, and the learning rate and batch size that it, or one like it, did best with on fives.
+    """A network, and the learning rate, batch size and loss that it, or one like it, did best with on fives.
 
     README.md says what was tried.
     """
@@ -70,7 +70,7 @@ NETWORKS = {
     "ours-32": Contestant(lambda: ours(32), batch=128),
     "ours-without-dense": Contestant(lambda: ours(dense=0), batch=64),  # for all digits 128 is better
     "ours-16-without-dense": Contestant(lambda: ours(16, dense=0), batch=64),
-    "ours-32-without-dense": Contestant(lambda: ours(32, dense=0), batch=64),
+    "ours-32-without-dense": Contestant(lambda: ours(32, dense=0), batch=128),
     "ours-24-coarse": Contestant(lambda: ours(24, fine=0, dense=0), batch=64),
     "plain": Contestant(lambda: PlainDenoiser(pixels=True), 1e-3, 128),
     "diffusers-32": Contestant(lambda: diffusers_unet((32, 64, 64))),
@@ -217,7 +217,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=number(int, 1), help="to train and draw with (default: all cores)")
     parser.add_argument("--lr", type=number(float, 0), help="instead of each network's own")
     parser.add_argument("--batch", type=number(int, 1), help="instead of each network's own")
-    parser.add_argument("--min-snr-gamma", type=number(float, 0), help="(default: 0; for all digits 1 is better)")
+    parser.add_argument(
+        "--min-snr-gamma", type=number(float, 0), help="instead of each network's own; for all digits 1"
+    )
     add_data_arguments(parser)
     parser.add_argument("--device", default="cpu", help="to train and draw with; rates are the CPU's (default: cpu)")
     args = parser.parse_args(argv)
