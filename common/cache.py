@@ -24,10 +24,12 @@ _HUB_PATIENCE = 5.0  # seconds to find out whether the hub can be reached at all
 
 
 def warn_on_stderr(message: str) -> None:
+    """Where nobody gave another way of warning."""
     print(f"{emoji.warning} {message}", file=sys.stderr)
 
 
 def first_line(error: Exception) -> str:
+    """What another library's error says, in one line."""
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return kind + next(iter(str(error).splitlines()), "no reason given")
 
@@ -44,6 +46,7 @@ def lasting_cache(cache_dir: str | Path) -> Path:
 
 
 def decoded_path(cache_dir: Path, name: str) -> Path:
+    """Where decoded pictures of this name are kept."""
     return cache_dir / "decoded" / f"{name}.pt"
 
 

@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -308,6 +309,28 @@ def test_offline_variables_are_obeyed(cache, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     monkeypatch.setattr("urllib.request.urlopen", lambda *_args, **_kwargs: pytest.fail("asked the network"))
     assert HF_MNIST("test", cache, warn=lambda _: None).source == "embedded"
+
+
+def test_a_hub_is_asked_for_mnist_and_answers(monkeypatch):
+    """A mirror knows data sets, and need not know anything else."""
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Mirror(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/api/datasets/ylecun/mnist" else 404)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with HTTPServer(("127.0.0.1", 0), Mirror) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for path, answers in (("", True), ("/elsewhere", False)):
+            monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}{path}")
+            assert hub_answers() is answers
+        server.shutdown()
 
 
 def test_a_hub_that_talks_nonsense_does_not_answer(monkeypatch):
