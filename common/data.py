@@ -163,8 +163,6 @@ def make_mnist_loader(
         num_workers=num_workers,
         collate_fn=_into_shared_memory if num_workers else None,
         worker_init_fn=seed_worker,
-        persistent_workers=False,
-        pin_memory=False,
         generator=torch.Generator(),  # of the workers' seeds: see `Session.batches`
     )
 

@@ -286,7 +286,7 @@ def _save_process(frames: list[torch.Tensor], output: Path, scale: int) -> None:
     rows = torch.stack([frame[:ROWS] for frame in frames], dim=1)  # (rows, frames, 1, 28, 28)
     save_output(rows.flatten(0, 1), strip, nrow=len(frames), scale=scale)
     with one_line(animation):
-        save_gif([make_image_grid(frame) for frame in frames], animation)
+        save_gif([make_image_grid(frame, scale=2) for frame in frames], animation)
     print(f"{emoji.ok} the process: {strip}, {animation}")
 
 

@@ -135,7 +135,7 @@ def _prepare(args: Any, typed: Collection[str], poll: Callable[[], object]) -> S
     if not model.startswith("ae-"):
         check_sampling(args, state["args"])
         labels = wanted_labels(args.digit, args.n, args.seed, state["args"])
-        args.ckpt = ckpt.very_file(path)  # for the other processes
+        args.ckpt = str(path)  # for the other processes
         if args.guide is not None:
             args.guide = ckpt.very_file(ckpt.read_model(args.guide, (model,))[0])
             guiding_network(args.guide, state, module_of(model).build, "cpu")  # does it fit?

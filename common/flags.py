@@ -354,7 +354,7 @@ def why_not_drawn(labels: Sequence[int], trained: dict[str, Any], asked: str) ->
 
 
 def check_betas(parser: Parser, args: Args) -> None:
-    """One-line usage error unless beta_start < beta_end, and the schedule has them."""
+    """One-line usage error unless beta_start < beta_end, the schedule has them, and they leave a trace of the image."""
     if typed := [name for name in ("beta_start", "beta_end") if args.schedule != "linear" and args.given(name)]:
         parser.error(f"{flag_of(typed[0])} shapes the linear schedule, not --schedule {args.schedule}: drop it")
     if args.beta_start >= args.beta_end:

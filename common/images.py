@@ -196,18 +196,15 @@ def read_mask(path: str | Path, of: str | Path, size: tuple[int, int]) -> torch.
     return mask
 
 
-def save_gif(frames: list[torch.Tensor], path: Path, *, seconds: float = 0.1, last: float = 1.5) -> None:
-    """Write grids (3, H, W) in [0, 1] as an endless animation, twice their size; the last one stays longer.
+def save_gif(frames: list[torch.Tensor], path: Path) -> None:
+    """Write grids (3, H, W) in [0, 1] as an endless animation, 0.1 s each; the last one stays for 1.5 s.
 
     Raises OSError if it cannot be written.
     """
     from PIL import Image
 
     pictures = [Image.fromarray(to_bytes(frame[0]).numpy()) for frame in frames]
-    pictures = [
-        picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST) for picture in pictures
-    ]
-    durations = [1000 * seconds] * (len(pictures) - 1) + [1000 * last]
+    durations = [100] * (len(pictures) - 1) + [1500]
     options = {"save_all": True, "append_images": pictures[1:], "duration": durations, "loop": 0}
     options["optimize"] = False  # it would shift the greys of a frame that lacks some of the first one's
     atomic_write(path, lambda file: pictures[0].save(file, format="GIF", **options))

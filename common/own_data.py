@@ -43,11 +43,8 @@ def read_own(source: str, cache_dir: Path, warn: Callable[[str], None]) -> OwnDa
     """The data that `source`, FILE.npz or hub:OWNER/NAME, means. Raises Exit(NO_DATA) if they are not as wanted."""
     import torch
 
-    if source.startswith(HUB):
-        arrays, origin = _of_hub(source.removeprefix(HUB), cache_dir, warn), source
-    else:
-        arrays, origin = _of_file(Path(source)), source
-    _check(arrays, origin)
+    arrays = _of_hub(source.removeprefix(HUB), cache_dir, warn) if source.startswith(HUB) else _of_file(Path(source))
+    _check(arrays, source)
     kinds = {"images": "uint8", "labels": "int64"}
     tensors = {
         name: torch.as_tensor(array.astype(kinds[name.split("_")[-1]], copy=False)) for name, array in arrays.items()
@@ -66,29 +63,29 @@ def read_own(source: str, cache_dir: Path, warn: Callable[[str], None]) -> OwnDa
     for prefix, least in FEWEST.items():
         if (count := len(tensors[f"{prefix}images"])) < least:
             whose = "for tests" if prefix else "to learn from"
-            raise Exit(NO_DATA, f"{origin} has too few images {whose}: {count}; at least {least} are needed")
+            raise Exit(NO_DATA, f"{source} has too few images {whose}: {count}; at least {least} are needed")
     return OwnData(*(tensors[name] for name in NAMES), digest.hexdigest()[:12], held_out)
 
 
-def _check(arrays: dict[str, numpy.ndarray], origin: str) -> None:
+def _check(arrays: dict[str, numpy.ndarray], source: str) -> None:
     """Raises Exit(NO_DATA) with what is wrong with the arrays, in one line."""
     wanted = NAMES if arrays.keys() & set(NAMES[2:]) else NAMES[:2]
     if lacking := [name for name in wanted if name not in arrays]:
-        raise Exit(NO_DATA, f"{origin} holds no {lacking[0]}")
+        raise Exit(NO_DATA, f"{source} holds no {lacking[0]}")
     for prefix in ("", "test_")[: len(wanted) // 2]:
         images, labels = arrays[f"{prefix}images"], arrays[f"{prefix}labels"]
         if images.dtype != "uint8" or images.ndim != 3 or images.shape[1:] != (28, 28):
             found = f"{images.dtype} of shape {images.shape}"
-            raise Exit(NO_DATA, f"{origin}: its {prefix}images are {found}; they must be uint8 of shape (N, 28, 28)")
+            raise Exit(NO_DATA, f"{source}: its {prefix}images are {found}; they must be uint8 of shape (N, 28, 28)")
         if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
             found, count = f"{labels.dtype} of shape {labels.shape}", len(images)
-            raise Exit(NO_DATA, f"{origin}: its {prefix}labels are {found}; they must be whole numbers, ({count},)")
+            raise Exit(NO_DATA, f"{source}: its {prefix}labels are {found}; they must be whole numbers, ({count},)")
         classes = sorted(set(labels.tolist()))
         if len(classes) > 10:
-            raise Exit(NO_DATA, f"{origin}: its {prefix}labels name {len(classes)} classes; at most 10 are possible")
+            raise Exit(NO_DATA, f"{source}: its {prefix}labels name {len(classes)} classes; at most 10 are possible")
         if classes and not 0 <= classes[0] <= classes[-1] <= 9:
             found = f"{classes[0]} to {classes[-1]}"
-            raise Exit(NO_DATA, f"{origin}: its {prefix}labels go from {found}; classes are numbered from 0 to 9")
+            raise Exit(NO_DATA, f"{source}: its {prefix}labels go from {found}; classes are numbered from 0 to 9")
 
 
 def _of_file(path: Path) -> dict[str, numpy.ndarray]:

@@ -72,8 +72,7 @@ def _evenly_spaced(alpha_bar: torch.Tensor, steps: int, sampler: str) -> torch.T
     """(steps,) int64: distinct timesteps, falling from T - 1, even in t; for "dpm…" in log-SNR, up to LAST_SNR."""
     T = len(alpha_bar)
     if not sampler.startswith("dpm"):
-        visited = torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long()
-        return visited if steps > 1 else torch.tensor([T - 1])
+        return torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long()
     snr = half_log_snr(alpha_bar)  # (T,)
     wanted = torch.linspace(snr[-1], snr[0].clamp(max=LAST_SNR).clamp(min=snr[-1]), steps, dtype=torch.float64)
     nearest = (wanted[:, None] - snr).abs().argmin(dim=1).flip(0)  # rising

@@ -262,12 +262,12 @@ class Session:
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to be trained, counted from 1; after the last one, what a finished run leaves behind."""
-        self._epoch_began = time.monotonic()
-        yield self.epoch
-        while not (end := self.at.why_ended(self.args.flags())):
-            self.at = self.at.next_epoch()
+        while True:
             self._epoch_began = time.monotonic()
             yield self.epoch
+            if end := self.at.why_ended(self.args.flags()):
+                break
+            self.at = self.at.next_epoch()
         self.log.info(f"the end: {end}")
         if self._unsaved:
             self._save(final=True)

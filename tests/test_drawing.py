@@ -75,7 +75,7 @@ def test_every_frame_of_an_animation_is_its_grid_level_by_level(tmp_path):
         assert film.n_frames == len(frames)
         for index, frame in enumerate(frames):
             film.seek(index)
-            assert (np.asarray(film.convert("L"))[::2, ::2] == to_bytes(frame[0]).numpy()).all(), index
+            assert (np.asarray(film.convert("L")) == to_bytes(frame[0]).numpy()).all(), index
 
 
 def test_few_steps_make_a_short_film(runs, tmp_path):

@@ -20,7 +20,7 @@ from common.classifier import VERSION, fingerprint, judge, load_classifier, trai
 from common.data import HF_MNIST
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit
 from common.rng import generator
-from common.scores import score
+from common.scores import halves, score
 
 RNG = np.random.default_rng(0)
 
@@ -107,6 +107,24 @@ def test_worse_pictures_score_worse(judged):
     assert wrong["agreement"]["value"] < 0.5 < real["agreement"]["value"]
     assert real["fid"]["floor"] == bad["fid"]["floor"] > 0
     assert all({"value", "error", "floor", "floor_error"} <= row.keys() for row in bad.values())
+
+
+def test_what_real_digits_score_is_the_mean_over_all_groups_of_as_many(judged):
+    """One odd digit can double the distance of a group."""
+    net, _, test = judged
+    everything = judge(net, test[torch.arange(len(test))][0])[0].numpy()
+    found = score(test[torch.arange(40)][0], None, test, net, splits=3)["fid"]
+    wanted = []
+    for split in range(3):
+        reference, spare = (everything[rows] for rows in halves(test, split))
+        groups = [spare[start : start + 40] for start in range(0, len(spare) - 39, 40)]
+        assert len(groups) > 3
+        wanted.append(np.mean([metrics.frechet_distance(group, reference) for group in groups]))
+    assert found["floor"] == pytest.approx(np.mean(wanted))
+    assert found["floor_error"] == pytest.approx(np.std(wanted, ddof=1))
+    everybody = score(test[torch.arange(len(test))][0], None, test, net, splits=1, errors=False)["fid"]
+    first, second = halves(test)
+    assert everybody["floor"] == pytest.approx(metrics.frechet_distance(everything[second], everything[first]))
 
 
 def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):

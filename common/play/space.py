@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import threading
 import time
 import zipfile
@@ -80,10 +79,8 @@ class Space:
         import numpy
 
         arrays = {"points": points, "labels": self.labels, "digest": numpy.array(self.digest)}
-        content = io.BytesIO()
-        numpy.savez(content, **arrays)
         with contextlib.suppress(OSError):
-            atomic_write(self.opened.entry.kept(KEPT), lambda file: file.write(content.getvalue()))
+            atomic_write(self.opened.entry.kept(KEPT), lambda file: numpy.savez(file, **arrays))
 
 
 def _space(shelf: Shelf, asked: dict[str, Any]) -> Space:
