@@ -227,6 +227,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, line if identity().rank == 0 else None)  # of several processes one talks
 
 
+def named_path(text: str) -> Path:
+    """An argparse type: a path, which an empty word, such as a shell's variable that is not set, is not."""
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty")
+    return Path(text)
+
+
 def number(
     kind: type, low: float | None = None, high: float | None = None, *, above: float | None = None
 ) -> Callable[[str], Any]:

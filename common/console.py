@@ -20,13 +20,13 @@ class ConsoleGone(OSError):
 
 
 class _Stream:
-    """A text stream that tells `failed` of every OSError that writing meets, and goes on if that returns."""
+    """A stream that tells `failed` of every OSError that writing meets, and goes on if that returns."""
 
     def __init__(self, raw: TextIO, failed: Callable[[OSError], object]) -> None:
         self._raw = raw._raw if isinstance(raw, _Stream) else raw  # a session within a script hears of failures first
         self._failed = failed
 
-    def write(self, text: str) -> int:
+    def write(self, text: str | bytes) -> int:
         try:
             return self._raw.write(text)
         except OSError as error:
@@ -38,6 +38,11 @@ class _Stream:
             self._raw.flush()
         except OSError as error:
             self._failed(error)
+
+    @property
+    def buffer(self) -> _Stream:
+        """The stream of bytes beneath, guarded likewise."""
+        return _Stream(self._raw.buffer, self._failed)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._raw, name)

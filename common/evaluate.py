@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import ckpt, emoji, threads
-from common.args import Parser, flag_of, number
+from common.args import Parser, flag_of, named_path, number
 from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress, sampling_options, wanted_labels
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE, Exit, run_main
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     tstr = "also train a classifier on the images and their labels, and test it on real digits"
     parser.add_argument("--tstr", action="store_true", help=tstr)
-    parser.add_argument("--json", type=Path, help="where the scores go (default: beside the checkpoint)")
+    parser.add_argument("--json", type=named_path, help="where the scores go (default: beside the checkpoint)")
     add_sampling_arguments(parser)
     add_data_arguments(parser)
     args, typed = parser.parse_args(argv), parser.typed(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -23,10 +24,13 @@ ALONE_PATIENCE = 10.0  # seconds
 def atomic_write(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it over `path`.
 
-    Whatever interrupts this leaves the old file whole. Raises OSError if the disk is full, read-only or gone.
+    Whatever interrupts this leaves the old file whole. Raises OSError if the disk is full, read-only or gone, or if
+    something at `path` is no file, such as a pipe or a device, whose place a file would take.
     What killed writes of any file left in the folder goes first.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileExistsError(errno.EEXIST, "it is no file, but a pipe or device", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(path.parent)
     temporary = _temporary(path.parent, path.name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import ckpt, emoji, peek
-from common.args import Parser, number
+from common.args import Parser, named_path, number
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
 from common.files import atomic_write
 from common.inspect_ckpt import files_below
@@ -198,12 +198,12 @@ def _warn(text: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     example = "python -m common.find_best_ckpt outputs/checkpoints --metric val_loss"
     parser = Parser("Find the best checkpoint below a folder.", example)
-    parser.add_argument("folder", type=Path, help="a run's folder, or a whole checkpoints/ tree")
+    parser.add_argument("folder", type=named_path, help="a run's folder, or a whole checkpoints/ tree")
     metric_help = "val_loss, train_loss, epoch, global_step, or any number recorded (default: val_loss)"
     parser.add_argument("--metric", default="val_loss", help=metric_help)
     parser.add_argument("--mode", choices=("min", "max"), help="what is best (default: follows the metric)")
     parser.add_argument("--top", type=number(int, 1), default=10, metavar="N", help="rows of the table (default: 10)")
-    parser.add_argument("--copy-to", type=Path, metavar="FILE", help="copy the best checkpoint there")
+    parser.add_argument("--copy-to", type=named_path, metavar="FILE", help="copy the best checkpoint there")
     parser.add_argument("--force", action="store_true", help="let --copy-to overwrite")
     parser.add_argument("--print-path-only", action="store_true", help="print just the best one's path")
     args = parser.parse_args(argv)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ckpt, emoji, peek
-from common.args import Parser
+from common.args import Parser, named_path
 from common.error_codes import BAD_CHECKPOINT, Exit, run_main
 from common.progress import counted
 
@@ -224,7 +224,7 @@ def odd_values(path: str | Path) -> Iterator[None]:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Show what is in a PyTorch file.", "python -m common.inspect_ckpt outputs/checkpoints/RUN --json")
     parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="a file, a run's folder (newest), RUN/best, or a tree"
+        "paths", nargs="+", type=named_path, metavar="PATH", help="a file, a run's folder (newest), RUN/best, or a tree"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object per file and line")
     parser.add_argument("--verify", action="store_true", help="also read everything and verify the checksums")

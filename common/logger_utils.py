@@ -54,6 +54,10 @@ class _File(WatchedFileHandler):
             Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
             super().emit(record)
 
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what could not be written is tried once more
+            super().close()
+
     def handleError(self, record: logging.LogRecord) -> None:
         """Do not bury the console under tracebacks of the logging module."""
 

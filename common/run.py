@@ -227,6 +227,8 @@ def _begun_from(
 
 
 def _resume(args: Args, source: Path, state: ckpt.State, warn: ckpt.Warn) -> Run:
+    if source.parent.is_symlink():  # to a run's folder, whose name and record are elsewhere
+        source = source.resolve()
     folder, outdir = source.parent, Path(args.outdir)
     if folder.parent.name == ckpt.RUNS:  # go on in the file's own run folder, wherever --outdir points
         outdir, run_name = folder.parent.parent, folder.name

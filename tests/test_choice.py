@@ -131,6 +131,19 @@ def test_a_value_that_a_run_did_not_know_yet_is_its_default(ae_run, copy_of, tin
     assert "has --grad-clip 1.0, not 0.5" in call(AE, "train.py", *given, "--grad-clip", 0.5).text
 
 
+@pytest.mark.parametrize("how", ["--resume", "--auto-resume"])
+def test_a_run_behind_a_symlink_keeps_its_name_and_its_record(how, ae_run, copy_of, tiny, tmp_path):
+    run, linked = copy_of(ae_run), tmp_path / "other" / "checkpoints" / "link"
+    linked.parent.mkdir(parents=True)
+    linked.symlink_to(run)
+    which = (how, linked) if how == "--resume" else (how, "--outdir", tmp_path / "other")
+    result = call(AE, "train.py", "--model", "mlp", *tiny, "--epochs", 3, *which)
+    assert result.code == 0, result.text
+    assert newest_state(run)["exp_name"] == run.name
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["checkpoints"]
+    assert "the end: epoch 3 of 3" in (run.parent.parent / "logs" / f"{run.name}.log").read_text()
+
+
 def test_a_copy_with_auto_resume_goes_on_with_the_run_that_it_began(ae_run, tiny, tmp_path):
     """As a job does that was submitted with --resume COPY and is requeued: on, not from the start again."""
     copied = shutil.copy(ae_run / "checkpoint_epoch_000001.pt", tmp_path / "mine.pt")

@@ -371,8 +371,12 @@ def test_output_may_be_piped_and_cut_off(latent_run):
         ("--help", ">/dev/full", BAD_OUTPUT),
         ("--help", ">/dev/full # unbuffered", BAD_OUTPUT),
         (latent_run, ">&-", 0),
+        (f"{latent_run} --print-path-only", ">/dev/full", BAD_OUTPUT),
+        (f"{latent_run} --print-path-only", ">/dev/full # unbuffered", BAD_OUTPUT),
+        (f"{latent_run} --print-path-only", "| true # unbuffered", 0),
     ):
-        command = f"{sys.executable} {'-u' * ('#' in place)} -m common.inspect_ckpt {what} {place}"
+        tool = "find_best_ckpt" if "--print-path-only" in str(what) else "inspect_ckpt"
+        command = f"{sys.executable} {'-u' * ('#' in place)} -m common.{tool} {what} {place}"
         result = subprocess.run(command, shell=True, cwd=REPO, env=env, capture_output=True, text=True)
         assert result.returncode == code, result.stderr
         assert len(result.stderr.splitlines()) == bool(code), result.stderr

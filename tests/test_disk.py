@@ -27,7 +27,7 @@ from helpers import (
 
 from common import ckpt
 from common.ckpt import run_checkpoints
-from common.error_codes import SAVE_FAILED
+from common.error_codes import SAVE_FAILED, STOPPED_EARLY
 from common.session import Session
 
 
@@ -130,6 +130,30 @@ def test_a_stop_that_cannot_save_says_so(disk, latent_run, tiny_latent, monkeypa
     assert (state["epoch"], ckpt.is_complete(state)) == (1, True)
     assert call(LATENT, "train.py", *flags).code == 0
     assert_same_training(only_run(outdir), latent_run)
+
+
+@pytest.mark.parametrize("fills_up", ["before", "in mid-run"])
+def test_a_log_that_cannot_be_written_changes_no_run_and_no_exit_code(
+    fills_up, disk, latent_run, tiny_latent, tmp_path
+):
+    logs, step = disk("64k"), Session.step
+    flags = (*tiny_latent, "--epochs", 2, "--outdir", tmp_path, "--logdir", logs, "--debug", "--auto-resume")
+
+    def troubled(session, *args):
+        step(session, *args)
+        if session.at.global_step == 10:
+            fill(logs)
+            session.log.info("what no longer fits")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if fills_up == "before":
+        fill(logs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "step", troubled if fills_up == "in mid-run" else step)
+        result = call(LATENT, "train.py", *flags)
+    assert (result.code, "Traceback" in result.text) == (0 if fills_up == "before" else STOPPED_EARLY, False)
+    assert call(LATENT, "train.py", *flags).code == 0
+    assert_same_training(only_run(tmp_path), latent_run)
 
 
 def until(condition, process, patience=60.0):

@@ -88,6 +88,17 @@ def test_copying_the_best(tree, tmp_path, capsys):
     for wrong in (tmp_path, tmp_path / "dangling.pt"):
         assert best(tree, "--copy-to", wrong, capsys=capsys)[0] == BAD_OUTPUT
     assert (tmp_path / "dangling.pt").is_symlink()
+    os.mkfifo(tmp_path / "pipe.pt")
+    assert best(tree, "--copy-to", tmp_path / "pipe.pt", "--force", capsys=capsys)[0] == BAD_OUTPUT
+    assert (tmp_path / "pipe.pt").is_fifo()
+
+
+@pytest.mark.parametrize("tool", [find_best_ckpt, inspect_ckpt])
+def test_a_path_that_is_empty_is_not_this_folder(tool, tree, capsys, monkeypatch):
+    """As a shell's variable that is not set leaves it."""
+    monkeypatch.chdir(tree)
+    assert run_main(lambda: tool.main([""])) == USAGE
+    assert "the value is empty" in capsys.readouterr().err
 
 
 def test_a_checkpoint_pruned_before_it_is_copied_is_not_the_targets_fault(tree, tmp_path, capsys, monkeypatch):
