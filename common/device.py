@@ -24,7 +24,7 @@ SHARED_MEMORY = "/dev/shm"
 OUTPUT_FOLDERS = ("checkpoints", "samples", "runs", "logs")
 
 
-def get_device(name: str | None = None, me: Identity = ALONE) -> torch.device:
+def get_device(name: str | torch.device | None = None, me: Identity = ALONE) -> torch.device:
     """The device called `name` ("cuda", "cuda:1", "mps", "cpu"), or (None, "none") the best: CUDA, then MPS, then CPU.
 
     Of several processes on one machine (`me` is one of them) each gets a CUDA device of its own.
@@ -32,6 +32,7 @@ def get_device(name: str | None = None, me: Identity = ALONE) -> torch.device:
     """
     import torch
 
+    name = None if name is None else str(name)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
     if name is None or name.lower() == "none":

@@ -26,6 +26,7 @@ from common.flags import (
     add_sampling_arguments,
     add_scale_argument,
     check_sampling,
+    is_own,
 )
 from common.images import (
     check_output,
@@ -114,7 +115,8 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
         _draw_to_file(args, load, world)
 
 
-def _check_outputs(args: Any) -> None:
+def _check_outputs(args: Any, read: list[str]) -> None:
+    """read: files that must not be overwritten. Raises Exit."""
     output = check_output(args.output, ".png")
     if args.show_process:
         for path in _process_files(output):
@@ -125,10 +127,10 @@ def _check_outputs(args: Any) -> None:
         check_output(args.save_npz, ".npz")
     if args.save_dir:
         _check_folder(Path(args.save_dir))
-    given = {os.path.realpath(path) for path in (args.from_image, args.inpaint) if path is not None}
-    for path in (output, *_process_files(output), *([Path(args.save_npz)] if args.save_npz else [])):
-        if os.path.realpath(path) in given:
-            raise Exit(BAD_OUTPUT, f"{path} is what is drawn from, and would be overwritten: choose another name")
+    process = _process_files(output) if args.show_process else ()
+    for path in (output, *process, *([Path(args.save_npz)] if args.save_npz else [])):
+        if os.path.realpath(path) in map(os.path.realpath, read):
+            raise Exit(BAD_OUTPUT, f"{path} is read here, and would be overwritten: choose another name")
         if args.save_dir and path.resolve().parent == Path(args.save_dir).resolve():
             raise Exit(BAD_OUTPUT, f"{path} lies among the single images of --save-dir: choose another folder")
 
@@ -139,13 +141,19 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
     known: list[tuple[Draw, dict[str, Any]]] = []
 
     def check() -> tuple[dict[str, Any], dict[str, Any]]:  # by the first process, so that what is wrong is said once
-        _check_outputs(args)
+        _check_outputs(args, [path for path in (args.from_image, args.inpaint) if path is not None])
         known.append(load(device))
+        if is_own(learned := known[0][1]["args"].get("data", "")):
+            _check_outputs(args, [learned])
         edit = _edit(args, ckpt.infer_model_from_checkpoint(known[0][1]))
         trained = known[0][1]["args"]
         if edit and args.digit is None and trained["only_digit"] is None:
             args.digit = []  # nobody knows what is in the picture
         check_sampling(args, trained, edit.get("strength", 1.0))
+        if len(args.digit or []) > args.num_images:
+            raise Exit(
+                USAGE, f"--num-images {args.num_images} is less than one of each of the {len(args.digit)} digits"
+            )
         if args.row_labels and not any(_row_names(args, trained)):
             raise Exit(USAGE, "--row-labels: no row has a single digit: name some by --digit, a row's number of each")
         return vars(args), edit
@@ -178,14 +186,15 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
     seconds = time.perf_counter() - started
     origin, output = f"{state['exp_name']}, epoch {state['epoch']}", Path(args.output)
     names = _row_names(args, state["args"]) if args.row_labels else None
-    save_output(images, output, scale=args.scale, names=names)
-    print(f"{emoji.ok} {counted(args.num_images, 'image')} from {origin}, in {seconds:.2f} s: {output}")
-    if args.show_process:
-        _save_process([frames[moment].cpu() for moment in moments], output, args.scale)
-    if args.save_npz:
+    if args.save_npz:  # before the pictures, which may want far more memory
         _save_npz(images, labels, args, state, Path(args.save_npz))
     if args.save_dir:
         _save_singly(images, labels, Path(args.save_dir))
+    with memory_in_one_line(f"give a smaller --scale than {args.scale}, or fewer --num-images"):
+        save_output(images, output, scale=args.scale, names=names)
+        print(f"{emoji.ok} {counted(args.num_images, 'image')} from {origin}, in {seconds:.2f} s: {output}")
+        if args.show_process:
+            _save_process([frames[moment].cpu() for moment in moments], output, args.scale)
 
 
 def sampling_options(args: Any) -> dict[str, Any]:

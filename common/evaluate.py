@@ -24,7 +24,17 @@ from common.images import check_output
 from common.modules import guiding_network, module_of
 from common.ranks import World, identity, joined
 from common.run import require_checkpoint
-from common.scores import SPLITS, halves, judges, of_digits, read_scores, score, scores_file, train_on_synthetic
+from common.scores import (
+    SPLITS,
+    halves,
+    holds_scores,
+    judges,
+    of_digits,
+    read_scores,
+    score,
+    scores_file,
+    train_on_synthetic,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +141,9 @@ def _prepare(args: Any, typed: Collection[str], poll: Callable[[], object]) -> S
     path, state = ckpt.read_model(args.ckpt, ckpt.MODEL_TYPES)
     path = path.resolve()
     model, labels = ckpt.infer_model_from_checkpoint(state), None
-    check_output(args.json or scores_file(path), ".json")
+    target = check_output(args.json or scores_file(path), ".json")
+    if args.json and target.exists() and not holds_scores(target):
+        raise Exit(BAD_OUTPUT, f"{target} exists, and holds no scores: give another name, or remove it")
     if not model.startswith("ae-"):
         check_sampling(args, state["args"])
         labels = wanted_labels(args.digit, args.n, args.seed, state["args"])

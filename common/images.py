@@ -77,7 +77,8 @@ def picture(images: numpy.ndarray | torch.Tensor, nrow: int | None = None, scale
 
     from common.sampling import as_floats
 
-    most = 255 if str(getattr(images, "dtype", "")).endswith("uint8") else 1
+    some = images[0] if isinstance(images, list | tuple) and images else images
+    most = 255 if str(getattr(some, "dtype", "")).endswith("uint8") else 1
     images = as_floats(images) / most
     if not images.numel():
         raise ValueError("there are no images to show")

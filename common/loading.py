@@ -171,7 +171,9 @@ def _path(given: str | Path) -> Path:
         raise ValueError(f"{given!r} names no checkpoint") from None
 
 
-def load(path: str | Path, device: str | None = None, *, guide: str | Path | None = None) -> Diffusion | Autoencoder:
+def load(
+    path: str | Path, device: str | torch.device | None = None, *, guide: str | Path | None = None
+) -> Diffusion | Autoencoder:
     """The trained network of a checkpoint file, a run's folder (its newest), RUN/best, or a folder of runs (newest).
 
     device: "cpu", "cuda", "cuda:1" or "mps" (default: the best there is). guide: as --guide, for a diffusion model.

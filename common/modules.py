@@ -92,7 +92,7 @@ def build_network(
 
     Its constructor gets `schedules`, and those of `offered`, that it has parameters for; `typed` are those that the
     user typed as flags. One that is not ours is tried on two rows: x (2, *shape), t (2,) from 0 to T - 1 and labels
-    (2,) from 0 to 10, "not told"; or only x and t. It must return epsilon, of x's shape. `recorded` is the run's
+    (2,), 0 and its "not told"; or only x and t. It must return epsilon, of x's shape. `recorded` is the run's
     `network_digest`: that the file has changed since is logged as a warning.
     Raises Exit(NO_MODEL_SPECIFIED) if it is not as wanted, Exit(USAGE) if it has no use for what was typed.
     """
@@ -178,13 +178,14 @@ def network_digest(model: str, network: str) -> str:
 def _try(net: nn.Module, shape: tuple[int, ...], schedules: Schedules, path: Path) -> None:
     import torch
 
-    from common.diffusion import NULL_LABEL, ask
+    from common.diffusion import ask, null_label_of
 
     where = schedules.beta.device
     x, t = torch.zeros(2, *shape, device=where), torch.tensor([0, schedules.T - 1], device=where)
     net.eval()
     with torch.enable_grad():
-        epsilon = ask(net, x, t, torch.tensor([0, NULL_LABEL], device=where))
+        epsilon = ask(net, x, t, torch.tensor([0, null_label_of(net)], device=where))
+    let_go(net)
     net.train()
     if getattr(epsilon, "shape", None) != x.shape:
         given = getattr(epsilon, "shape", None)
@@ -192,6 +193,16 @@ def _try(net: nn.Module, shape: tuple[int, ...], schedules: Schedules, path: Pat
         raise _wrong(f"{_short(path)}: for x of shape {tuple(x.shape)} it returns {given}; the noise has x's shape")
     if not (epsilon.requires_grad or torch.is_inference_mode_enabled()):
         raise _wrong(f"{_short(path)}: what it returns depends on no parameter of it, so there is nothing to train")
+
+
+def let_go(net: nn.Module) -> None:
+    """Detach what a forward kept in attributes of its graph, of which no copy can be made as of the network."""
+    import torch
+
+    for module in net.modules():
+        for name, kept in vars(module).items():
+            if isinstance(kept, torch.Tensor) and not kept.is_leaf:
+                setattr(module, name, kept.detach())
 
 
 def _short(path: Path) -> str:

@@ -375,10 +375,11 @@ def draw(
         if left in moments:
             moments[left] = [to_images(some) for some in x.split(PART)]
 
-    given, mask = (
-        None if values is None else _in_runs(as_images(values, name), len(labels), name)
-        for name, values in (("from_image", from_image), ("inpaint", inpaint))
-    )
+    edit = [("from_image", from_image), ("inpaint", inpaint)]
+    edit = [(name, None if values is None else as_images(values, name)) for name, values in edit]
+    if len({len(images) for _, images in edit if images is not None} - {1}) > 1:
+        raise ValueError("{} images of {} do not fit {} of {}".format(*(part for n, i in edit for part in (len(i), n))))
+    given, mask = (None if images is None else _in_runs(images, len(labels), name) for name, images in edit)
     anew = None if mask is None else mask > 0.5  # (N, 1, 28, 28)
     images = []
     if mine:

@@ -206,6 +206,14 @@ def scores_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}.scores.json")
 
 
+def holds_scores(path: Path) -> bool:
+    """Is this a file of scores, of whatever checkpoint, and nothing else that would be lost under them?"""
+    try:
+        return any(name.startswith("details") for name in json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
+
+
 def read_scores(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """What was written there about the checkpoint with this `state`; {} if it was about another of that name."""
     try:

@@ -38,7 +38,7 @@ from common.error_codes import (
 from common.flags import MNIST, OUR_NETWORK
 from common.learner import DrawsFn, Learner, LossFn, learning_rate
 from common.logger_utils import log_args_rich, setup_component_logger
-from common.modules import network_digest
+from common.modules import let_go, network_digest
 from common.progress import counted, progress
 from common.record import NoRecord, Record
 from common.rng import derive_seed, generator
@@ -377,6 +377,7 @@ class Session:
 
     def _real_step(self, loss_of: LossFn, batch: Any, draws: Any) -> Callable[[], None]:
         """A function that learns this process's part of the batch as `step` does, but changes copies of the weights."""
+        let_go(self.net)
         learner = copy.deepcopy(self.learner)
         learner.world, learner.shards = ranks.World(), self.args.shards // self.world.size
         loss_of_shard = self._loss_of_shard(learner, loss_of, batch, draws)

@@ -3,6 +3,7 @@
 import json
 import re
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import matplotlib.figure
 import numpy as np
@@ -11,10 +12,10 @@ import torch
 from helpers import AE, LATENT, PIXEL, call, run
 from PIL import Image
 
-from common import curves, record, sampling
+from common import curves, drawing, record, sampling
 from common.ckpt import read_checkpoint, save_checkpoint
 from common.curves import draw_curves
-from common.error_codes import BAD_CHECKPOINT, BAD_IMAGE, BAD_OUTPUT, MODEL_MISMATCH, USAGE
+from common.error_codes import BAD_CHECKPOINT, BAD_IMAGE, BAD_OUTPUT, MODEL_MISMATCH, OUT_OF_MEMORY, USAGE
 from common.images import row_names, save_gif, to_bytes
 from common.modules import module_of
 from common.run import Run
@@ -270,13 +271,40 @@ def test_nothing_that_is_drawn_from_is_overwritten(runs, tmp_path, monkeypatch):
     Image.new("L", (28, 28), 255).save(tmp_path / "mine.png")
     before = (tmp_path / "mine.png").read_bytes()
     for flags, said in (
-        (("--from-image", tmp_path / "mine.png"), "is what is drawn from"),
+        (("--from-image", tmp_path / "mine.png"), "is read here"),
         (("--save-dir", tmp_path / "singly", "--save-npz", tmp_path / "singly" / "a.npz"), "among the single images"),
     ):
         result = call(LATENT, "infer.py", "--ckpt", runs[LATENT], "--output", tmp_path / "mine.png", *flags)
         assert (result.code, len(result.text.splitlines())) == (BAD_OUTPUT, 1), result.text
         assert said in result.text
     assert (tmp_path / "mine.png").read_bytes() == before
+
+
+def test_data_that_a_run_learned_from_are_not_overwritten_and_a_film_may_be_drawn_from(runs, copy_of, tmp_path):
+    run = copy_of(runs[PIXEL])
+    path, data = run / "checkpoint_epoch_000001.pt", tmp_path / "mine.npz"
+    state = read_checkpoint(path)
+    state["args"]["data"] = str(data)
+    save_checkpoint(path, state)
+    data.write_bytes(b"precious")
+    draw = ("--ckpt", path, "--num-images", 2, "--output", tmp_path / "a.png")
+    result = call(PIXEL, "infer.py", *draw, "--save-npz", data)
+    assert (result.code, len(result.errors)) == (BAD_OUTPUT, 1), result.text
+    assert data.read_bytes() == b"precious"
+    Image.new("L", (28, 28), 255).save(tmp_path / "a_process.png")
+    again = (*draw, "--from-image", tmp_path / "a_process.png")
+    assert call(PIXEL, "infer.py", *again).code == 0
+    assert call(PIXEL, "infer.py", *again, "--show-process").code == BAD_OUTPUT
+
+
+def test_what_was_drawn_is_kept_where_its_picture_is_too_large(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "save_output", MagicMock(side_effect=MemoryError))
+    npz, singly = tmp_path / "a.npz", tmp_path / "singly"
+    flags = ("--num-images", 3, "--scale", 50, "--save-npz", npz, "--save-dir", singly)
+    result = call(LATENT, "infer.py", "--ckpt", runs[LATENT], "--output", tmp_path / "a.png", *flags)
+    assert (result.code, len(result.errors)) == (OUT_OF_MEMORY, 1), result.text
+    assert "--scale than 50" in result.errors[0]
+    assert (len(np.load(npz)["images"]), len(list(singly.iterdir()))) == (3, 3)
 
 
 def test_what_is_not_finite_is_no_picture(runs, copy_of, tmp_path):
@@ -297,6 +325,7 @@ def test_what_is_not_finite_is_no_picture(runs, copy_of, tmp_path):
         (("--show-process", "--process-steps", 1), USAGE),
         (("--show-process", "--process-steps", 22), USAGE),  # T is 20
         (("--show-process", "--process-steps", 12, "--steps", 10), USAGE),
+        (("--digit", 3, 3, 3, "--num-images", 2), USAGE),  # which of them?
         (("--process-steps", 5), USAGE),  # without --show-process it would do nothing
         (("--save-npz", "/proc/nowhere/a.npz"), BAD_OUTPUT),
         (("--save-npz", "a.zip"), BAD_OUTPUT),

@@ -223,6 +223,10 @@ WRONG = [
     ({"from_image": torch.rand(5, 28, 28), "count": 4}, "has 5 images: draw at least as many, not 4"),
     ({"from_image": torch.rand(28, 28), "inpaint": torch.ones(28, 27)}, "inpaint must be of shape"),
     ({"from_image": torch.rand(28, 28), "inpaint": torch.ones(28, 28), "resample": 0}, "resample must be at least 1"),
+    (
+        {"from_image": torch.rand(2, 28, 28), "inpaint": torch.ones(3, 28, 28), "count": 6},
+        "2 images of from_image do not",
+    ),
 ]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from forks import start
-from helpers import AE, LATENT, PIXEL, call, finish, newest_state, only_run, run
+from helpers import AE, LATENT, PIXEL, REPO, call, finish, newest_state, only_run, run
 from scipy.linalg import sqrtm
 
 from common import ckpt, classifier, evaluate, metrics, mnist
@@ -213,6 +213,7 @@ def test_a_classifier_learns_from_the_drawings_and_from_as_many_real_digits(
         (("--digit", "none", "--guidance", 2), USAGE),
         (("--json", "scores.txt"), BAD_OUTPUT),
         (("--json", "/dev/null/scores.json"), BAD_OUTPUT),
+        (("--json", REPO / "tests" / "losses.json"), BAD_OUTPUT),  # no scores, and not to be lost under them
     ],
 )
 def test_wrong_flags_are_told_before_anything_is_trained(latent_run, flags, code, tmp_path):

@@ -20,7 +20,7 @@ THREES = [3, 3, 3]
 
 
 def test_a_diffusion_draws_what_infer_draws(latent_run, tmp_path):
-    run = load(latent_run, "cpu")
+    run = load(latent_run, torch.device("cpu"))
     assert (run.model, run.name, run.epoch, run.flags["T"]) == ("lddpm", latent_run.name, 2, 20)
     assert repr(run) == f"<lddpm: {latent_run.name}, epoch 2>"
     draw, _ = module_of("lddpm").load_for_drawing(latent_run)
@@ -164,6 +164,7 @@ def test_a_picture_is_the_grid_and_scales(tmp_path):
     assert (np.asarray(picture(images[:, 0], nrow=2, scale=1)) == small).all()
     kept = to_bytes(images)[:, 0].numpy()  # as --save-npz keeps them
     assert (np.asarray(picture(kept, nrow=2, scale=1)) == small).all()
+    assert (np.asarray(picture(list(kept), nrow=2, scale=1)) == small).all()
     for wrong in (images[0, 0, 0], images.expand(5, 3, 28, 28)):
         with pytest.raises(ValueError, match="images are"):
             picture(wrong)

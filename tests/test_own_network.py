@@ -8,7 +8,7 @@ import torch
 from forks import start
 from helpers import AE, LATENT, PIXEL, REPO, assert_same_training, call, finish, newest_state, only_run
 
-from common import ckpt, classifier, diffusion, load, modules, sampling
+from common import ckpt, classifier, diffusion, load, modules, sampling, threads
 from common.error_codes import MODEL_MISMATCH, NO_MODEL_SPECIFIED, OK, USAGE
 from common.modules import module_of
 from common.play import drawings as play
@@ -222,6 +222,27 @@ def test_labels_are_hidden_and_shown_to_a_network_that_takes_them():
     asked.clear()
     sampling.draw(Net(), (2,), schedules, labels=[4, 7], guidance=2.0)
     assert {tuple(labels) for _, labels in asked} == {(4, 7, 10, 10)}
+
+
+def test_a_network_may_keep_what_it_computed(write, flags, monkeypatch):
+    """Copies are made of it: at the start, in the trial of threads, and where the machine is found to be busy."""
+    text = text_of(LABELLED, PIXEL).replace(
+        "return self.body(rows)", "self.last = self.body(rows)\n        return self.last"
+    )
+    assert "self.last" in text
+    write(PIXEL, "keeping", text)
+    monkeypatch.setattr(threads, "available", lambda: 2)
+    monkeypatch.setattr(threads, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(threads, "SLOW", 0.0)
+    result = call(PIXEL, "train.py", *flags(PIXEL), "--network", "keeping", "--threads", 2, "--device", "cpu")
+    assert (result.code, "this machine is busy" in result.text) == (OK, True), result.text
+
+
+def test_a_network_is_tried_with_its_own_null_label(write, flags):
+    text = text_of(LABELLED, PIXEL).replace("def forward", "null_label = 4711\n\n    def forward")
+    write(PIXEL, "wrong", text)
+    result = call(PIXEL, "train.py", *flags(PIXEL), "--network", "wrong")
+    assert (result.code, len(result.errors)) == (NO_MODEL_SPECIFIED, 1), result.text
 
 
 def test_latents_keep_a_networks_own_null_label():
