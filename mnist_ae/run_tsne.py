@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         if len(latents) < args.n_samples:
             print(f"{emoji.warning} only {len(latents)} test {digits.noun} there are ({digits.source})")
         if (classes := len(set(labels.tolist()))) < 2:
-            raise Exit(NO_DATA, f"these test {digits.noun} are all of class {labels[0]}: there are none to tell apart")
+            raise Exit(NO_DATA, f"these test {digits.noun} are only {labels[0]}s: there are no classes to tell apart")
         if classes == len(latents):
             raise Exit(
                 NO_DATA, f"{classes} test {digits.noun}, each of another class, are too few to tell classes apart"
