@@ -115,8 +115,7 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
         _draw_to_file(args, load, world)
 
 
-def _check_outputs(args: Any, read: list[str]) -> None:
-    """read: files that must not be overwritten. Raises Exit."""
+def _check_outputs(args: Any) -> None:
     output = check_output(args.output, ".png")
     if args.show_process:
         for path in _process_files(output):
@@ -127,12 +126,23 @@ def _check_outputs(args: Any, read: list[str]) -> None:
         check_output(args.save_npz, ".npz")
     if args.save_dir:
         _check_folder(Path(args.save_dir))
-    process = _process_files(output) if args.show_process else ()
-    for path in (output, *process, *([Path(args.save_npz)] if args.save_npz else [])):
-        if os.path.realpath(path) in map(os.path.realpath, read):
-            raise Exit(BAD_OUTPUT, f"{path} is read here, and would be overwritten: choose another name")
+    for path in _written(args):
         if args.save_dir and path.resolve().parent == Path(args.save_dir).resolve():
             raise Exit(BAD_OUTPUT, f"{path} lies among the single images of --save-dir: choose another folder")
+
+
+def _written(args: Any) -> list[Path]:
+    """The files that the flags name, or imply, for what is drawn; single ones in --save-dir apart."""
+    output = Path(args.output)
+    process = _process_files(output) if args.show_process else ()
+    return [output, *process, *([Path(args.save_npz)] if args.save_npz else [])]
+
+
+def _spare(args: Any, *read: str | None) -> None:
+    """Raises Exit(BAD_OUTPUT) if one of the files `read` would be overwritten."""
+    given = {os.path.realpath(path) for path in read if path is not None}
+    if lost := [path for path in _written(args) if os.path.realpath(path) in given]:
+        raise Exit(BAD_OUTPUT, f"{lost[0]} is read here, and would be overwritten: choose another name")
 
 
 def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str, Any]]], world: World) -> None:
@@ -141,10 +151,11 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
     known: list[tuple[Draw, dict[str, Any]]] = []
 
     def check() -> tuple[dict[str, Any], dict[str, Any]]:  # by the first process, so that what is wrong is said once
-        _check_outputs(args, [path for path in (args.from_image, args.inpaint) if path is not None])
+        _check_outputs(args)
+        _spare(args, args.from_image, args.inpaint)
         known.append(load(device))
         if is_own(learned := known[0][1]["args"].get("data", "")):
-            _check_outputs(args, [learned])
+            _spare(args, learned)
         edit = _edit(args, ckpt.infer_model_from_checkpoint(known[0][1]))
         trained = known[0][1]["args"]
         if edit and args.digit is None and trained["only_digit"] is None:

@@ -375,11 +375,14 @@ def draw(
         if left in moments:
             moments[left] = [to_images(some) for some in x.split(PART)]
 
-    edit = [("from_image", from_image), ("inpaint", inpaint)]
-    edit = [(name, None if values is None else as_images(values, name)) for name, values in edit]
-    if len({len(images) for _, images in edit if images is not None} - {1}) > 1:
-        raise ValueError("{} images of {} do not fit {} of {}".format(*(part for n, i in edit for part in (len(i), n))))
-    given, mask = (None if images is None else _in_runs(images, len(labels), name) for name, images in edit)
+    edit = {"from_image": from_image, "inpaint": inpaint}
+    edit = {name: as_images(values, name) for name, values in edit.items() if values is not None}
+    if len({len(images) for images in edit.values()} - {1}) > 1:
+        raise ValueError(
+            "from_image and inpaint hold {} and {} images, which do not match".format(*map(len, edit.values()))
+        )
+    edit = {name: _in_runs(images, len(labels), name) for name, images in edit.items()}
+    given, mask = edit.get("from_image"), edit.get("inpaint")
     anew = None if mask is None else mask > 0.5  # (N, 1, 28, 28)
     images = []
     if mine:

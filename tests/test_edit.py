@@ -225,7 +225,7 @@ WRONG = [
     ({"from_image": torch.rand(28, 28), "inpaint": torch.ones(28, 28), "resample": 0}, "resample must be at least 1"),
     (
         {"from_image": torch.rand(2, 28, 28), "inpaint": torch.ones(3, 28, 28), "count": 6},
-        "2 images of from_image do not",
+        "2 and 3 images",
     ),
 ]
 
