@@ -300,7 +300,7 @@ def test_data_that_a_run_learned_from_are_not_overwritten_and_a_film_may_be_draw
 def test_what_was_drawn_is_kept_where_its_picture_is_too_large(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "save_output", MagicMock(side_effect=MemoryError))
     npz, singly = tmp_path / "a.npz", tmp_path / "singly"
-    flags = ("--num-images", 3, "--scale", 50, "--save-npz", npz, "--save-dir", singly)
+    flags = ("--num-images", 3, "--digit", 3, 3, 3, "--scale", 50, "--save-npz", npz, "--save-dir", singly)
     result = call(LATENT, "infer.py", "--ckpt", runs[LATENT], "--output", tmp_path / "a.png", *flags)
     assert (result.code, len(result.errors)) == (OUT_OF_MEMORY, 1), result.text
     assert "--scale than 50" in result.errors[0]
