@@ -152,10 +152,10 @@ def seed_worker(_worker_id: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_output_directories(outdir: str | Path) -> dict[str, Path]:
+def make_output_directories(outdir: str | Path, advice: str = "choose another --outdir") -> dict[str, Path]:
     """Create `outdir`/{checkpoints,samples,runs,logs}; returns them by name.
 
-    Raises Exit(BAD_OUTPUT) if a folder cannot be made or written to.
+    Raises Exit(BAD_OUTPUT), with `advice`, if a folder cannot be made or written to.
     """
     folders = {name: Path(outdir) / name for name in OUTPUT_FOLDERS}
     try:
@@ -165,5 +165,5 @@ def make_output_directories(outdir: str | Path) -> dict[str, Path]:
                 probe.write(b"x")
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename or outdir})"
-        raise Exit(BAD_OUTPUT, f"cannot write to output folder {outdir}: {reason}; choose another --outdir") from None
+        raise Exit(BAD_OUTPUT, f"cannot write to output folder {outdir}: {reason}; {advice}") from None
     return folders

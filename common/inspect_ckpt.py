@@ -173,14 +173,19 @@ def report(info: dict[str, Any]) -> str:
 def files_below(folder: Path) -> list[Path]:
     """Files that may be checkpoints, in order; without what other processes remove meanwhile, or may not be read.
 
-    Raises OSError if a disk fails.
+    Runs that lie elsewhere, and here a symlink to their folder, are among them. Raises OSError if a disk fails.
     """
 
     def passed_over(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
             raise error
 
-    files = (Path(root, name) for root, _, names in os.walk(folder, onerror=passed_over) for name in names)
+    whole, files = folder.resolve(), []
+    for root, folders, names in os.walk(folder, onerror=passed_over):
+        files += [Path(root, name) for name in names]
+        for link in (Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))):
+            if not link.resolve().is_relative_to(whole):
+                files += [path for _, path in ckpt.run_checkpoints(link)]
     return sorted(file for file in files if file.suffix in SUFFIXES)
 
 

@@ -92,8 +92,8 @@ def build_network(
 
     Its constructor gets `schedules`, and those of `offered`, that it has parameters for; `typed` are those that the
     user typed as flags. One that is not ours is tried on two rows: x (2, *shape), t (2,) from 0 to T - 1 and labels
-    (2,), 0 and its "not told"; or only x and t. It must return epsilon, of x's shape. `recorded` is the run's
-    `network_digest`: that the file has changed since is logged as a warning.
+    (2,), 0 and its "not told"; or only x and t. It must return epsilon, of x's shape, and its `predictor`, if it has
+    one, the same. `recorded` is the run's `network_digest`: that the file has changed since is logged as a warning.
     Raises Exit(NO_MODEL_SPECIFIED) if it is not as wanted, Exit(USAGE) if it has no use for what was typed.
     """
     module, path = module_of(model, network), network_file(model, network)
@@ -112,7 +112,7 @@ def build_network(
         _try(net, shape, schedules, path)
     if recorded not in (None, network_digest(model, network)):
         changed = f"{_short(path)} has changed since this run was trained with it"
-        logging.getLogger("train").warning(f"{changed}: its weights fit still, but may mean something else")
+        logging.getLogger("train").warning(f"{changed}: the weights may mean something else in it")
     return net
 
 
@@ -178,21 +178,27 @@ def network_digest(model: str, network: str) -> str:
 def _try(net: nn.Module, shape: tuple[int, ...], schedules: Schedules, path: Path) -> None:
     import torch
 
-    from common.diffusion import ask, null_label_of
+    from common.diffusion import ask, null_label_of, predictor_of
 
-    where = schedules.beta.device
-    x, t = torch.zeros(2, *shape, device=where), torch.tensor([0, schedules.T - 1], device=where)
+    where, last = schedules.beta.device, schedules.T - 1
+    x, t = torch.zeros(2, *shape, device=where), torch.tensor([0, last], device=where)
+    labels = torch.tensor([0, null_label_of(net)], device=where)
     net.eval()
     with torch.enable_grad():
-        epsilon = ask(net, x, t, torch.tensor([0, null_label_of(net)], device=where))
+        epsilon = ask(net, x, t, labels)
     let_go(net)
-    net.train()
     if getattr(epsilon, "shape", None) != x.shape:
         given = getattr(epsilon, "shape", None)
         given = type(epsilon).__name__ if given is None else tuple(given)
         raise _wrong(f"{_short(path)}: for x of shape {tuple(x.shape)} it returns {given}; the noise has x's shape")
     if not (epsilon.requires_grad or torch.is_inference_mode_enabled()):
         raise _wrong(f"{_short(path)}: what it returns depends on no parameter of it, so there is nothing to train")
+    if hasattr(net, "predictor"):
+        with torch.no_grad():
+            drawn, trained = predictor_of(net)(x, last, labels), ask(net, x, torch.full_like(t, last), labels)
+        if getattr(drawn, "shape", None) != x.shape or not torch.allclose(drawn, trained, rtol=1e-2, atol=1e-2):
+            raise _wrong(f"{_short(path)}: what its predictor() draws with is not what its forward() returns")
+    net.train()
 
 
 def let_go(net: nn.Module) -> None:

@@ -234,7 +234,7 @@ def _resume(args: Args, source: Path, state: ckpt.State, warn: ckpt.Warn) -> Run
         outdir, run_name = folder.parent.parent, folder.name
         if args.origin["outdir"] == "flag" and outdir.resolve() != Path(args.outdir).resolve():
             warn(f"continuing in {outdir}, where the checkpoint lies; --outdir {args.outdir} is for new runs")
-        make_output_directories(outdir)
+        make_output_directories(outdir, f"to go on elsewhere, copy {source.name} and --resume the copy")
         lock = _lock(folder, LOCK_PATIENCE)
         # the predecessor may have saved once more while we waited for its lock
         newest = args.auto_resume or Path(args.resume).name in ("latest", ckpt.LATEST) or Path(args.resume).is_dir()

@@ -275,6 +275,10 @@ def test_a_net_without_a_predictor_draws_what_it_draws_with_one():
 # --- what is wrong is one line ---
 
 SHAPES = "import torch\nclass Denoiser(torch.nn.Module):\n    def forward(self, x, t, labels):\n        return {}\n"
+ASKED = SHAPES.format("x + self.a") + (
+    "    def __init__(self):\n        super().__init__()\n        self.a = torch.nn.Parameter(torch.ones(1))\n"
+    "    def predictor(self):\n        return lambda x, t, labels: {}\n"
+)
 FAULTS = [
     # (the file, further flags, exit code, what the line says)
     (None, (), NO_MODEL_SPECIFIED, f"there is no mine.py in {PIXEL}"),
@@ -294,6 +298,8 @@ FAULTS = [
         MODEL_MISMATCH,
         "running statistics would differ between processes: --shards 1",
     ),
+    (ASKED.format("again(x)"), (), NO_MODEL_SPECIFIED, "mine.py, line 9: NameError: name 'again' is not defined"),
+    (ASKED.format("x + 1.1 * self.a"), (), NO_MODEL_SPECIFIED, "its predictor() draws with is not what its forward()"),
     (SHAPES.format("x"), ("--base-ch", 16), USAGE, "--base-ch has no effect on --network mine: drop it"),
 ]
 

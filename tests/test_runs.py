@@ -86,6 +86,12 @@ def test_a_run_folder_that_cannot_be_written_to(ae_run, copy_of, cache):
     (folder / ".lock").mkdir()  # what root cannot write to either
     result = call(AE, "train.py", "--resume", folder, "--epochs", 3, "--cache-dir", cache)
     assert (result.code, len(result.errors)) == (BAD_OUTPUT, 1), result.text
+    shutil.rmtree(folder.parent.parent / "samples")
+    (folder.parent.parent / "samples").touch()
+    result = call(AE, "train.py", "--resume", folder, "--epochs", 3, "--cache-dir", cache, "--outdir", folder / "other")
+    assert (result.code, len(result.errors)) == (BAD_OUTPUT, 1), result.text
+    assert "choose another --outdir" not in result.text, "it would change nothing"
+    assert "copy checkpoint_epoch_000002.pt and --resume the copy" in result.text
 
 
 @pytest.mark.parametrize("folder", [AE, PIXEL])

@@ -76,6 +76,31 @@ def test_the_table_names_what_it_passes_over(tree, capsys):
     assert len(table.splitlines()) == 4
 
 
+def test_runs_that_were_gathered_by_symlinks_are_ranked_and_shown(tree, tmp_path, capsys):
+    """As for a comparison; a link to what lies in the same tree is no other run, and one to no run is not followed."""
+    gathered = tmp_path / "gathered"
+    shutil.move(tree / "b", tmp_path / "elsewhere" / "b")
+    shutil.copytree(tree, gathered)
+    (gathered / "b").symlink_to(tmp_path / "elsewhere" / "b")
+    (gathered / "again").symlink_to("a")
+    (gathered / "all").symlink_to(tmp_path / "elsewhere")
+    (gathered / "round").symlink_to(gathered)
+    code, table, _ = best(gathered, capsys=capsys)
+    assert code == 0
+    assert [line.split()[-1].removeprefix(f"{gathered}/") for line in table.splitlines()[1:-1]] == [
+        "a/checkpoint_epoch_000002.pt",
+        "b/checkpoint_epoch_000001.pt",
+        "a/checkpoint_epoch_000003.pt",
+        "a/checkpoint_epoch_000001.pt",
+    ]
+    assert run_main(lambda: inspect_ckpt.main([str(gathered), "--json"])) == 0
+    shown = [json.loads(line)["path"] for line in capsys.readouterr().out.splitlines()]
+    assert [os.path.relpath(path, gathered) for path in shown] == [
+        "a/checkpoint_epoch_000003.pt",
+        "b/checkpoint_epoch_000009.pt",
+    ]
+
+
 def test_copying_the_best(tree, tmp_path, capsys):
     target = tmp_path / "new" / "best_model.pt"
     assert best(tree, "--copy-to", target, capsys=capsys)[0] == 0
