@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         z = train_set.tensors[0]
         std, mean = torch.std_mean(z, dim=0)  # (D,), (D,)
+        std = torch.where(std > 0, std, 1)  # of images that are all alike
         train = session.loader(train_set, args.batch_size)
         val = session.loader(val_set, 1000, shuffle=False)
 

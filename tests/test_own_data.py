@@ -490,6 +490,17 @@ def test_a_cache_that_is_a_file_is_not_ok(tmp_path):
     assert caught.value.code == BAD_OUTPUT
 
 
+def test_latents_of_images_that_are_all_alike(quick, tmp_path):
+    """A latent that never varies cannot be brought to deviation 1."""
+    one = {name: values[:1].repeat(100, 0) for name, values in shapes(1).items()}
+    np.savez(tmp_path / "one.npz", **one)
+    where = ("--data", tmp_path / "one.npz", *quick, "--epochs", 1, "--outdir", tmp_path / "out")
+    assert call(AE, "train.py", "--model", "mlp", *where).code == OK
+    result = call(LATENT, "train.py", "--ae-ckpt-dir", tmp_path / "out/checkpoints", *where, "--T", 20)
+    assert result.code == OK, result.text
+    assert load(tmp_path / "out/checkpoints").draw().isfinite().all()
+
+
 def test_a_map_of_as_many_classes_as_images_is_one_line(rare, tmp_path):
     run, where = rare(np.arange(10))
     result = call(AE, "run_tsne.py", "--ckpt", run, *where[:4], "--output", tmp_path, "--perplexity", 5)
