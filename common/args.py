@@ -48,7 +48,7 @@ class Difference(NamedTuple):
 class Args(argparse.Namespace):
     """Parsed flags that remember where each value came from.
 
-    `origin` is "flag", "environment", "default", "checkpoint", "derived", or the flag that it follows from.
+    `origin` is "flag", "environment", "default", "checkpoint", "derived", or the flag or variable that it follows from.
     """
 
     _OWN = ("origin", "kinds", "defaults", "follows", "inputs")

@@ -80,7 +80,7 @@ def find_autoencoder(
     """
     found = []
     for folder in folders:
-        runs = recorded_runs(folder, warn)
+        runs = recorded_runs([folder], warn)
         own = ckpt.newest_readable(folder, lambda _: None, ckpt.peek_checkpoint)
         for run, state in [*runs, *([(folder, own[1])] if own else [])]:
             model, seen = state["args"].get("model"), state["args"].get("only_digit")

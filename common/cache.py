@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import emoji
 from common.ckpt import UnreadableCheckpoint, read_file
+from common.console import warn
 from common.files import atomic_write
 from common.flags import MNIST_NAME
 
@@ -21,11 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 _HUB_PATIENCE = 5.0  # seconds to find out whether the hub can be reached at all
-
-
-def warn_on_stderr(message: str) -> None:
-    """Where nobody gave another way of warning."""
-    print(f"{emoji.warning} {message}", file=sys.stderr)
 
 
 def first_line(error: Exception) -> str:
@@ -78,7 +72,7 @@ def keep(path: Path, arrays: dict[str, Any]) -> None:
     try:
         atomic_write(path, lambda file: torch.save(content, file))
     except OSError as error:
-        warn_on_stderr(
+        warn(
             f"cannot keep the decoded digits in {path.parents[1]} ({error.strerror or error}); decoding them each time"
         )
 

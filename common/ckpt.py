@@ -3,7 +3,8 @@
 A checkpoint is `torch.save` of plain Python types and tensors, so that it loads with `weights_only=True`, the only
 way this project loads anything. Keys: model, ema, optimizer, scaler, epoch (that the weights belong to, from 1),
 global_step, batch (batches done in the epoch), args, exp_name, timestamp (UTC), train_loss, val_loss, best, scores,
-running (sums behind train_loss), format; of latent diffusion also ae_ckpt_data, its autoencoder.
+running (sum and rows behind train_loss, the epoch's seconds), format; of latent diffusion also ae_ckpt_data, its
+autoencoder.
 A checkpoint without `val_loss` was saved within its epoch: it is partial, and is replaced when the epoch ends.
 One with `exported` was written for drawing alone: see `common.export`.
 """
@@ -310,32 +311,34 @@ def load_checkpoint(
     return state
 
 
-def default_runs() -> Path:
-    """The folder of the runs that are trained from the current folder without --outdir."""
-    return Path(os.environ.get("SCRATCH") or "outputs") / RUNS
+def default_runs() -> list[Path]:
+    """The folders of the runs that are trained from the current folder without --outdir, or by a job.sh."""
+    scratch = os.environ.get("SCRATCH")
+    outputs = [Path(scratch), Path(scratch) / "ddpm-output"] if scratch else [Path("outputs")]
+    return [folder / RUNS for folder in outputs]
 
 
-def _newest_run(folder: str | Path, types: tuple[str, ...], warn: Warn) -> tuple[Path, State] | None:
+def _newest_run(source: str | Path, types: tuple[str, ...], warn: Warn) -> tuple[Path, State] | None:
     """The newest readable checkpoint of the newest run of one of the `types` in a folder of runs.
 
-    None for anything but a folder of runs, or "latest" for `default_runs`. Raises Exit(MODEL_MISMATCH) if all of them
-    hold other models, UnreadableCheckpoint if "latest" finds none.
+    None for anything but a folder of runs, or "latest" for those of `default_runs`. Raises Exit(MODEL_MISMATCH) if all
+    of them hold other models, UnreadableCheckpoint if "latest" finds none.
     """
     from common.run import recorded_runs
 
-    folder = Path(folder)
-    if latest := str(folder) == "latest" and not os.path.lexists(folder):
-        folder = default_runs()
-    if not (latest or os.path.isdir(folder)) or insist(folder, lambda: run_checkpoints(folder)):
+    folder = Path(source)
+    latest = str(folder) == "latest" and not os.path.lexists(folder)
+    if not latest and (not os.path.isdir(folder) or insist(folder, lambda: run_checkpoints(folder))):
         return None
-    runs = recorded_runs(folder, warn)
+    folders = default_runs() if latest else [folder]
+    runs, where = recorded_runs(folders, warn), " or ".join(map(str, folders))
     for run, glance in runs:
         if glance["args"].get("model") in types and (found := newest_readable(run, warn)):
             return found
     if runs:
-        raise Exit(MODEL_MISMATCH, f"{folder} holds no run of type {' or '.join(types)}")
+        raise Exit(MODEL_MISMATCH, f"{where} holds no run of type {' or '.join(types)}")
     if latest:
-        raise UnreadableCheckpoint("latest", f"no run in {folder}: train one, or name one elsewhere")
+        raise UnreadableCheckpoint("latest", f"no run in {where}: train one, or name one elsewhere")
     return None
 
 
@@ -344,7 +347,7 @@ def read_model(
 ) -> tuple[Path, State]:
     """(file, state) of what a path means, or of what was read, if it holds one of the `types`.
 
-    A path: see `open_checkpoint`; a folder of runs means its newest run of these types, and "latest" that of
+    A path: see `open_checkpoint`; a folder of runs means its newest run of these types, and "latest" the newest in
     `default_runs`.
     Raises Exit(MODEL_MISMATCH) if it holds another kind of model, UnreadableCheckpoint if it cannot be read.
     """
@@ -431,7 +434,7 @@ def find_latest_checkpoint(directory: str | Path, prefix: str = "", warn: Warn =
     """
     from common.run import recorded_runs
 
-    for folder, _ in recorded_runs(directory, warn):
+    for folder, _ in recorded_runs([directory], warn):
         if folder.name.startswith(prefix) and (found := newest_readable(folder, warn)):
             return found[0]
     return None

@@ -14,6 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from common import emoji
+
+
+def warn(text: str) -> None:
+    """A line on stderr, where there is no log."""
+    print(f"{emoji.warning} {text}", file=sys.stderr)
+
 
 class ConsoleGone(OSError):
     """stdout cannot be written to; of BrokenPipeErrors from elsewhere, nobody may think that."""

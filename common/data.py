@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cache, emoji, mnist
+from common import console, emoji, mnist
 from common.args import AUTO, Args
 from common.device import seed_worker
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, Exit, run_main
@@ -49,7 +49,7 @@ class HF_MNIST:
         source: str = "auto",
         warn: Callable[[str], None] | None = None,
     ) -> None:
-        cache_dir, warn = Path(cache_dir), warn or cache.warn_on_stderr
+        cache_dir, warn = Path(cache_dir), warn or console.warn
         if is_own(source):
             own = read_own(source, cache_dir, warn)
             both = {"train": (own.images, own.labels), "test": (own.test_images, own.test_labels)}
@@ -103,6 +103,8 @@ def split_train_val(dataset: Any, seed: int, fraction: float = VALIDATION_FRACTI
 
     count = round(len(dataset) * fraction)
     if not 0 < count < len(dataset):
+        if not len(dataset):
+            raise Exit(NO_DATA, "there is nothing to learn from: the data have none of the class of --only-digit")
         what = f"{getattr(dataset, 'noun', 'rows')} ({len(dataset)})"
         raise Exit(NO_DATA, f"too few {what} to hold {fraction:.0%} back for validation")
     order = torch.randperm(len(dataset), generator=generator(seed, "validation split"))
@@ -208,7 +210,7 @@ def held_out(asked: str, cache_dir: str | Path, trained: dict[str, Any], digit: 
         raise Exit(MODEL_MISMATCH, f"this run learned from {theirs}, and {real.source} is other data")
     if real.source == "embedded" and trained.get("data") == "hub":
         real.held_out = SEEN
-        cache.warn_on_stderr(f"the embedded digits are {SEEN}: they flatter this run; --cache-dir says where MNIST is")
+        console.warn(f"the embedded digits are {SEEN}: they flatter this run; --cache-dir says where MNIST is")
     return real
 
 

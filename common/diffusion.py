@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
+from common.error_codes import MODEL_MISMATCH, Exit
 from common.schedules import SCHEDULES
 
 NULL_LABEL = 10  # "not told which digit", where a net has no `null_label` of its own
@@ -49,8 +50,20 @@ def precompute_schedules(
     device: torch.device | str = "cpu",
     schedule: str = "linear",
 ) -> Schedules:
-    """One of `common.schedules.SCHEDULES`: computed in float64, stored as float32."""
+    """One of `common.schedules.SCHEDULES`: computed in float64, stored as float32.
+
+    Raises ValueError if there is none of that name, or it gives anything but T numbers between 0 and 1.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"--schedule {schedule}: there is none in common/schedules.py, but {', '.join(SCHEDULES)}")
     beta = SCHEDULES[schedule](T, beta_start, beta_end)
+    shape = tuple(beta.shape) if isinstance(beta, torch.Tensor) else type(beta).__name__
+    if shape != (T,) or not ((beta.float() > 0) & (beta.float() < 1)).all():
+        given = "others" if shape == (T,) else shape
+        raise ValueError(
+            f"--schedule {schedule} must give a tensor ({T},) of numbers between 0 and 1; it gives {given}"
+        )
+    beta = beta.double()
     alpha = 1 - beta
     alpha_bar = alpha.cumprod(0)
     exact = (beta, alpha, alpha_bar, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
@@ -58,9 +71,12 @@ def precompute_schedules(
 
 
 def schedules_of(flags: Mapping[str, Any], device: torch.device | str = "cpu") -> Schedules:
-    """Those of a run with these flags; one from before --schedule existed was linear."""
+    """Those of a run with these flags; one from before --schedule existed was linear. Raises Exit(MODEL_MISMATCH)."""
     names = ("T", "beta_start", "beta_end")
-    return precompute_schedules(*(flags[name] for name in names), device, flags.get("schedule", "linear"))
+    try:
+        return precompute_schedules(*(flags[name] for name in names), device, flags.get("schedule", "linear"))
+    except ValueError as error:
+        raise Exit(MODEL_MISMATCH, str(error), everywhere=True) from None
 
 
 def _rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -170,7 +186,8 @@ def predictor_of(net: nn.Module) -> Callable[[torch.Tensor, int, torch.Tensor], 
     """epsilon(x (B, ...), t, labels (B,)) for rows that share a timestep: the net's own `predictor`, else the net."""
     if hasattr(net, "predictor"):
         return net.predictor()
-    return lambda x, t, labels: ask(net, x, torch.full((len(x),), t, device=x.device), labels)
+    # of a copy, as in training: a net may change what it gets
+    return lambda x, t, labels: ask(net, x.clone(), torch.full((len(x),), t, device=x.device), labels)
 
 
 def half_log_snr(alpha_bar: torch.Tensor) -> torch.Tensor:

@@ -116,6 +116,9 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
 
 
 def _check_outputs(args: Any) -> None:
+    for path in _written(args):
+        if args.save_dir and path.resolve().is_relative_to(Path(args.save_dir).resolve()):
+            raise Exit(BAD_OUTPUT, f"{path} lies among the single images of --save-dir: choose another folder")
     output = check_output(args.output, ".png")
     if args.show_process:
         for path in _process_files(output):
@@ -126,9 +129,6 @@ def _check_outputs(args: Any) -> None:
         check_output(args.save_npz, ".npz")
     if args.save_dir:
         _check_folder(Path(args.save_dir))
-    for path in _written(args):
-        if args.save_dir and path.resolve().parent == Path(args.save_dir).resolve():
-            raise Exit(BAD_OUTPUT, f"{path} lies among the single images of --save-dir: choose another folder")
 
 
 def _written(args: Any) -> list[Path]:
@@ -152,7 +152,7 @@ def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str
 
     def check() -> tuple[dict[str, Any], dict[str, Any]]:  # by the first process, so that what is wrong is said once
         _check_outputs(args)
-        _spare(args, args.from_image, args.inpaint)
+        _spare(args, args.from_image, args.inpaint, args.ckpt, args.guide, getattr(args, "ae_ckpt", None))
         known.append(load(device))
         if is_own(learned := known[0][1]["args"].get("data", "")):
             _spare(args, learned)

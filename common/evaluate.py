@@ -104,9 +104,9 @@ def main(argv: list[str] | None = None) -> None:
             _evaluate(args, known[0], world)
         elif not model.startswith("ae-"):  # reconstructing is not shared
             vars(args).update(flags)
-            draw, _ = module_of(model).load_for_drawing(
-                args.ckpt, get_device(args.device, identity()), guide=args.guide
-            )
+            device = get_device(args.device, identity())
+            draw, _ = module_of(model).load_for_drawing(args.ckpt, device, guide=args.guide)
+            choose_threads(args, draw, args.n, labels, device)
             _draw(args, draw, labels, world)
 
 

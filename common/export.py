@@ -114,7 +114,7 @@ def _commands(run: Path, model: str) -> list[str]:
         for word in words:
             flag, equals, value = word.partition("=")
             if word.startswith("--"):
-                skipping = flag in places
+                skipping = flag.replace("--no-", "--", 1) in places
             if kept[-1:] == ["--data"]:
                 word = _file_name(word)
             elif flag == "--data" and equals:

@@ -13,10 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import ckpt, emoji, peek
-from common.args import Parser, named_path, number
+from common import ckpt, console, emoji, peek
+from common.args import Parser, flag_of, named_path, number
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
 from common.files import atomic_write
+from common.flags import MNIST
 from common.inspect_ckpt import files_below
 from common.scores import read_scores, scores_file
 
@@ -36,6 +37,13 @@ _LOG_LINE = re.compile(r"\bepoch\W+(\d+)")
 _LOG_FIELD = re.compile(r"(\w+)[ =:]+(-?\d[\d.,]*(?:e[+-]?\d+)?)")
 
 
+# flags in which runs differ whose losses do not compare; with what those from before they existed had
+DECIDES = {
+    **{"dataset": MNIST, "only_digit": None, "ae_weights": None, "min_snr_gamma": 0.0},
+    **{"T": None, "schedule": "linear", "beta_start": None, "beta_end": None},
+}
+
+
 class Found(NamedTuple):
     """One checkpoint in the ranking."""
 
@@ -44,6 +52,7 @@ class Found(NamedTuple):
     model: str  # "?" of a checkpoint that is not this project's
     epoch: int  # -1 where none is recorded
     measured: str  # how, if it is a score
+    learned: dict[str, Any]  # the flags of DECIDES
 
 
 def default_mode(metric: str) -> str:
@@ -56,7 +65,7 @@ def _written_figures(run_folder: Path) -> dict[int, dict[str, float]]:
     """Figures by epoch from the run's metrics.jsonl, or from its log file where there is none."""
     figures: dict[int, dict[str, float]] = {}
     for line in _lines(run_folder / "metrics.jsonl"):
-        with suppress(ValueError, KeyError, TypeError):  # a torn line
+        with suppress(ValueError, KeyError, TypeError, RecursionError):  # a torn line
             row = json.loads(line)
             figures[row["epoch"]] = row
     if figures:
@@ -163,9 +172,11 @@ def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> tuple[list[Fo
         if metric in figures and math.isnan(value):
             warn(f"passing over {path}: its {metric} is NaN")
         elif metric in figures:
-            model = str(_plain(state.get("args")).get("model", "?")) if ckpt.is_ours(state, None) else "?"
+            flags = _plain(state.get("args")) if ckpt.is_ours(state, None) else {}
+            learned = {name: flags.get(name, before) for name, before in DECIDES.items()}
             epoch = state.get("epoch")
-            found.append(Found(value, path, model, epoch if isinstance(epoch, int) else -1, measured))
+            epoch = epoch if isinstance(epoch, int) else -1
+            found.append(Found(value, path, str(flags.get("model", "?")), epoch, measured, learned))
     if len(found) < len(known):
         warn(f"{len(known) - len(found)} checkpoint(s) do not know {metric}, or not as a number")
     if not found:
@@ -191,10 +202,6 @@ def _copy(source: Path, target: Path, force: bool) -> None:
         raise Exit(BAD_OUTPUT, f"cannot write {target}: {error.strerror or error}") from None
 
 
-def _warn(text: str) -> None:
-    print(f"{emoji.warning} {text}", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> None:
     example = "python -m common.find_best_ckpt outputs/checkpoints --metric val_loss"
     parser = Parser("Find the best checkpoint below a folder.", example)
@@ -210,16 +217,23 @@ def main(argv: list[str] | None = None) -> None:
     if os.path.isfile(args.folder) and ckpt.is_ours(state := ckpt.peek(args.folder)[0]) and ckpt.EXPORTED in state:
         raise Exit(BAD_CHECKPOINT, f"{args.folder} {ckpt.exported_text(state)}: give a folder of runs")
     if not os.path.isdir(args.folder):  # False also for names that are too long
-        raise Exit(BAD_CHECKPOINT, f"{args.folder}: no such folder")
+        why = "a file: give the folder of its run, or of runs" if os.path.isfile(args.folder) else "no such folder"
+        raise Exit(BAD_CHECKPOINT, f"{args.folder}: {why}")
     mode = args.mode or default_mode(args.metric)
-    ranking, args.metric = rank(args.folder, args.metric, mode, _warn)
+    ranking, args.metric = rank(args.folder, args.metric, mode, console.warn)
     kinds = sorted({entry.model for entry in ranking})
     if len(kinds) > 1 and not args.metric.startswith(COMPARABLE):
         text = f"{args.metric} of {', '.join(kinds)} do not compare; give the folder of one experiment"
-        _warn(text)
+        console.warn(text)
+    elif "loss" in args.metric and (
+        apart := [name for name in DECIDES if len({repr(entry.learned[name]) for entry in ranking}) > 1]
+    ):
+        called = {"ae_weights": "autoencoder", "dataset": "--data"}
+        what = ", ".join(called.get(name) or flag_of(name) for name in apart)
+        console.warn(f"{args.metric} of runs that differ in {what} do not compare")
     if len({(entry.measured, entry.measured != "" and entry.model.startswith("ae-")) for entry in ranking}) > 1:
         text = f"{args.metric} was not measured alike everywhere (images, sampler, classifier, reconstructions …)"
-        _warn(f"{text}; score with the same flags")
+        console.warn(f"{text}; score with the same flags")
     best = ranking[0]
     if args.copy_to:
         _copy(best.path, args.copy_to, args.force)

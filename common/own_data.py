@@ -103,7 +103,10 @@ def _of_file(path: Path) -> dict[str, numpy.ndarray]:
     except (Exit, MemoryError):
         raise
     except Exception as error:  # a damaged archive can raise anything
-        raise Exit(NO_DATA, f"{path} is damaged, or no .npz file: {cache.first_line(error)}") from None
+        why = cache.first_line(error)
+        if "pickle" in why:  # numpy's advice to load them nevertheless is none
+            why = "its arrays, if it has any, hold Python objects, and not only numbers"
+        raise Exit(NO_DATA, f"{path} is damaged, or no .npz file: {why}") from None
 
 
 def hub_file(name: str, cache_dir: Path) -> Path:

@@ -233,8 +233,8 @@ def _json_safe(value: Any) -> Any:
 
 def _epoch_in_json(line: str) -> float:
     try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
+        return int(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return math.inf  # a line torn by a kill
 
 

@@ -7,11 +7,11 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -73,7 +73,12 @@ class Run:
 
     def discard_if_empty(self) -> None:
         """Leave no trace of a run that ended before it saved anything."""
-        if not any(self.checkpoints.glob("*.pt*")):  # nothing set aside either
+        try:
+            names = os.listdir(self.checkpoints)
+        except OSError:  # which tells nothing
+            return
+        resumed = self.source is not None and self.source.parent == self.checkpoints
+        if not resumed and not any(".pt" in name for name in names):  # nothing set aside either
             for folder in (self.checkpoints, self.samples, self.tensorboard):
                 shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):
@@ -127,13 +132,14 @@ def open_run(
     return _resume(args, *found, warn) if found else Run(claimed[0], outdir, logdir, claimed[1])
 
 
-def recorded_runs(directory: str | Path, warn: ckpt.Warn) -> list[tuple[Path, ckpt.State]]:
-    """(folder, state) of the runs below `directory`, newest first by what they recorded, each by a glance.
+def recorded_runs(directories: Iterable[str | Path], warn: ckpt.Warn) -> list[tuple[Path, ckpt.State]]:
+    """(folder, state) of the runs in these folders, newest first by what they recorded, each by a glance.
 
     A run of nothing but damaged checkpoints is named through `warn`. Raises UnreadableCheckpoint if a disk fails.
     """
-    runs, directory = [], Path(directory)
-    for folder in [directory / name for name in ckpt.insist(directory, lambda: ckpt.names_in(directory))]:
+    places = [Path(directory) for directory in directories]
+    runs = []
+    for folder in [place / name for place in places for name in ckpt.insist(place, partial(ckpt.names_in, place))]:
         damaged: list[str] = []
         if found := ckpt.newest_readable(folder, damaged.append, ckpt.peek_checkpoint):
             runs.append((folder, found[1]))
@@ -147,13 +153,12 @@ def require_checkpoint(path: str | None, types: tuple[str, ...]) -> None:
     """Raises Exit(USAGE) where no --ckpt was given, naming the run that the newest one of these `types` is."""
     if path is not None:
         return
-    folder = ckpt.default_runs()
-    for run, state in recorded_runs(folder, lambda _: None):
+    folders = ckpt.default_runs()
+    for run, state in recorded_runs(folders, lambda _: None):
         if state["args"].get("model") in types:
             raise Exit(USAGE, f"no --ckpt given; the newest run here would be --ckpt {bash_word(run)}")
-    raise Exit(
-        USAGE, f"no --ckpt given, and no run of type {' or '.join(types)} in {folder}: train one, or name one elsewhere"
-    )
+    kinds, where = " or ".join(types), " or ".join(map(str, folders))
+    raise Exit(USAGE, f"no --ckpt given, and no run of type {kinds} in {where}: train one, or name one elsewhere")
 
 
 def find_run(
@@ -165,7 +170,7 @@ def find_run(
     further than this (epoch, global step).
     """
     passed_over = None
-    for folder, glance in recorded_runs(checkpoints, warn):
+    for folder, glance in recorded_runs([checkpoints], warn):
         if glance["args"].get("model") not in models or (glance["epoch"], glance["global_step"]) <= beyond:
             continue
         difference = args.difference(glance["args"])

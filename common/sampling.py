@@ -355,10 +355,12 @@ def draw(
         raise ValueError("strength and inpaint say what becomes of an image: give from_image")
     if not isinstance(resample, Integral) or not 1 <= resample <= MOST_PASSES:
         raise ValueError(f"resample must be at least 1 and at most {MOST_PASSES}, not {resample}")
+    if resample > 1 and inpaint is None:
+        raise ValueError("resample fits what is drawn anew to what is kept: give inpaint")
     timesteps = timesteps_left(strength, schedules.T)
     if isinstance(steps, Integral) and steps > timesteps < schedules.T:
         raise ValueError(f"strength {strength} leaves {timesteps} timesteps: steps can be at most that, not {steps}")
-    plan = resampled(reverse_steps(schedules.first(timesteps), steps, sampler), 1 if inpaint is None else resample)
+    plan = resampled(reverse_steps(schedules.first(timesteps), steps, sampler), resample)
     mine = torch.arange(len(labels)).split(PART)[world.rank :: world.size]  # this process's groups of rows
     predictor, labels = _in_parts(predictor_of(net)), torch.tensor(labels, device=device)
     how = {"acts": _within(schedules, guidance_interval), "guide_scale": guide_scale}

@@ -210,7 +210,7 @@ def holds_scores(path: Path) -> bool:
     """Is this a file of scores, of whatever checkpoint, and nothing else that would be lost under them?"""
     try:
         return any(name.startswith("details") for name in json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -219,5 +219,5 @@ def read_scores(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     try:
         scores = json.loads(path.read_text())
         return scores if scores["timestamp"] == state["timestamp"] else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}

@@ -31,6 +31,7 @@ from common.error_codes import (
     NON_FINITE_LOSS,
     OUT_OF_MEMORY,
     RANK_FAILED,
+    RUN_LOCKED,
     SAVE_FAILED,
     STOPPED_EARLY,
     Exit,
@@ -42,7 +43,7 @@ from common.modules import let_go, network_digest
 from common.progress import counted, progress
 from common.record import NoRecord, Record
 from common.rng import derive_seed, generator
-from common.run import Run
+from common.run import LOCK, Run
 from common.train_state import TrainState
 
 if TYPE_CHECKING:
@@ -486,6 +487,7 @@ class Session:
         star = "*" if at.best["epoch"] == at.epoch else " "
         # as long as this one took, with its validation and pictures, or with what an earlier start did of it
         left = (self.args.epochs - at.epoch) * max(at.seconds, time.monotonic() - self._epoch_began)
+        self.world.first(self._hold_if_possible)
         self.log.info(
             f"epoch {at.epoch:>3}/{self.args.epochs}  train_loss {at.train_loss:.6f}  "
             f"val_loss {val_loss:.6f}{star} lr {row['lr']:.2e}  "
@@ -537,6 +539,7 @@ class Session:
         self._unsaved = False
 
     def _write(self) -> Path:
+        self._hold()
         self.record.flush()
         path = ckpt.save_checkpoint_and_link_latest(self.run.checkpoints, self.checkpoint())
         best = self.at.best["epoch"] if self.at.best else None
@@ -544,11 +547,30 @@ class Session:
         ckpt.prune(self.run.checkpoints, keep_every=every, keep_last=last, best_epoch=best)
         if self.at.global_step > self._began_at:
             slurm.report("trained")
-        if self.run.lock_again():
-            self.log.warning(f"{self.run.checkpoints} was deleted and is made again, with this checkpoint in it")
+        if self.run.lock_again():  # deleted just now; if the folder was, this raises, and nothing counts as saved
             self.record.config_again()
         self.log.debug(f"saved {path}")
         return path
+
+    def _hold(self) -> None:
+        """Before anything is written: take the run's lock again, if its folder was deleted.
+
+        Raises Exit(RUN_LOCKED) if another start has gone on with the run since, OSError if that cannot be found out.
+        """
+        self.run.checkpoints.mkdir(parents=True, exist_ok=True)
+        if not self.run.lock_again():
+            return
+        found = ckpt.newest_readable(self.run.checkpoints, self.log.warning, ckpt.peek_checkpoint)
+        if found and (found[1]["epoch"], found[1]["global_step"]) > (self.epoch, self.at.global_step):
+            raise Exit(
+                RUN_LOCKED, f"{self.run.name} was taken further by another start, {found[0]}: leaving it to that"
+            )
+        self.log.warning(f"{self.run.checkpoints} was deleted, or its {LOCK} was: it is held again")
+        self.record.config_again()
+
+    def _hold_if_possible(self) -> None:
+        with contextlib.suppress(OSError):  # of which the next save tells
+            self._hold()
 
 
 def _now() -> str:
@@ -568,7 +590,7 @@ def _to_host(losses: list[torch.Tensor]) -> list[float]:
 
 def _left(seconds: float) -> str:
     """For the end of a line, ", 3 min left"; nothing where nothing is left."""
-    if not seconds:
+    if seconds <= 0:
         return ""
     return f", {seconds:.0f} s left" if seconds < 90 else f", {seconds / 60:.0f} min left"
 

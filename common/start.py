@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from common import ckpt, device, ranks, slurm, threads
@@ -104,12 +104,19 @@ def open_session(
 
 
 def raise_if_finished(args: Args, run: Run, log: Any) -> None:
-    """Raises Exit(OK) if the run to be resumed has nothing left to train; nothing of it has been touched then."""
+    """Raises Exit(OK) if the run to be resumed has nothing left to train; it stays as it is then.
+
+    But for its links, which a kill may have left behind.
+    """
     state = run.state
     if state is None or not ckpt.is_complete(state):
         return
     if end := TrainState.from_checkpoint(state).why_ended(args.flags()):
         log.info(f"checkpoints: {run.source.parent.resolve()}")
+        newest = ckpt.newest_readable(run.checkpoints, lambda _: None, ckpt.peek_checkpoint)
+        if newest and newest[0] == run.source:
+            with suppress(OSError):
+                ckpt.relink(run.checkpoints, state)
         more = "; raise --epochs to extend it" if state["epoch"] >= args.epochs else ""
         name = run.name if run.source.parent == run.checkpoints else run.source
         raise Exit(OK, f"{name} is already finished: {end}{more}")

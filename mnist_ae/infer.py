@@ -21,7 +21,7 @@ from common.flags import (
     add_scale_argument,
     add_threads_argument,
 )
-from common.images import over, save_output
+from common.images import check_output, over, save_output
 from common.latents import walks_between
 from common.rng import generator
 from common.run import require_checkpoint
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     require_checkpoint(args.ckpt, AUTOENCODERS)
     if args.walk_steps and not args.interpolate:
         raise Exit(USAGE, "--walk-steps says how --interpolate is to look: give both")
+    output = check_output(args.output or ("interpolation.png" if args.interpolate else "reconstructions.png"), ".png")
 
     threads.prepare()
     import torch
@@ -87,7 +88,6 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{emoji.info} mean squared error over {which}: {error:.5f}")
     if not images.isfinite().all():
         raise Exit(BAD_CHECKPOINT, f"{data['path']} draws what are no numbers (NaN)")
-    output = args.output or ("interpolation.png" if args.interpolate else "reconstructions.png")
     save_output(images, output, nrow, args.scale)
     print(f"{emoji.ok} {data['exp_name']}, epoch {data['epoch']}: {output}")
 

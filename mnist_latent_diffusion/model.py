@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import ckpt
 from common.autoencoder import build_autoencoder, read_autoencoder
+from common.console import warn
 from common.diffusion import (
     Schedules,
     ask,
@@ -27,6 +28,7 @@ from common.error_codes import MODEL_MISMATCH, Exit
 from common.flags import OUR_NETWORK
 from common.layers import folded, scaled_linear
 from common.modules import build_network, guiding_network, trained_network
+from common.ranks import identity
 from common.sampling import Drawing, draw
 from common.time_embedding import TIME_DIM, TimeMLP
 
@@ -168,6 +170,9 @@ def load_for_drawing(
     if ae_data["args"]["latent_dim"] != net.latent_dim:
         other = ae_data["args"]["latent_dim"]
         raise Exit(MODEL_MISMATCH, f"{ae_ckpt} has latent dimension {other}, the denoiser has {net.latent_dim}")
+    if ckpt.weights_digest(ae_data["model"]) != state["args"]["ae_weights"] and ae_ckpt and not identity().rank:
+        learned = state["ae_ckpt_data"]["exp_name"]
+        warn(f"{ae_ckpt} is not the autoencoder whose latents this run has learned, {learned}: expect noise")
     autoencoder = build_autoencoder(ae_data, device)
     return partial(generate_images, net, autoencoder, schedules, **guiding), state
 

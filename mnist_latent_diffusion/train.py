@@ -31,6 +31,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = parser.parse(argv)
     check_betas(parser, args)
     network_file("lddpm", args.network)
+    if args.ae_ckpt and args.ae_ckpt_dir:
+        parser.error("--ae-ckpt names an autoencoder: leave out --ae-ckpt-dir, where one would be chosen")
     args.derive(model="lddpm", ae_model=AUTO, ae_latent_dim=AUTO, ae_only_digit=AUTO, ae_weights=AUTO)
     if not args.given("only_digit"):  # then it is the autoencoder's
         args.only_digit, args.follows = AUTO, {"only_digit": "ae_only_digit"}

@@ -67,6 +67,7 @@ WRONG = [
     (AE, "infer.py", "--ckpt {ae} --num-images 0", USAGE, "--num-images"),
     (AE, "infer.py", "--ckpt {ae} --walk-steps 5", USAGE, "--interpolate"),
     (AE, "infer.py", "--ckpt {ae} --export=", USAGE, "the value is empty"),
+    (AE, "infer.py", "--ckpt {ae} --output {tmp}/a.jpg", BAD_OUTPUT, "ends in .png"),
     (AE, "infer.py", "--ckpt {ae} --device cuda", NO_DEVICE, "cuda"),
     (LATENT, "train.py", "--T 0", USAGE, "--T"),
     (LATENT, "train.py", "--hidden-dim 0", USAGE, "--hidden-dim"),
@@ -80,6 +81,7 @@ WRONG = [
     (PIXEL, "train.py", "--beta-start 1e-17", USAGE, "--beta-start"),
     (LATENT, "train.py", "--outdir {tmp}/fresh", NO_AE_CHECKPOINT, "--ae-ckpt"),
     (LATENT, "train.py", "--ae-ckpt-dir {tmp}", NO_AE_CHECKPOINT, "{tmp}"),
+    (LATENT, "train.py", "--ae-ckpt {ae} --ae-ckpt-dir {tmp}", USAGE, "leave out --ae-ckpt-dir"),
     (LATENT, "train.py", "--auto-resume --outdir {tmp}/fresh", NO_AE_CHECKPOINT, "--ae-ckpt"),
     (LATENT, "train.py", "--ae-ckpt {tmp}/nothing.pt", BAD_CHECKPOINT, "nothing.pt"),
     (LATENT, "train.py", "--ae-ckpt {file}", BAD_CHECKPOINT, "{file}"),
@@ -183,7 +185,8 @@ def test_without_a_checkpoint_the_newest_run_is_named(folder, script, newest, tm
     runs = tmp_path / "my out" / "checkpoints"
     empty = call(folder, script)
     assert (empty.code, len(empty.errors)) == (USAGE, 1), empty.text
-    assert f"in {runs}: train one" in empty.errors[0]
+    jobs = tmp_path / "my out" / "ddpm-output" / "checkpoints"
+    assert f"in {runs} or {jobs}: train one" in empty.errors[0]
     for day, kind in enumerate(("ae-mlp", "lddpm", "ddpm", "vae"), 1):
         for month, age in ((1, "old"), (2, "new")):
             time = f"2026-{month:02}-{day:02}T00:00:00+00:00"

@@ -1,5 +1,6 @@
 """The diffusion mathematics against plain float64 arithmetic and against diffusers."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.training_utils import compute_snr
-from helpers import assert_same
+from helpers import LATENT, assert_same, call
 
-from common import diffusion, sampling
+from common import ckpt, diffusion, load, sampling
+from common.error_codes import MODEL_MISMATCH
 from common.flags import DPM_STEPS, SAMPLERS, check_betas
 from common.rng import generator
 
@@ -290,6 +292,32 @@ def test_min_snr_where_no_signal_is_left():
         for g in (0, 1)
     ]
     assert losses[0] == losses[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (None, "there is none in common/schedules.py, but linear, cosine"),
+        (lambda T, *_: torch.full((T + 1,), 0.1), r"a tensor \(20,\) .* it gives \(21,\)"),
+        (lambda T, *_: torch.full((T,), float("nan")), "it gives others"),
+        (lambda T, *_: torch.linspace(0, 0.1, T), "it gives others"),
+        (lambda T, *_: torch.linspace(0.1, 1, T), "it gives others"),
+        (lambda T, *_: [0.1] * T, "it gives list"),
+    ],
+)
+def test_what_is_wrong_with_a_schedule_is_one_line(schedule, said, latent_run, copy_of, monkeypatch):
+    if schedule is not None:
+        monkeypatch.setitem(diffusion.SCHEDULES, "mine", schedule)
+    path = copy_of(latent_run) / "checkpoint_epoch_000002.pt"
+    state = ckpt.read_checkpoint(path)
+    state["args"]["schedule"] = "mine"
+    ckpt.save_checkpoint(path, state)
+    for script, more in (("infer.py", ("--ckpt", path)), ("train.py", ("--resume", path, "--epochs", 3))):
+        result = call(LATENT, script, *more)
+        assert (result.code, len(result.errors)) == (MODEL_MISMATCH, 1), result.text
+        assert re.search(f"--schedule mine.* {said}", result.errors[0])
+    with pytest.raises(ValueError, match=said):
+        load(path, "cpu")
 
 
 @pytest.mark.parametrize("T", [1, 2, 20])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -278,6 +279,26 @@ def test_nothing_that_is_drawn_from_is_overwritten(runs, tmp_path, monkeypatch):
         assert (result.code, len(result.text.splitlines())) == (BAD_OUTPUT, 1), result.text
         assert said in result.text
     assert (tmp_path / "mine.png").read_bytes() == before
+    both = tmp_path / "both.png"
+    for output in (both, both / "deep" / "a.png"):
+        result = call(LATENT, "infer.py", "--ckpt", runs[LATENT], "--output", output, "--save-dir", both)
+        assert (result.code, len(result.text.splitlines())) == (BAD_OUTPUT, 1), result.text
+        assert not both.exists()
+
+
+@pytest.mark.parametrize("name", ["ckpt", "guide", "ae_ckpt"])
+def test_no_checkpoint_is_overwritten(name, runs, ae_run, tmp_path):
+    """A file may have any name."""
+    kept = tmp_path / "mine.png"
+    source = ae_run if name == "ae_ckpt" else runs[LATENT]
+    shutil.copy(source / "checkpoint_epoch_000001.pt", kept)
+    before = kept.read_bytes()
+    given = {"ckpt": runs[LATENT], name: kept}
+    words = [word for flag, value in given.items() for word in (f"--{flag.replace('_', '-')}", value)]
+    result = call(LATENT, "infer.py", *words, "--output", kept)
+    assert (result.code, len(result.errors)) == (BAD_OUTPUT, 1), result.text
+    assert "would be overwritten" in result.errors[0]
+    assert kept.read_bytes() == before
 
 
 def test_data_that_a_run_learned_from_are_not_overwritten_and_a_film_may_be_drawn_from(runs, copy_of, tmp_path):

@@ -223,6 +223,7 @@ WRONG = [
     ({"from_image": torch.rand(5, 28, 28), "count": 4}, "has 5 images: draw at least as many, not 4"),
     ({"from_image": torch.rand(28, 28), "inpaint": torch.ones(28, 27)}, "inpaint must be of shape"),
     ({"from_image": torch.rand(28, 28), "inpaint": torch.ones(28, 28), "resample": 0}, "resample must be at least 1"),
+    ({"from_image": torch.rand(28, 28), "resample": 5}, "resample fits what is drawn anew .* give inpaint"),
     (
         {"from_image": torch.rand(2, 28, 28), "inpaint": torch.ones(3, 28, 28), "count": 6},
         "2 and 3 images",
@@ -513,6 +514,25 @@ def test_a_photograph_lies_as_its_camera_says(stroke, tmp_path):
     images, size = read_images(tmp_path / "a.png")
     assert size == (56, 112)
     assert np.abs(images[0, 0].numpy() - stroke[1]).max() < 0.005
+
+
+def test_a_picture_of_nothing_is_empty(tmp_path):
+    for size in ((28, 28), (40, 40)):
+        Image.new("RGBA", size, (255, 255, 255, 0)).save(tmp_path / "a.png")
+        assert not read_images(tmp_path / "a.png")[0].any()
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda path: np.save(path.open("wb"), np.zeros((28, 28))), "it is no .npz file"),
+        (lambda path: zipfile.ZipFile(path, "w").writestr("a.txt", "mine"), "what it holds is no array"),
+    ],
+)
+def test_what_is_no_npz_is_called_so(write, said, tmp_path):
+    write(tmp_path / "a.npz")
+    with pytest.raises(Exit, match=said):
+        read_images(tmp_path / "a.npz")
 
 
 def test_a_small_picture_is_enlarged_and_a_mask_is_never_inverted(tmp_path):

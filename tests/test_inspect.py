@@ -217,13 +217,19 @@ def test_checkpoints_with_odd_entries(change, tmp_path, capsys):
     assert "parameters" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [{"best": 3}, {"batch": "x", "val_loss": None}, {"ae_ckpt_data": [1]}])
+ENDLESS: list = []
+ENDLESS.append(ENDLESS)
+UNFIT = [{"best": 3}, {"batch": "x", "val_loss": None}, {"ae_ckpt_data": [1]}]
+UNFIT += [{"best": {"epoch": 1, "val_loss": 10**400}}, {"args": {"model": "ae-mlp", "odd": ENDLESS}}]
+
+
+@pytest.mark.parametrize("change", UNFIT, ids=["best", "batch", "ae_ckpt_data", "huge", "deep"])
 def test_a_checkpoint_with_other_values_is_one_line_and_hides_no_other(change, tmp_path, capsys):
     torch.save(state_of(1) | change, tmp_path / "a.pt")
     torch.save(state_of(1), tmp_path / "b.pt")
     assert run_main(lambda: inspect_ckpt.main([str(tmp_path)])) == BAD_CHECKPOINT
     told = capsys.readouterr()
-    assert "a.pt: has the keys of a checkpoint of this project" in told.err
+    assert "a.pt: cannot be described: its values are not what they should be" in told.err
     assert len(told.err.splitlines()) == 1
     assert "b.pt" in told.out
 

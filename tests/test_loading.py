@@ -15,6 +15,7 @@ from common.error_codes import MODEL_MISMATCH, Exit
 from common.flags import DEFAULT_GUIDANCE
 from common.images import save_image_grid, to_bytes
 from common.modules import module_of
+from common.run import require_checkpoint
 
 THREES = [3, 3, 3]
 
@@ -83,7 +84,8 @@ def test_a_seed_may_be_a_number_of_numpy(latent_run):
         ({"labels": "33"}, "'3' is none"),
         ({"labels": 3.0}, "3.0 is none"),
         ({"labels": []}, r"\[\] is none"),
-        ({"labels": torch.tensor(3)}, r"tensor\(3\) is none"),
+        ({"labels": torch.tensor(3.0)}, "3.0 is none"),
+        ({"labels": [3, 3], "count": 3}, "these are 2 labels, one for each image: count cannot be 3"),
         ({"labels": torch.tensor([[3]])}, r"\[3\] is none"),
         ({"labels": [3, 5]}, "trained on 3s only"),
         ({"count": 0}, "count must be a whole number of at least 1, not 0"),
@@ -168,6 +170,13 @@ def test_a_picture_is_the_grid_and_scales(tmp_path):
     for wrong in (images[0, 0, 0], images.expand(5, 3, 28, 28)):
         with pytest.raises(ValueError, match="images are"):
             picture(wrong)
+    for wrong in (kept.astype(int), 2 * images - 1, images * float("nan"), {}, "a.png"):
+        with pytest.raises(ValueError, match=r"images (must be from 0|are numbers)"):
+            picture(wrong)
+    for wrong in ({"nrow": 0}, {"nrow": 2.0}, {"scale": 0}, {"scale": "2"}):
+        with pytest.raises(ValueError, match="must be a whole number of at least 1"):
+            picture(images, **wrong)
+    picture(images.requires_grad_())
 
 
 def test_the_options_of_both_models_are_those_of_draw():
@@ -218,6 +227,12 @@ def test_latest_is_the_newest_run_that_is_trained_from_here(scratch, runs, ae_ru
     assert ckpt.read_model("latest", ("ae-mlp",))[0].parent.name == ae_run.name
     with pytest.raises(Exit, match="holds no run of type ddpm"):
         ckpt.read_model("latest", ("ddpm",))
+    if scratch:  # where jobs leave theirs
+        (tmp_path / "ddpm-output" / "checkpoints").mkdir(parents=True)
+        shutil.move(runs / latent_run.name, tmp_path / "ddpm-output" / "checkpoints")
+        assert load("latest", "cpu").name == latent_run.name
+        with pytest.raises(Exit, match=f"the newest run here would be --ckpt .*ddpm-output.*{latent_run.name}"):
+            require_checkpoint(None, ("lddpm",))
     (tmp_path / "latest").mkdir()  # a folder of that name is that folder
     with pytest.raises(ValueError, match="no readable checkpoint"):
         load("latest", "cpu")

@@ -8,13 +8,14 @@ import shutil
 from time import sleep
 
 import pytest
-from helpers import LATENT, call, state_of
+from helpers import AE, LATENT, call, state_of
 
 from common import ckpt, files
 from common import run as run_module
 from common.args import AUTO, Args
 from common.error_codes import BAD_OUTPUT, OK, RUN_LOCKED, Exit
 from common.files import alone_in
+from common.session import Session
 
 
 def test_two_runs_started_in_the_same_second_get_different_names(tmp_path):
@@ -113,6 +114,34 @@ def test_a_lock_is_taken_again_where_the_folder_was_deleted(tmp_path):
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply(lock_code, (folder,)) == RUN_LOCKED
     run.lock.close()
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["while it trains", "after it ended"])
+def test_a_run_whose_lock_was_deleted_leaves_it_to_who_took_it(taken, tiny, tmp_path, monkeypatch):
+    """Nothing of the other's is overwritten, pruned or written into."""
+    flags = ("--model", "mlp", *tiny, "--outdir", tmp_path, "--keep-ckpts", 1)
+    held = []
+
+    def meanwhile(session):
+        if session.epoch == 2 and not held:
+            folder = session.run.checkpoints
+            newest = folder / "checkpoint_epoch_000001.pt"
+            ckpt.save_checkpoint(folder / "checkpoint_epoch_000009.pt", ckpt.read_checkpoint(newest) | {"epoch": 9})
+            (folder / run_module.LOCK).unlink()
+            held.append({path.name: path.read_bytes() for path in folder.iterdir()})
+            if taken:  # by another process: within one there is a single lock
+                monkeypatch.setattr(run_module.fcntl, "lockf", blocked)
+
+    def blocked(*_args):
+        raise BlockingIOError
+
+    validate = Session.validate
+    monkeypatch.setattr(Session, "validate", lambda self, *how: (meanwhile(self), validate(self, *how))[1])
+    result = call(AE, "train.py", *flags, "--epochs", 3)
+    assert result.code == RUN_LOCKED, result.text
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    now = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != run_module.LOCK}
+    assert now == held[0]
 
 
 def test_a_failing_file_server_costs_no_lock(tmp_path, monkeypatch):

@@ -272,6 +272,19 @@ def test_a_net_without_a_predictor_draws_what_it_draws_with_one():
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
 
 
+def test_a_network_may_change_what_it_gets(write, flags):
+    """In training that is the batch's own noisy copy; in drawing it would be the image itself."""
+    drawn = []
+    for name, there in (("inplace", "x.tanh_()"), ("copied", "x.tanh()")):
+        text = text_of(LABELLED, PIXEL).replace("x.flatten(1)", f"{there}.flatten(1)")
+        write(PIXEL, name, text)
+        schedules = diffusion.precompute_schedules(5)
+        torch.manual_seed(0)
+        net = module_of("ddpm", name).Denoiser().eval()
+        drawn.append(sampling.draw(net, (1, 28, 28), schedules, labels=[3, 5], seed=1))
+    torch.testing.assert_close(*drawn)
+
+
 # --- what is wrong is one line ---
 
 SHAPES = "import torch\nclass Denoiser(torch.nn.Module):\n    def forward(self, x, t, labels):\n        return {}\n"

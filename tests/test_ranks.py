@@ -580,7 +580,7 @@ def slowly(_digits, *, progress, poll):
     torch.manual_seed(0)
     return classifier.DigitClassifier().eval()
 classifier.train_classifier = slowly
-sys.exit(run_main(lambda: evaluate.main(sys.argv[1:])))
+sys.exit(run_main(lambda: (evaluate.main(sys.argv[1:]), print("threads:", torch.get_num_threads()))))
 """
 
 
@@ -591,9 +591,12 @@ def test_all_wait_while_the_first_one_trains_the_classifier(latent_run, copy_of,
     moved = {"LATER": str(later), "NOW": str(run / "checkpoint_epoch_000002.pt")}
     own = shutil.copytree(cache, tmp_path / "cache", ignore=shutil.ignore_patterns("classifier-*"))
     flags = ("--n", 300, "--data", "embedded", "--cache-dir", own, "--device", "cpu", "--json")
-    given = ("--ckpt", run, *flags, tmp_path / "two.json")
-    results = Launched(".", 2, SLOW_TO_JUDGE, *given, script="-c", DDPM_RANK_PATIENCE="4", **moved).finish()
+    given = ("--ckpt", run, *flags, tmp_path / "two.json", "--threads", 2)
+    env = {"DDPM_RANK_PATIENCE": "4", "SLURM_CPUS_PER_TASK": "2", **moved}
+    results = Launched(".", 2, SLOW_TO_JUDGE, *given, script="-c", **env).finish()
     assert [result.code for result in results] == [0, 0], results
+    threads = min(2, len(os.sched_getaffinity(0)))
+    assert [result.text.splitlines()[-1] for result in results] == [f"threads: {threads}"] * 2
     alone = call("common", "evaluate.py", "--ckpt", run / "checkpoint_epoch_000001.pt", *flags, tmp_path / "one.json")
     assert alone.code == 0, alone.text
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))

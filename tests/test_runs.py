@@ -34,6 +34,7 @@ from common import ckpt
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, OUT_OF_MEMORY, run_main
 from common.events import Events
 from common.logger_utils import log_args_rich
+from common.run import Run
 
 
 @pytest.fixture
@@ -61,6 +62,37 @@ def test_a_finished_run_says_so_and_stays_as_it_is(latent_run, copy_of, tiny_lat
         assert "already finished" in result.text
     assert {path: path.read_bytes() for path in folder.glob("*.pt")} == before
     assert runs(outdir) == [folder.name]
+
+
+def test_a_finished_runs_links_are_repaired(ae_run, copy_of, cache):
+    """A kill may fall between a checkpoint and its links."""
+    folder = copy_of(ae_run)
+    for name in ("latest.pt", "best.pt"):
+        (folder / name).unlink()
+    (folder / "latest.pt").symlink_to("checkpoint_epoch_000001.pt")
+    for source, newest in ((folder / "checkpoint_epoch_000001.pt", 1), (folder, 2)):
+        result = call(AE, "train.py", "--resume", source, "--epochs", newest, "--cache-dir", cache)
+        assert "already finished" in result.text
+        assert (folder / "latest.pt").resolve().name == f"checkpoint_epoch_{newest:06d}.pt"
+    assert (folder / "best.pt").is_symlink()
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_finished_run_is_never_discarded(broken, ae_run, copy_of, monkeypatch):
+    """A listing that fails, or tells nothing, is no proof that there is nothing."""
+    folder = copy_of(ae_run)
+    source = folder / "checkpoint_epoch_000002.pt"
+    begun = Run(folder.name, folder.parent.parent, folder.parent.parent / "logs", None, {}, None if broken else source)
+
+    def listed(_path):
+        if broken:
+            raise OSError(errno.EIO, "Input/output error")
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.run.os.listdir", listed)
+        begun.discard_if_empty()
+    assert source.is_file()
 
 
 def test_leftovers_of_a_killed_write_go_and_the_config_names_the_real_data(ae_run, copy_of, cache):
@@ -153,6 +185,16 @@ def test_figures_that_may_not_be_read_stop_no_resume(ae_run, copy_of, cache, mon
     result = call(AE, "train.py", "--resume", folder, "--epochs", 3, "--cache-dir", cache)
     assert result.code == 0, result.text
     assert "cannot write metrics.jsonl" in result.text
+
+
+@pytest.mark.parametrize("line", ["null", '{"epoch": null}', '{"epoch": [1]}', '{"epoch": NaN}', '{"epoch": 1'])
+def test_a_line_of_metrics_that_is_none_goes_and_the_others_stay(line, ae_run, copy_of, cache):
+    folder = copy_of(ae_run)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(f"{line}\n")
+    result = call(AE, "train.py", "--resume", folder, "--epochs", 3, "--cache-dir", cache)
+    assert result.code == 0, result.text
+    assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("text", ["null", "[]", "3", '{"starts": 3}', '{"starts": [null]}', "{", ""])

@@ -268,6 +268,24 @@ def test_odd_neighbours_do_not_spoil_the_ranking(tree, capsys):
     assert "?, ae-mlp, vae do not compare" in warnings
 
 
+def test_losses_of_runs_that_learned_other_things_are_told_apart(tree, tmp_path, capsys):
+    for name, flags in (("one", {}), ("two", {"min_snr_gamma": 1.0, "only_digit": 3}), ("three", {"lr": 1.0})):
+        save(tmp_path / "more" / name, 1, args={"model": "ddpm", **flags})
+    warned = best(tmp_path / "more", capsys=capsys)[2]
+    assert "val_loss of runs that differ in --only-digit, --min-snr-gamma do not compare" in warned
+    shutil.rmtree(tmp_path / "more" / "two")
+    assert best(tmp_path / "more", capsys=capsys)[2] == ""
+    file = tree / "a" / "checkpoint_epoch_000001.pt"
+    assert "a file: give the folder" in best(file, capsys=capsys)[2]
+
+
+def test_figures_nested_too_deeply_are_passed_over(tree, capsys):
+    find_best_ckpt.scores_file(tree / "a" / "checkpoint_epoch_000001.pt").write_text("[" * 100_000)
+    (tree / "a" / "metrics.jsonl").write_text("[" * 100_000)
+    find_best_ckpt._written_figures.cache_clear()
+    assert best(tree, capsys=capsys)[0] == 0
+
+
 def test_what_grows_is_best_when_largest():
     modes = {metric: find_best_ckpt.default_mode(metric) for metric in ("epoch", "confident", "seconds_per_epoch")}
     assert modes == {"epoch": "max", "confident": "max", "seconds_per_epoch": "min"}

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from common import emoji, threads
 from common.args import Parser, number
+from common.console import warn
 from common.device import get_device
 from common.error_codes import run_main
 from common.flags import add_device_argument, add_threads_argument
@@ -33,9 +34,6 @@ def main(argv: list[str] | None = None) -> None:
 
     from common.play.runs import Shelf, find
     from common.play.server import serve
-
-    def warn(text: str) -> None:
-        print(f"{emoji.warning} {text}", file=sys.stderr)
 
     shelf = Shelf(find(args.runs, warn), args.device, args.threads, args.cache_dir)
     if args.host not in LOOPBACK:

@@ -126,10 +126,9 @@ class Entry:
 
 def places() -> list[Path]:
     """Where the trainers, the jobs and run.sh leave runs."""
-    scratch = os.environ.get("SCRATCH")
-    outputs = [Path(scratch), Path(scratch) / "ddpm-output"] if scratch else []
-    outputs += [Path("outputs"), *(ROOT / folder / "outputs" for folder in EXPERIMENTS)]
-    return list(dict.fromkeys((folder / ckpt.RUNS).resolve() for folder in outputs))
+    outputs = [Path("outputs"), *(ROOT / folder / "outputs" for folder in EXPERIMENTS)]
+    found = [*ckpt.default_runs(), *(folder / ckpt.RUNS for folder in outputs)]
+    return list(dict.fromkeys(folder.resolve() for folder in found))
 
 
 def find(named: list[str], warn: ckpt.Warn) -> list[Entry]:
@@ -143,14 +142,14 @@ def find(named: list[str], warn: ckpt.Warn) -> list[Entry]:
         path = Path(name).expanduser().absolute()
         if name == "latest" and not path.exists():  # as everywhere
             path = ckpt.read_model(name, ckpt.MODEL_TYPES, warn)[0].parent.absolute()
-        runs = [] if ckpt.run_checkpoints(path) or not path.is_dir() else recorded_runs(path, warn)
+        runs = [] if ckpt.run_checkpoints(path) or not path.is_dir() else recorded_runs([path], warn)
         if runs:
             found += _listed(runs, warn)
         else:
             file, state = ckpt.open_checkpoint(path, warn, ckpt.peek_checkpoint)
             found.append(Entry(path if path.is_dir() else file, state))
     if not named:
-        found = _listed([run for place in places() for run in recorded_runs(place, warn)], warn)
+        found = _listed(recorded_runs(places(), warn), warn)
         for file in (ROOT / experiment / READY for experiment in EXPERIMENTS):
             with _passing_over(warn):
                 found += [Entry(file, ckpt.peek_checkpoint(file))] if file.is_file() else []
@@ -238,8 +237,12 @@ class Shelf:
                 return threads.available()
             return threads.fastest(lambda: run.draw(count=FEW, steps=1, guidance=DEFAULT_GUIDANCE))[0]
 
-        threads.settle(self.asked_threads, fastest)
-        return torch.get_num_threads()
+        before = torch.get_num_threads()  # of the work between whose steps this may come
+        try:
+            threads.settle(self.asked_threads, fastest)
+            return torch.get_num_threads()
+        finally:
+            torch.set_num_threads(before)
 
     def digits(self, opened: Opened) -> Any:
         """The test digits that the run's autoencoder is looked at with: HF_MNIST, from where its training had them.

@@ -97,7 +97,7 @@ class Guarded(RequestHandler):
 
 
 class Page(Guarded):
-    """The files in `static`, by their names there."""
+    """The files in `static`, by their names there; 404 for everything else."""
 
     def get(self, name: str) -> None:
         path = FILES.get(name or "index.html")
@@ -140,8 +140,10 @@ class Tab(WebSocketHandler):
     def prepare(self) -> None:
         if not is_own_name(self.request.headers.get("Host", ""), self.names):
             raise HTTPError(403)
-        if "Origin" not in self.request.headers:
-            raise HTTPError(403)
+        try:
+            urlsplit(self.request.headers["Origin"])
+        except (KeyError, ValueError):
+            raise HTTPError(403) from None
 
     def check_origin(self, origin: str) -> bool:
         return urlsplit(origin).netloc.lower() == self.request.headers.get("Host", "").lower()
@@ -216,20 +218,12 @@ def application(shelf: Shelf, worker: Worker, host: str) -> Application:
         [
             (r"/socket", Tab, {"names": names, "shelf": shelf, "worker": worker}),
             (r"/picture", Picture, {"names": names, "shelf": shelf}),
-            (r"/([a-z.]*)", Page, {"names": names}),
-            (r".*", Page404, {"names": names}),
+            (r"/?(.*)", Page, {"names": names}),
         ],
         websocket_max_message_size=wishes.MOST_BYTES,
         websocket_ping_interval=PING_EVERY,
         log_function=lambda _handler: None,
     )
-
-
-class Page404(Guarded):
-    """Everything else."""
-
-    def get(self) -> None:
-        raise HTTPError(404)
 
 
 async def serve(shelf: Shelf, host: str, port: int, begin: Callable[[], None], say: Callable[[str], None]) -> None:

@@ -116,7 +116,9 @@ def drawing(wish: Any, T: int, labelled: bool = True) -> Drawing:
     if wish.get("sampler") not in SAMPLERS:
         raise Refused(f"The sampler must be one of {', '.join(SAMPLERS)}.")
     sketch = sketch_of(wish)
-    named, steps = digits(wish), whole(wish, "steps", 1, T)
+    count, named, steps = whole(wish, "count", 1, MOST_IMAGES), digits(wish), whole(wish, "steps", 1, T)
+    if count < len(named):  # an equal run of each would have less than one image: those that get one
+        named = [named[i * len(named) // count] for i in range(count)]
     guidance = real(wish, "guidance", 0, MOST_GUIDANCE)
     if sketch is not None:
         steps = min(steps, timesteps_left(sketch.strength, T))
@@ -124,7 +126,7 @@ def drawing(wish: Any, T: int, labelled: bool = True) -> Drawing:
     asked = Drawing(
         side=whole(wish, "side", 0, MOST_SIDES - 1),
         digits=named,
-        count=whole(wish, "count", 1, MOST_IMAGES),
+        count=count,
         guidance=guidance,
         sampler=wish["sampler"],
         steps=steps,

@@ -21,9 +21,10 @@ from tornado.websocket import websocket_connect
 
 from common import ckpt, classifier, load
 from common.data import HF_MNIST
+from common.drawing import wanted_labels
 from common.error_codes import BAD_CHECKPOINT, INTERRUPTED, NO_DEVICE, USAGE, Exit
 from common.images import to_bytes
-from common.play import drawings, judge
+from common.play import drawings, judge, wishes
 from common.play import runs as play_runs
 from common.play.runs import Shelf, find
 from common.play.server import MOST_TABS, is_own_name, names_of
@@ -108,7 +109,9 @@ def test_latents_are_drawn_by_one_thread_beside_the_browser_and_pixels_by_the_fa
     monkeypatch.setattr(play_runs.threads, "available", lambda: 4)
     shelf = Shelf(find([str(runs["lddpm"]), str(runs["ddpm"])], print), "cpu", "auto", None)
     try:
+        torch.set_num_threads(2)  # of a drawing between whose steps they are opened
         opened = {model: shelf.open(runs[model].name).threads for model in ("ddpm", "lddpm")}
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
     assert opened == {"ddpm": 3, "lddpm": 1}
@@ -186,6 +189,17 @@ def test_a_drawing_is_what_load_draws_bit_for_bit(server, runs, kind):
         assert shown[0][0]["labels"] == [3] * 4
         assert shown[0][0]["epoch"] == images.epoch
         assert own[-1][0]["done"]
+
+
+def test_fewer_images_than_digits_can_be_taken_too():
+    asked = settings(count=3, digits=[5, 6, 7, 8, 9])
+    drawing = wishes.drawing(asked, 20)
+    assert drawing.digits == wanted_labels([5, 6, 7, 8, 9], 3, 0, {}) == [5, 6, 8]
+    shelf = Shelf(find([str(REPO / LATENT / "pretrained.pt")], print), "cpu", 1, None)
+    wish, sent = Wish((), lambda _: None, lambda _: None, short=True), []
+    wanted = {"run": "pretrained", "form": "png", "drawing": asked}
+    drawings.take(shelf, wish, wanted, lambda *pixels, **_: sent.extend(pixels))
+    assert any(sent)
 
 
 @pytest.mark.parametrize(("every", "order"), [(-1, [5, 4, 3, 2, 1, 0]), (1e9, [0, 5, 4, 3, 2, 1])])
@@ -436,6 +450,7 @@ def test_foreign_hosts_and_origins_are_refused(server):
         "Sec-WebSocket-Version": "13",
     }
     assert status("socket", **upgrade) == 403  # no Origin at all
+    assert status("socket", **upgrade, Origin="http://[") == 403
 
 
 def test_own_names():
