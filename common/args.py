@@ -202,11 +202,17 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse does it, but an empty value, of a shell's variable that is not set, is an error."""
+        """As argparse does it, but an empty value, of a shell's variable that is not set, is an error.
+
+        In --flag=~/path the shell leaves the ~, which nobody means as a folder of that name.
+        """
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
-            if action.option_strings and getattr(found, action.dest, None) == "":
+            value = getattr(found, action.dest, None)
+            if action.option_strings and value == "":
                 self.error(f"argument {'/'.join(action.option_strings)}: the value is empty")
+            if isinstance(value, str | Path) and str(value).startswith("~/"):
+                setattr(found, action.dest, type(value)(os.path.expanduser(value)))
         return found, rest
 
     def format_help(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -61,6 +62,9 @@ def run_main(main: Callable[[], None]) -> int:
             if code == OK:
                 print(f"{emoji.error} cannot write the output: {error.strerror}", file=sys.stderr)
                 return BAD_OUTPUT
+    if main.__module__ == "__main__":  # Python takes a while to end: a stop that comes now must not look like a kill
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
     if identity().size > 1:  # gloo's threads sometimes abort a process that ends by way of its destructors
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):

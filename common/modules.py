@@ -108,6 +108,8 @@ def build_network(
         if unused := [name for name in typed if name not in names]:
             raise Exit(USAGE, f"{flag_of(unused[0])} has no effect on --network {network}: drop it", everywhere=True)
         net = kind(**{name: value for name, value in offered.items() if name in names})
+        if not callable(getattr(net, "to", None)) or not hasattr(net, "state_dict"):
+            raise _wrong(f"{_short(path)}: its {NETWORKS[model]} is no torch.nn.Module")
         net.to(schedules.beta.device)
         _try(net, shape, schedules, path)
     if recorded not in (None, network_digest(model, network)):

@@ -9,7 +9,7 @@ import pytest
 from helpers import AE, LATENT, PIXEL, REPO, call, environment, finish, inside, make_run, only_run, recipe, run, start
 
 from common import error_codes, slurm
-from common.args import Parser
+from common.args import Parser, named_path
 from common.error_codes import (
     BAD_CHECKPOINT,
     BAD_OUTPUT,
@@ -101,6 +101,15 @@ WRONG = [
     (LATENT, "infer.py", "--ckpt {latent} --device cuda", NO_DEVICE, "cuda"),
     (LATENT, "infer.py", "--ckpt {latent} --ae-ckpt {file}", BAD_CHECKPOINT, "{file}"),
 ]
+
+
+def test_a_home_that_the_shell_left_is_no_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = Parser("What it does.", "python it.py")
+    parser.add_argument("--file", type=named_path)
+    parser.add_argument("--text")
+    args = parser.parse_args(["--file=~/a.png", "--text=~/b"])
+    assert (args.file, args.text) == (tmp_path / "a.png", str(tmp_path / "b"))
 
 
 @pytest.mark.parametrize(("folder", "script", "flags", "code", "named"), WRONG, ids=lambda value: str(value))

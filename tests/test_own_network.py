@@ -313,6 +313,7 @@ FAULTS = [
     ),
     (ASKED.format("again(x)"), (), NO_MODEL_SPECIFIED, "mine.py, line 9: NameError: name 'again' is not defined"),
     (ASKED.format("x + 1.1 * self.a"), (), NO_MODEL_SPECIFIED, "its predictor() draws with is not what its forward()"),
+    ("class Denoiser: ...", (), NO_MODEL_SPECIFIED, "its Denoiser is no torch.nn.Module"),
     (SHAPES.format("x"), ("--base-ch", 16), USAGE, "--base-ch has no effect on --network mine: drop it"),
 ]
 

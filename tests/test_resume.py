@@ -299,6 +299,27 @@ def test_a_real_process_stopped_from_outside(folder, number, workers, flags, ref
     assert_same_record(only_run(tmp_path), references[folder])
 
 
+SLOW_END = """
+import atexit, runpy, sys, time
+sys.path.insert(0, "..")
+atexit.register(lambda: (print("OVER", flush=True), time.sleep(1)))
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_that_comes_when_all_is_done_is_none(number, flags, tmp_path):
+    """Python takes a while to end: a job that is done must not look like one that was killed."""
+    process = start(AE, "-c", SLOW_END, *flags(AE, "--outdir", tmp_path))
+    said = iter(process.stdout.readline, "OVER\n")
+    assert any("the end: " in line for line in said), "ended early"
+    assert list(said)
+    process.send_signal(number)
+    ended = finish(process)
+    assert (ended.code, ended.errors) == (0, []), ended.text
+
+
 SLOW_WORKERS = """
 import runpy, sys, time
 sys.path.insert(0, "..")

@@ -70,11 +70,11 @@ def test_a_finished_runs_links_are_repaired(ae_run, copy_of, cache):
     for name in ("latest.pt", "best.pt"):
         (folder / name).unlink()
     (folder / "latest.pt").symlink_to("checkpoint_epoch_000001.pt")
-    for source, newest in ((folder / "checkpoint_epoch_000001.pt", 1), (folder, 2)):
-        result = call(AE, "train.py", "--resume", source, "--epochs", newest, "--cache-dir", cache)
+    for source, epochs in ((folder, 2), (folder / "checkpoint_epoch_000001.pt", 1)):
+        result = call(AE, "train.py", "--resume", source, "--epochs", epochs, "--cache-dir", cache)
         assert "already finished" in result.text
-        assert (folder / "latest.pt").resolve().name == f"checkpoint_epoch_{newest:06d}.pt"
-    assert (folder / "best.pt").is_symlink()
+        assert (folder / "latest.pt").resolve().name == "checkpoint_epoch_000002.pt"
+        assert (folder / "best.pt").is_symlink()
 
 
 @pytest.mark.parametrize("broken", [True, False])
