@@ -116,10 +116,12 @@ def test_a_lock_is_taken_again_where_the_folder_was_deleted(tmp_path):
     run.lock.close()
 
 
+@pytest.mark.parametrize("moment", ["step", "validate"])
 @pytest.mark.parametrize("taken", [True, False], ids=["while it trains", "after it ended"])
-def test_a_run_whose_lock_was_deleted_leaves_it_to_who_took_it(taken, tiny, tmp_path, monkeypatch):
+def test_a_run_whose_lock_was_deleted_leaves_it_to_who_took_it(taken, moment, tiny, tmp_path, monkeypatch):
     """Nothing of the other's is overwritten, pruned or written into."""
     flags = ("--model", "mlp", *tiny, "--outdir", tmp_path, "--keep-ckpts", 1)
+    flags += ("--ckpt-every-sec", 1e-3) if moment == "step" else ()  # saves between two steps
     held = []
 
     def meanwhile(session):
@@ -135,8 +137,8 @@ def test_a_run_whose_lock_was_deleted_leaves_it_to_who_took_it(taken, tiny, tmp_
     def blocked(*_args):
         raise BlockingIOError
 
-    validate = Session.validate
-    monkeypatch.setattr(Session, "validate", lambda self, *how: (meanwhile(self), validate(self, *how))[1])
+    work = getattr(Session, moment)
+    monkeypatch.setattr(Session, moment, lambda self, *how: (meanwhile(self), work(self, *how))[1])
     result = call(AE, "train.py", *flags, "--epochs", 3)
     assert result.code == RUN_LOCKED, result.text
     (folder,) = (tmp_path / "checkpoints").iterdir()
