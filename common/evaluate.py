@@ -111,21 +111,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Subject(NamedTuple):
-    """What is to be scored, and by whom; labels: of the images that are to be drawn."""
+    """What is to be scored, and by whom.
+
+    labels: of the images that are to be drawn; digits: those that it was trained on, [] for all.
+    """
 
     path: Path
     state: dict[str, Any]
     model: str
     labels: list[int] | None
+    digits: list[int]
     real: Any
     classifier: Any
     accuracy: float
-
-    @property
-    def digits(self) -> list[int]:
-        """Those that it was trained on, [] for all."""
-        only = self.state["args"].get("only_digit")
-        return [] if only is None else [only]
 
 
 def _say(text: str) -> None:
@@ -157,9 +155,9 @@ def _prepare(args: Any, typed: Collection[str], poll: Callable[[], object]) -> S
     if args.tstr and labels is None:
         why = "leave out --digit none" if args.digit == [] else "this model's network takes none"
         raise Exit(USAGE, f"--tstr learns from the images' labels; {why}")
-    subject = Subject(path, state, model, labels, None, None, 0.0)
-    real, classifier, accuracy = judges(args, state["args"], args.digit or subject.digits, _say, poll)
-    return subject._replace(real=real, classifier=classifier, accuracy=accuracy)
+    only = state["args"].get("only_digit")
+    digits = [] if only is None else [only]
+    return Subject(path, state, model, labels, digits, *judges(args, state["args"], args.digit or digits, _say, poll))
 
 
 def _evaluate(args: Any, subject: Subject, world: World) -> None:
@@ -168,8 +166,8 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
     from common.classifier import fingerprint
     from common.data import HF_MNIST
 
-    path, trained, model, labels, real, classifier, accuracy = subject
-    device, digits = get_device(args.device, identity()), subject.digits
+    path, trained, model, labels, digits, real, classifier, accuracy = subject
+    device = get_device(args.device, identity())
     if model.startswith("ae-"):
         threads.settle(args.threads, lambda: threads.recorded(trained["args"]))
         images, labels, seconds = _reconstruct((path, trained), real, args.n, device)
