@@ -247,8 +247,16 @@ def _resume(args: Args, source: Path, state: ckpt.State, warn: ckpt.Warn) -> Run
     else:  # a copy outside any run: its training goes on as a new run
         args.adopt(state["args"])  # which may refuse: before there is a folder
         make_output_directories(outdir)
-        prefix = ckpt.TIMESTAMP.sub("", state["exp_name"])
-        run_name, lock = _claim(outdir / ckpt.RUNS, prefix, _logdir(args, outdir), args)
+        place = (outdir / ckpt.RUNS, ckpt.TIMESTAMP.sub("", state["exp_name"]), _logdir(args, outdir))
+        found = None
+        if args.auto_resume:  # of equal starts one begins
+            models, copied = (ckpt.infer_model_from_checkpoint(state),), (state["epoch"], state["global_step"])
+            found, claimed = _found_or_claimed(args, *place, models, copied)
+        else:
+            claimed = _claim(*place, args)
+        if found:
+            return _resume(args, *found, warn)
+        run_name, lock = claimed
     for change in args.adopt(state["args"]):
         warn(f"this resume changes {change}")
     return Run(run_name, outdir, _logdir(args, outdir), lock, state, source)
@@ -258,17 +266,23 @@ def _resume(args: Args, source: Path, state: ckpt.State, warn: ckpt.Warn) -> Run
 
 
 def _found_or_claimed(
-    args: Args, checkpoints: Path, prefix: str, logdir: Path, models: tuple[str, ...]
+    args: Args,
+    checkpoints: Path,
+    prefix: str,
+    logdir: Path,
+    models: tuple[str, ...],
+    beyond: tuple[int, int] = (0, -1),
 ) -> tuple[tuple[Path, ckpt.State] | None, tuple[str, IO[str]] | None]:
     """Of a start with --auto-resume: a run that saved since it looked, else the name and lock of a folder for its own.
 
     Of equal starts at the same moment the first claims one, as the folder of runs is held meanwhile; the others see
-    that, wait outside until it ends, and look again. Raises Exit(RUN_LOCKED) when their patience does.
+    that, wait outside until it ends, and look again. beyond: see `find_run`. Raises Exit(RUN_LOCKED) when their
+    patience does.
     """
     deadline = time.monotonic() + LOCK_PATIENCE
 
     def saved() -> tuple[Path, ckpt.State] | None:
-        return find_run(args, checkpoints, models, lambda _: None)[0]
+        return find_run(args, checkpoints, models, lambda _: None, beyond)[0]
 
     while True:
         try:

@@ -162,6 +162,22 @@ def test_a_copy_with_auto_resume_goes_on_with_the_run_that_it_began(ae_run, tiny
     assert newest_state(only_run(tmp_path, "ae-*"))["epoch"] == 4
 
 
+def test_of_equal_starts_from_a_copy_one_begins_a_run_and_a_dead_one_leaves_it_to_the_next(ae_run, tiny, tmp_path):
+    copied = shutil.copy(ae_run / "checkpoint_epoch_000001.pt", tmp_path / "mine.pt")
+    given = ("--resume", copied, "--auto-resume", *tiny, "--outdir", tmp_path, "--epochs", 4)
+    both = [fork(AE, *given) for _ in range(2)]
+    for process in both:
+        process.join(120)
+        assert process.exitcode == OK  # the second waited, and found nothing left to do
+    begun = only_run(tmp_path)
+    assert newest_state(begun)["epoch"] == 4
+    for path in begun.glob("*.pt"):  # as if it had been killed before its first save
+        path.unlink()
+    assert call(AE, "train.py", *given).code == OK
+    assert only_run(tmp_path) == begun
+    assert newest_state(begun)["epoch"] == 4
+
+
 def test_a_copy_that_cannot_go_on_leaves_no_empty_run(ae_run, tiny, tmp_path):
     """It is finished; a flag contradicts it; its data are missing."""
     copied = shutil.copy(ae_run / "latest.pt", tmp_path / "mine.pt")
