@@ -211,7 +211,7 @@ class Parser(argparse.ArgumentParser):
             value = getattr(found, action.dest, None)
             if action.option_strings and value == "":
                 self.error(f"argument {'/'.join(action.option_strings)}: the value is empty")
-            if isinstance(value, str | Path) and str(value).startswith("~/"):
+            if isinstance(value, str | Path) and str(value).startswith("~/") and value != action.default:
                 setattr(found, action.dest, type(value)(os.path.expanduser(value)))
         return found, rest
 

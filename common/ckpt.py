@@ -418,9 +418,11 @@ def infer_model_from_checkpoint(source: str | Path | State) -> str:
 
 def weights_digest(weights: dict[str, Any]) -> str:
     """12 hex digits of the SHA-256 of a state_dict's tensors: what a network is, wherever its file lies."""
+    import torch
+
     digest = hashlib.sha256()
     for tensor in weights.values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

@@ -185,9 +185,13 @@ def _has_a_third_place(kind: type) -> bool:
 def predictor_of(net: nn.Module) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
     """epsilon(x (B, ...), t, labels (B,)) for rows that share a timestep: the net's own `predictor`, else the net."""
     if hasattr(net, "predictor"):
-        return net.predictor()
-    # of a copy, as in training: a net may change what it gets
-    return lambda x, t, labels: ask(net, x.clone(), torch.full((len(x),), t, device=x.device), labels)
+        predict = net.predictor()
+    else:
+
+        def predict(x: torch.Tensor, t: int, labels: torch.Tensor) -> torch.Tensor:
+            return ask(net, x, torch.full((len(x),), t, device=x.device), labels)
+
+    return lambda x, t, labels: predict(x.clone(), t, labels)  # as in training a net may change what it gets
 
 
 def half_log_snr(alpha_bar: torch.Tensor) -> torch.Tensor:

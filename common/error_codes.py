@@ -63,8 +63,9 @@ def run_main(main: Callable[[], None]) -> int:
                 print(f"{emoji.error} cannot write the output: {error.strerror}", file=sys.stderr)
                 return BAD_OUTPUT
     if main.__module__ == "__main__":  # Python takes a while to end: a stop that comes now must not look like a kill
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
+        with contextlib.suppress(ValueError):  # in another thread than the main one
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_IGN)
     if identity().size > 1:  # gloo's threads sometimes abort a process that ends by way of its destructors
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):

@@ -42,7 +42,7 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except RuntimeError as error:  # how torch reports a failing write, and Ctrl-C during it
-        if isinstance(error.__context__, KeyboardInterrupt):
+        if isinstance(error.__context__, KeyboardInterrupt | OSError):  # what the disk said
             raise error.__context__ from None
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     finally:

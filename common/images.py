@@ -90,8 +90,8 @@ def picture(images: numpy.ndarray | torch.Tensor, nrow: int | None = None, scale
         raise ValueError(f"images are numbers, or arrays or tensors of them ({error})") from None
     if not images.numel():
         raise ValueError("there are no images to show")
-    if not (images.min() >= 0 and images.max() <= 1):
-        raise ValueError("images must be from 0 (black) to 1, or of type uint8")
+    if not (images.min() > -1e-3 and images.max() < 1 + 1e-3):
+        raise ValueError("images must be from 0 (black) to 1, or of type uint8: clamp(0, 1) cuts off the rest")
     if images.ndim not in (2, 3, 4) or (images.ndim == 4 and images.shape[1] != 1):
         raise ValueError(f"images are (N, 1, H, W), (N, H, W) or (H, W), not {tuple(images.shape)}")
     grid = make_image_grid(images.reshape(-1, 1, *images.shape[-2:]), nrow, scale)

@@ -180,11 +180,13 @@ def files_below(folder: Path) -> list[Path]:
         if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
             raise error
 
-    whole, files = folder.resolve(), []
+    whole, files, elsewhere = folder.resolve(), [], set()
     for root, folders, names in os.walk(folder, onerror=passed_over):
         files += [Path(root, name) for name in names]
         for link in (Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))):
-            if not link.resolve().is_relative_to(whole):
+            run = link.resolve()
+            if not run.is_relative_to(whole) and run not in elsewhere:
+                elsewhere.add(run)
                 files += [path for _, path in ckpt.run_checkpoints(link)]
     return sorted(file for file in files if file.suffix in SUFFIXES)
 

@@ -122,7 +122,8 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
         total = self.world.sum_in_order(parts)
         for gradient, parameter in zip(total[:-1].split(sizes), self.parameters, strict=True):
-            parameter.grad = gradient.view_as(parameter)
+            # in the weight's own layout: a fused optimizer goes through both as they lie in memory
+            parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape))
         return total[-1]
 
     def step(self, number: int) -> float:

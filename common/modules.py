@@ -92,8 +92,8 @@ def build_network(
 
     Its constructor gets `schedules`, and those of `offered`, that it has parameters for; `typed` are those that the
     user typed as flags. One that is not ours is tried on two rows: x (2, *shape), t (2,) from 0 to T - 1 and labels
-    (2,), 0 and its "not told"; or only x and t. It must return epsilon, of x's shape, and its `predictor`, if it has
-    one, the same. `recorded` is the run's `network_digest`: that the file has changed since is logged as a warning.
+    (2,), 0 and its "not told"; or only x and t. It must return epsilon, of x's shape, as must its `predictor`, if it
+    has one. `recorded` is the run's `network_digest`: that the file has changed since is logged as a warning.
     Raises Exit(NO_MODEL_SPECIFIED) if it is not as wanted, Exit(USAGE) if it has no use for what was typed.
     """
     module, path = module_of(model, network), network_file(model, network)
@@ -187,7 +187,7 @@ def _try(net: nn.Module, shape: tuple[int, ...], schedules: Schedules, path: Pat
     labels = torch.tensor([0, null_label_of(net)], device=where)
     net.eval()
     with torch.enable_grad():
-        epsilon = ask(net, x, t, labels)
+        epsilon = ask(net, x.clone(), t, labels)
     let_go(net)
     if getattr(epsilon, "shape", None) != x.shape:
         given = getattr(epsilon, "shape", None)
@@ -197,9 +197,9 @@ def _try(net: nn.Module, shape: tuple[int, ...], schedules: Schedules, path: Pat
         raise _wrong(f"{_short(path)}: what it returns depends on no parameter of it, so there is nothing to train")
     if hasattr(net, "predictor"):
         with torch.no_grad():
-            drawn, trained = predictor_of(net)(x, last, labels), ask(net, x, torch.full_like(t, last), labels)
-        if getattr(drawn, "shape", None) != x.shape or not torch.allclose(drawn, trained, rtol=1e-2, atol=1e-2):
-            raise _wrong(f"{_short(path)}: what its predictor() draws with is not what its forward() returns")
+            drawn = predictor_of(net)(x, last, labels)
+        if getattr(drawn, "shape", None) != x.shape:
+            raise _wrong(f"{_short(path)}: what its predictor() draws with has another shape than x")
     net.train()
 
 

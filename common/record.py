@@ -1,7 +1,7 @@
 """What a run leaves behind beside its weights: config.json, metrics.jsonl, TensorBoard, sample grids.
 
 All of it is kept free of gaps and repeats across resumes: what was recorded after the checkpoint that a resume starts
-from is removed, because it will be recorded again.
+from is removed, because it will be recorded again (a grid when its epoch is drawn anew).
 """
 
 from __future__ import annotations
@@ -244,10 +244,13 @@ def _epoch_in_log(line: str) -> float:
 
 
 def _git_commit() -> str | None:
+    """Of this repository, and of no other that a copy of it lies in, or that a hook of git has in its environment."""
+    root = Path(__file__).resolve().parent.parent
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(root), "rev-parse", "--show-cdup", "HEAD"]  # the way up to the top: none
     try:
-        reply = subprocess.run(
-            ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
-        )
+        reply = subprocess.run(command, capture_output=True, text=True, timeout=5, env=environment)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return reply.stdout.strip() or None
+    above, _, commit = reply.stdout.partition("\n")
+    return commit.strip() or None if not above else None

@@ -56,12 +56,17 @@ class Run:
     def log_file(self) -> Path:
         return self.logdir / f"{self.name}.log"
 
+    @property
+    def is_held(self) -> bool:
+        """Is the lock that this process holds still the one in the run's folder?"""
+        return _is_file(self.checkpoints / LOCK, self.lock)
+
     def lock_again(self) -> bool:
         """Take the lock anew if somebody deleted the run's folder, and with it the lock; returns whether that was so.
 
         Raises Exit(RUN_LOCKED) if another process has taken it since, OSError if the folder is going just now.
         """
-        if _is_file(self.checkpoints / LOCK, self.lock):  # to open it again would give up the lock
+        if self.is_held:  # to open it again would give up the lock
             return False
         try:
             lock = _lock(self.checkpoints, 0)

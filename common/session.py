@@ -287,8 +287,7 @@ class Session:
         self.net.train()
         if self.args.threads != AUTO:
             threads.use(self.args.threads)
-        started = time.monotonic()
-        before = self.at.seconds
+        began = time.monotonic()
         device.check_shared_memory(loader.num_workers)
         with slurm.signals_held():  # DataLoader workers start here
             batches = iter(loader)
@@ -299,10 +298,11 @@ class Session:
             with progress(title, self.steps_per_epoch, "batch", self.log.info, done=done, more=self._mean_loss) as tick:
                 for batch in batches:
                     yield _to(batch, self.device)
-                    self._last_step = before + time.monotonic() - started - self.at.seconds
+                    self._last_step = time.monotonic() - began
                     self.at.seconds += self._last_step
                     tick()
-                    self.poll()
+                    self.poll()  # which may save, at length
+                    began = time.monotonic()
         except lost:
             raise device.no_room("a worker was killed") from None
         finally:
@@ -463,6 +463,7 @@ class Session:
         Raises Exit(NON_FINITE_LOSS) if a loss or a weight is NaN or infinite.
         """
         self._look_at_losses()
+        self.world.first(self._hold_if_possible)
         if preview is not None and self.args.generate_images:
             try:
                 self.on_first(lambda: self._show(preview))
@@ -487,7 +488,6 @@ class Session:
         star = "*" if at.best["epoch"] == at.epoch else " "
         # as long as this one took, with its validation and pictures, or with what an earlier start did of it
         left = (self.args.epochs - at.epoch) * max(at.seconds, time.monotonic() - self._epoch_began)
-        self.world.first(self._hold_if_possible)
         self.log.info(
             f"epoch {at.epoch:>3}/{self.args.epochs}  train_loss {at.train_loss:.6f}  "
             f"val_loss {val_loss:.6f}{star} lr {row['lr']:.2e}  "
@@ -557,14 +557,18 @@ class Session:
 
         Raises Exit(RUN_LOCKED) if another start has gone on with the run since, OSError if that cannot be found out.
         """
-        self.run.checkpoints.mkdir(parents=True, exist_ok=True)
-        if not self.run.lock_again():
+        if self.run.is_held:
             return
-        found = ckpt.newest_readable(self.run.checkpoints, self.log.warning, ckpt.peek_checkpoint)
+        self.run.checkpoints.mkdir(parents=True, exist_ok=True)
+        try:
+            found = ckpt.newest_readable(self.run.checkpoints, self.log.warning, ckpt.peek_checkpoint)
+        except ckpt.UnreadableCheckpoint as error:
+            raise OSError(str(error)) from None
         if found and (found[1]["epoch"], found[1]["global_step"]) > (self.epoch, self.at.global_step):
             raise Exit(
                 RUN_LOCKED, f"{self.run.name} was taken further by another start, {found[0]}: leaving it to that"
             )
+        self.run.lock_again()
         self.log.warning(f"{self.run.checkpoints} was deleted, or its {LOCK} was: it is held again")
         self.record.config_again()
 

@@ -115,7 +115,11 @@ def latent_statistics(net, images) -> dict[str, float]:
 
     with torch.no_grad():
         z = net.encode(images)  # (N, D)
-    return {"latent/mean": z.mean().item(), "latent/std": z.std(0).mean().item(), "latent/max": z.abs().max().item()}
+    return {
+        "latent/mean": z.mean().item(),
+        "latent/std": z.std(0, correction=0).mean().item(),
+        "latent/max": z.abs().max().item(),
+    }
 
 
 if __name__ == "__main__":

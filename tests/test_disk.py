@@ -1,6 +1,8 @@
 """A disk that fills up, for real: a small tmpfs (root only; skipped where mounting is not permitted)."""
 
 import contextlib
+import errno
+import io
 import json
 import os
 import shutil
@@ -10,6 +12,7 @@ import sys
 import time
 
 import pytest
+import torch
 from helpers import (
     AE,
     LATENT,
@@ -28,6 +31,7 @@ from helpers import (
 from common import ckpt
 from common.ckpt import run_checkpoints
 from common.error_codes import SAVE_FAILED, STOPPED_EARLY
+from common.files import atomic_write
 from common.session import Session
 
 
@@ -193,6 +197,21 @@ def test_an_output_folder_that_becomes_read_only_in_mid_run(comes_back, disk, ti
     assert newest_state(folder)["epoch"] == (
         12 if comes_back else max(int(name[-9:-3]) for name in saved if "epoch" in name)
     )
+
+
+def test_a_full_disk_is_called_that(tmp_path):
+    """And not by what torch makes of it."""
+
+    class Full(io.BytesIO):
+        def write(self, content):
+            if self.tell() + len(content) > 100:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(content)
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        atomic_write(tmp_path / "a.pt", lambda _file: torch.save({"a": torch.zeros(3)}, Full()))
+    assert caught.value.errno == errno.ENOSPC
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_deleted_in_mid_run_is_made_again(tiny, ae_run, tmp_path):

@@ -20,6 +20,7 @@ from torch import nn
 
 from common import ckpt, ranks
 from common.device import get_device
+from common.diffusion import ask
 from common.error_codes import (
     NO_DEVICE,
     NO_MODEL_SPECIFIED,
@@ -31,6 +32,7 @@ from common.error_codes import (
     Exit,
 )
 from common.learner import Learner
+from common.modules import module_of
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node"
 GONE = 60  # seconds
@@ -238,6 +240,43 @@ def test_the_gradient_of_shards_is_that_of_the_batch(rows):
     for part in parts:
         total = total + part
     assert torch.equal(found, total)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "lddpm", "ae-mlp", "ae-conv", "transposed", "float64"])
+def test_shards_train_as_the_whole_batch_does(kind):
+    """All layouts of weights in memory: the optimizer must not take one for another."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            whole = torch.randn(6, 4)
+            self.weight = nn.Parameter(whole.T if kind == "transposed" else whole.T.contiguous().double())
+
+        def forward(self, x):
+            return x.flatten(1)[:, :6] @ self.weight.float().T
+
+    def made():
+        torch.manual_seed(0)
+        if kind in ("ddpm", "lddpm"):
+            net = module_of(kind).Denoiser(8) if kind == "ddpm" else module_of(kind).LatentDenoiser(16, 16)
+            return net, lambda rows: ask(net, x[rows], t[rows], t[rows] % 10)
+        net = Odd() if kind in ("transposed", "float64") else module_of(kind).Autoencoder(4)
+        return net, lambda rows: net(x[rows])
+
+    x, t = torch.rand(12, *((16,) if kind == "lddpm" else (1, 28, 28))), torch.arange(12) * 80
+    trained = []
+    for shards in (1, 4):
+        net, output = made()
+        learner = Learner(net, torch.device("cpu"), lr_at=lambda _: 1e-2, shards=shards)
+        for number in range(4):
+            learner.gradient(lambda _shard, rows, output=output: (output(rows) - 1).square().mean(), 12)
+            learner.step(number)
+        trained.append((made()[0].state_dict(), net.state_dict()))
+    (begun, one), (_, several) = trained
+    for name, weight in one.items():
+        moved = [(end[name] - begun[name]).flatten().double() for end in (one, several) if weight.is_floating_point()]
+        if moved and moved[0].abs().max() > 1e-3:
+            assert torch.cosine_similarity(*moved, dim=0) > 0.95, name
 
 
 # --- the same bits whatever their number ---

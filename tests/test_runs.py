@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from helpers import (
     scalars,
 )
 
-from common import ckpt
+from common import ckpt, record
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, OUT_OF_MEMORY, run_main
 from common.events import Events
 from common.logger_utils import log_args_rich
@@ -62,6 +63,38 @@ def test_a_finished_run_says_so_and_stays_as_it_is(latent_run, copy_of, tiny_lat
         assert "already finished" in result.text
     assert {path: path.read_bytes() for path in folder.glob("*.pt")} == before
     assert runs(outdir) == [folder.name]
+
+
+def test_saves_within_an_epoch_do_not_count_as_its_steps(tiny, tmp_path, monkeypatch):
+    save, took = ckpt.save_checkpoint_and_link_latest, 0.2
+
+    def slowly(*how):
+        time.sleep(took)
+        return save(*how)
+
+    monkeypatch.setattr(ckpt, "save_checkpoint_and_link_latest", slowly)
+    given = ("--model", "mlp", *tiny, "--epochs", 1, "--outdir", tmp_path, "--ckpt-every-sec", 1e-3)
+    result = call(AE, "train.py", *given)
+    assert result.code == 0, result.text
+    row = json.loads((only_run(tmp_path) / "metrics.jsonl").read_text())
+    assert row["global_step"] > 4
+    assert row["seconds"] < took * row["global_step"] / 2
+
+
+@pytest.mark.parametrize("environment", [{}, {"GIT_DIR": "/nowhere/.git"}])
+def test_the_commit_is_this_repositorys(environment, monkeypatch, tmp_path):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    head = ["git", "rev-parse", "HEAD"]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    known = subprocess.run(head, cwd=REPO, capture_output=True, text=True, env=plain)
+    assert record._git_commit() == (known.stdout.strip() or None)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True, env=plain)
+    who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    subprocess.run(["git", "-C", tmp_path, *who, "commit", "-q", "--allow-empty", "-m", "a"], check=True, env=plain)
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "copy" / "common" / "record.py"))
+    (tmp_path / "copy" / "common").mkdir(parents=True)
+    assert record._git_commit() is None  # of the repository around it
 
 
 def test_a_finished_runs_links_are_repaired(ae_run, copy_of, cache):

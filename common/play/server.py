@@ -99,8 +99,8 @@ class Guarded(RequestHandler):
 class Page(Guarded):
     """The files in `static`, by their names there; 404 for everything else."""
 
-    def get(self, name: str) -> None:
-        path = FILES.get(name or "index.html")
+    def get(self) -> None:
+        path = FILES.get(self.request.path.removeprefix("/") or "index.html")
         if path is None:
             raise HTTPError(404)
         self.set_header("Content-Type", f"{TYPES[path.suffix]}; charset=utf-8")
@@ -218,7 +218,7 @@ def application(shelf: Shelf, worker: Worker, host: str) -> Application:
         [
             (r"/socket", Tab, {"names": names, "shelf": shelf, "worker": worker}),
             (r"/picture", Picture, {"names": names, "shelf": shelf}),
-            (r"/?(.*)", Page, {"names": names}),
+            (r".*", Page, {"names": names}),
         ],
         websocket_max_message_size=wishes.MOST_BYTES,
         websocket_ping_interval=PING_EVERY,
