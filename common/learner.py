@@ -165,11 +165,17 @@ class Learner:
 
         The optimizer's options stay today's: those of the device that the state was saved on need not suit this one.
         """
+        import torch
+
         self.net.load_state_dict(state["model"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
         (today,), (saved,) = (kept["param_groups"] for kept in (self.optimizer.state_dict(), state["optimizer"]))
         options = [today | {"lr": saved["lr"]}]  # of the last step: a resume after it, for the epoch's end, sets none
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": options})
+        for parameter, moments in self.optimizer.state.items():  # in its layout, whatever they were saved in
+            for name, moment in moments.items():
+                if moment.ndim and moment.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(moment)
         if self.amp and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

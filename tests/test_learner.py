@@ -11,6 +11,7 @@ from torch import nn
 from common.ckpt import run_checkpoints
 from common.error_codes import NO_DEVICE, NON_FINITE_LOSS, Exit
 from common.learner import Learner, ema_decay, learning_rate
+from common.modules import module_of
 from common.rng import generator
 
 CPU = torch.device("cpu")
@@ -260,3 +261,27 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch
     result = call(AE, "train.py", *flags, *tiny)
     assert (result.code, len(result.errors)) == (NON_FINITE_LOSS, 1), result.text
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_moments_that_were_saved_in_another_layout_stay_those_of_their_weights():
+    """A fused optimizer goes through weights and moments as they lie in memory."""
+
+    def trained(learner, steps):
+        for number in steps:
+            learner.gradient(lambda _shard, rows: (learner.net(x, t, t % 10)[rows] - 1).square().mean(), 4)
+            learner.step(number)
+
+    def made():
+        torch.manual_seed(0)
+        return Learner(module_of("ddpm").Denoiser(8), torch.device("cpu"), lr_at=lambda _: 1e-2)
+
+    x, t = torch.rand(4, 1, 28, 28), torch.arange(4) * 200
+    one, other = made(), made()
+    trained(one, range(2))
+    state = copy.deepcopy(one.state_dict())
+    for moments in state["optimizer"]["state"].values():
+        moments |= {name: moment.contiguous() for name, moment in moments.items()}
+    other.load_state_dict(state)
+    for learner in (one, other):
+        trained(learner, range(2, 4))
+    assert_same(other.net.state_dict(), one.net.state_dict())
