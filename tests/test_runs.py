@@ -65,6 +65,18 @@ def test_a_finished_run_says_so_and_stays_as_it_is(latent_run, copy_of, tiny_lat
     assert runs(outdir) == [folder.name]
 
 
+def test_fewer_epochs_than_a_run_has_begun_train_nothing(ae_run, copy_of, cache):
+    """The curve of the learning rate would be at its end."""
+    path = copy_of(ae_run) / "checkpoint_epoch_000002.pt"
+    ckpt.save_checkpoint(path, ckpt.read_checkpoint(path) | {"val_loss": None, "batch": 1})
+    before = path.read_bytes()
+    result = call(AE, "train.py", "--resume", path.parent, "--epochs", 1, "--cache-dir", cache)
+    assert (result.code, path.read_bytes()) == (0, before), result.text
+    assert "is already in epoch 2, beyond --epochs 1" in result.text
+    result = call(AE, "train.py", "--resume", path.parent, "--epochs", 2, "--cache-dir", cache)
+    assert (result.code, newest_state(path.parent)["val_loss"] is not None) == (0, True), result.text
+
+
 def test_saves_within_an_epoch_do_not_count_as_its_steps(tiny, tmp_path, monkeypatch):
     save, took = ckpt.save_checkpoint_and_link_latest, 0.2
 
