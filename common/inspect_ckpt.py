@@ -183,7 +183,7 @@ def files_below(folder: Path) -> list[Path]:
     whole, files, elsewhere = folder.resolve(), [], set()
     for root, folders, names in os.walk(folder, onerror=passed_over):
         files += [Path(root, name) for name in names]
-        for link in (Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))):
+        for link in (Path(root, name) for name in sorted(folders) if os.path.islink(os.path.join(root, name))):
             run = link.resolve()
             if not run.is_relative_to(whole) and run not in elsewhere:
                 elsewhere.add(run)

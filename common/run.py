@@ -61,6 +61,23 @@ class Run:
         """Is the lock that this process holds still the one in the run's folder?"""
         return _is_file(self.checkpoints / LOCK, self.lock)
 
+    def hold(self, reached: tuple[int, int], warn: ckpt.Warn) -> bool:
+        """Before anything is written: make the folder, or only the lock, again where they were deleted; was that so?
+
+        reached: this process's (epoch, global step). Raises Exit(RUN_LOCKED) if another start holds the run since, or
+        has taken it further; OSError if that cannot be found out.
+        """
+        if self.is_held:
+            return False
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        try:
+            found = ckpt.newest_readable(self.checkpoints, warn, ckpt.peek_checkpoint)
+        except ckpt.UnreadableCheckpoint as error:
+            raise OSError(str(error)) from None
+        if found and (found[1]["epoch"], found[1]["global_step"]) > reached:
+            raise Exit(RUN_LOCKED, f"{self.name} was taken further by another start, {found[0]}: leaving it to that")
+        return self.lock_again()
+
     def lock_again(self) -> bool:
         """Take the lock anew if somebody deleted the run's folder, and with it the lock; returns whether that was so.
 
@@ -129,11 +146,7 @@ def open_run(
     settle(args)
     make_output_directories(outdir)
     prefix, logdir = name(args), _logdir(args, outdir)
-    found = None
-    if args.auto_resume:
-        found, claimed = _found_or_claimed(args, checkpoints, prefix, logdir, models)
-    else:
-        claimed = _claim(checkpoints, prefix, logdir, args)
+    found, claimed = _found_or_claimed(args, checkpoints, prefix, logdir, models)
     return _resume(args, *found, warn) if found else Run(claimed[0], outdir, logdir, claimed[1])
 
 
@@ -253,12 +266,8 @@ def _resume(args: Args, source: Path, state: ckpt.State, warn: ckpt.Warn) -> Run
         args.adopt(state["args"])  # which may refuse: before there is a folder
         make_output_directories(outdir)
         place = (outdir / ckpt.RUNS, ckpt.TIMESTAMP.sub("", state["exp_name"]), _logdir(args, outdir))
-        found = None
-        if args.auto_resume:  # of equal starts one begins
-            models, copied = (ckpt.infer_model_from_checkpoint(state),), (state["epoch"], state["global_step"])
-            found, claimed = _found_or_claimed(args, *place, models, copied)
-        else:
-            claimed = _claim(*place, args)
+        models, copied = (ckpt.infer_model_from_checkpoint(state),), (state["epoch"], state["global_step"])
+        found, claimed = _found_or_claimed(args, *place, models, copied)
         if found:
             return _resume(args, *found, warn)
         run_name, lock = claimed
@@ -284,6 +293,8 @@ def _found_or_claimed(
     that, wait outside until it ends, and look again. beyond: see `find_run`. Raises Exit(RUN_LOCKED) when their
     patience does.
     """
+    if not args.auto_resume:
+        return None, _claim(checkpoints, prefix, logdir, args)
     deadline = time.monotonic() + LOCK_PATIENCE
 
     def saved() -> tuple[Path, ckpt.State] | None:

@@ -31,7 +31,6 @@ from common.error_codes import (
     NON_FINITE_LOSS,
     OUT_OF_MEMORY,
     RANK_FAILED,
-    RUN_LOCKED,
     SAVE_FAILED,
     STOPPED_EARLY,
     Exit,
@@ -43,7 +42,7 @@ from common.modules import let_go, network_digest
 from common.progress import counted, progress
 from common.record import NoRecord, Record
 from common.rng import derive_seed, generator
-from common.run import LOCK, Run
+from common.run import Run
 from common.train_state import TrainState
 
 if TYPE_CHECKING:
@@ -553,24 +552,10 @@ class Session:
         return path
 
     def _hold(self) -> None:
-        """Before anything is written: take the run's lock again, if its folder was deleted.
-
-        Raises Exit(RUN_LOCKED) if another start has gone on with the run since, OSError if that cannot be found out.
-        """
-        if self.run.is_held:
-            return
-        self.run.checkpoints.mkdir(parents=True, exist_ok=True)
-        try:
-            found = ckpt.newest_readable(self.run.checkpoints, self.log.warning, ckpt.peek_checkpoint)
-        except ckpt.UnreadableCheckpoint as error:
-            raise OSError(str(error)) from None
-        if found and (found[1]["epoch"], found[1]["global_step"]) > (self.epoch, self.at.global_step):
-            raise Exit(
-                RUN_LOCKED, f"{self.run.name} was taken further by another start, {found[0]}: leaving it to that"
-            )
-        self.run.lock_again()
-        self.log.warning(f"{self.run.checkpoints} was deleted, or its {LOCK} was: it is held again")
-        self.record.config_again()
+        """See `Run.hold`."""
+        if self.run.hold((self.epoch, self.at.global_step), self.log.warning):
+            self.log.warning(f"{self.run.checkpoints} was deleted, or its lock was: it is held again")
+            self.record.config_again()
 
     def _hold_if_possible(self) -> None:
         with contextlib.suppress(OSError):  # of which the next save tells

@@ -109,9 +109,11 @@ def raise_if_finished(args: Args, run: Run, log: Any) -> None:
     But for its links, which a kill may have left behind.
     """
     state = run.state
-    if state is not None and not ckpt.is_complete(state) and state["epoch"] > args.epochs:
-        raise Exit(OK, f"{run.name} is already in epoch {state['epoch']}, beyond --epochs {args.epochs}: raise it")
-    if state is None or not ckpt.is_complete(state):
+    if state is None:
+        return
+    if not ckpt.is_complete(state):
+        if state["epoch"] > args.epochs:
+            raise Exit(OK, f"{run.name} is already in epoch {state['epoch']}, beyond --epochs {args.epochs}: raise it")
         return
     if end := TrainState.from_checkpoint(state).why_ended(args.flags()):
         log.info(f"checkpoints: {run.source.parent.resolve()}")

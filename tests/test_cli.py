@@ -108,8 +108,9 @@ def test_a_home_that_the_shell_left_is_no_folder_of_that_name(tmp_path, monkeypa
     parser = Parser("What it does.", "python it.py")
     parser.add_argument("--file", type=named_path)
     parser.add_argument("--text")
+    parser.add_argument("--kept", default="~/c")  # as the environment has it, for all who read it there
     args = parser.parse_args(["--file=~/a.png", "--text=~/b"])
-    assert (args.file, args.text) == (tmp_path / "a.png", str(tmp_path / "b"))
+    assert (args.file, args.text, args.kept) == (tmp_path / "a.png", str(tmp_path / "b"), "~/c")
 
 
 @pytest.mark.parametrize(("folder", "script", "flags", "code", "named"), WRONG, ids=lambda value: str(value))

@@ -67,6 +67,7 @@ def claim(folder, logs=None):
 def plain_args(**values):
     args = Args()
     args.kinds = dict.fromkeys(values, "training")
+    args.auto_resume = True
     for name, value in values.items():
         setattr(args, name, value)
     return args
@@ -102,7 +103,7 @@ def test_a_run_that_is_being_trained_is_locked(latent_run, copy_of, tiny_latent,
     run_module._lock(folder, 0).close()  # free again
 
 
-def test_a_lock_is_taken_again_where_the_folder_was_deleted(tmp_path):
+def test_a_lock_is_taken_again_where_the_folder_was_deleted(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints" / "run"
     folder.mkdir(parents=True)
     run = run_module.Run("run", tmp_path, tmp_path / "logs", run_module._lock(folder, 0))
@@ -111,6 +112,13 @@ def test_a_lock_is_taken_again_where_the_folder_was_deleted(tmp_path):
     folder.mkdir()
     assert run.lock_again() is True
     assert run.lock_again() is False
+    (folder / run_module.LOCK).unlink()
+    failing = ckpt.UnreadableCheckpoint(folder, "Input/output error", OSError(errno.EIO, "Input/output error"))
+    with monkeypatch.context() as patch:  # that it cannot be found out is a save that fails, not the end
+        patch.setattr(ckpt, "newest_readable", lambda *_: (_ for _ in ()).throw(failing))
+        with pytest.raises(OSError, match="Input/output error"):
+            run.hold((1, 1), print)
+    assert [run.hold((1, 1), print) for _ in range(2)] == [True, False]
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply(lock_code, (folder,)) == RUN_LOCKED
     run.lock.close()

@@ -82,6 +82,7 @@ def test_runs_that_were_gathered_by_symlinks_are_ranked_and_shown(tree, tmp_path
     shutil.move(tree / "b", tmp_path / "elsewhere" / "b")
     shutil.copytree(tree, gathered)
     (gathered / "b").symlink_to(tmp_path / "elsewhere" / "b")
+    (gathered / "b-too").symlink_to(tmp_path / "elsewhere" / "b")
     (gathered / "again").symlink_to("a")
     (gathered / "all").symlink_to(tmp_path / "elsewhere")
     (gathered / "round").symlink_to(gathered)
