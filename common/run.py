@@ -287,7 +287,7 @@ def _found_or_claimed(
     models: tuple[str, ...],
     beyond: tuple[int, int] = (0, -1),
 ) -> tuple[tuple[Path, ckpt.State] | None, tuple[str, IO[str]] | None]:
-    """Of a start with --auto-resume: a run that saved since it looked, else the name and lock of a folder for its own.
+    """A run that saved since --auto-resume looked, else, and without that flag, name and lock of a folder of its own.
 
     Of equal starts at the same moment the first claims one, as the folder of runs is held meanwhile; the others see
     that, wait outside until it ends, and look again. beyond: see `find_run`. Raises Exit(RUN_LOCKED) when their
