@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     from common.flags import add_data_arguments
 
     parser = Parser("Fetch MNIST ahead of time and decode it.", "python -m common.data --cache-dir ./hf_cache")
-    add_data_arguments(parser)
+    add_data_arguments(parser, auto="as hub (default)")
     args = parser.parse(argv)
     cache_dir = Path(args.cache_dir)
     if cache_dir.exists() and not cache_dir.is_dir():

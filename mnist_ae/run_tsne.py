@@ -23,7 +23,7 @@ from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
 from common.ckpt import RUNS
 from common.data import held_out
 from common.device import get_device, memory_in_one_line
-from common.error_codes import BAD_CHECKPOINT, NO_DATA, USAGE, Exit, run_main
+from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, NO_DATA, USAGE, Exit, run_main
 from common.files import atomic_write, write_text
 from common.flags import CHECKPOINT, COUNT, OUTPUT, add_data_arguments, add_device_argument, add_threads_argument
 from common.images import check_output, one_line, over, save_output
@@ -155,11 +155,11 @@ def progress(what: str) -> Iterator[None]:
 def outputs(output: str) -> dict[str, Path]:
     """The files to write, by their standard names: in a folder, or a .png path with the others beside it.
 
-    Raises Exit(USAGE) for another kind of picture, Exit(BAD_OUTPUT) if they could not be written.
+    Raises Exit(BAD_OUTPUT) for another kind of picture, or if they could not be written.
     """
     path = Path(output)
     if path.suffix.lower() in (".jpg", ".jpeg", ".pdf", ".svg", ".gif", ".tif", ".tiff") and not path.is_dir():
-        raise Exit(USAGE, f"--output {output}: pictures are written as .png, or into a folder")
+        raise Exit(BAD_OUTPUT, f"--output {output}: pictures are written as .png, or into a folder")
     named = path.suffix.lower() == ".png" and not path.is_dir()
     folder = path.parent if named else path
     files = {name: folder / name for name in (MAP, BY_DIGIT, RECONSTRUCTIONS, METRICS)}

@@ -85,7 +85,7 @@ def test_the_map_keeps_clusters_apart_and_is_the_same_every_time(all_digits):
         (("--n-samples", 5), USAGE),
         (("--output", "/proc/nowhere"), BAD_OUTPUT),
         (("--output", "reconstructions.png"), USAGE),
-        (("--output", "map.jpg"), USAGE),
+        (("--output", "map.jpg"), BAD_OUTPUT),
         (("--checkpoint", "nothing.pt"), BAD_CHECKPOINT),
     ],
 )
@@ -219,9 +219,10 @@ def test_a_projector_that_cannot_be_written_is_one_line(projected, all_digits, c
 # --- the notebook -----------------------------------------------------------------------------------------------------
 
 
-def test_the_notebook_runs_whole(all_digits, cache, monkeypatch):
-    assert "CHECKPOINT = None" in stored(NOTEBOOK)[0].source
-    monkeypatch.setenv("SCRATCH", str(all_digits.parent.parent))  # it finds the newest by itself
+def test_the_notebook_runs_whole(all_digits, cache, tmp_path, monkeypatch):
+    assert 'CHECKPOINT = "latest"' in stored(NOTEBOOK)[0].source
+    (tmp_path / "ddpm-output").symlink_to(all_digits.parent.parent)
+    monkeypatch.setenv("SCRATCH", str(tmp_path))  # it finds the newest by itself, a job's too
     cells = executed(NOTEBOOK, N_SAMPLES=600, CACHE_DIR=str(cache), DATA="embedded")
     pictures = [o for cell in cells for o in cell.outputs if "image/png" in o.get("data", {})]
     assert len(pictures) == 4
