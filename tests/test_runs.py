@@ -140,6 +140,18 @@ def test_a_finished_run_is_never_discarded(broken, ae_run, copy_of, monkeypatch)
     assert source.is_file()
 
 
+@pytest.mark.parametrize("name", ["checkpoint_epoch_000001.pt", "checkpoint_epoch_000001.pt.aside-0a1b2c3d"])
+def test_a_folder_in_which_weights_lie_is_never_discarded(name, tmp_path):
+    """Those that were set aside too; without any, nothing stays."""
+    begun = Run("a", tmp_path, tmp_path / "logs", None)
+    begun.checkpoints.mkdir(parents=True)
+    (begun.checkpoints / name).touch()
+    begun.discard_if_empty()
+    (begun.checkpoints / name).unlink()
+    begun.discard_if_empty()
+    assert not begun.checkpoints.exists()
+
+
 def test_leftovers_of_a_killed_write_go_and_the_config_names_the_real_data(ae_run, copy_of, cache):
     folder = copy_of(ae_run)
     outdir = folder.parent.parent
