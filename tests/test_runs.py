@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import (
     AE,
     LATENT,
@@ -254,6 +256,36 @@ def test_a_line_of_metrics_that_is_none_goes_and_the_others_stay(line, ae_run, c
     assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
+@pytest.fixture
+def recorded(tmp_path):
+    """(the record of a run without anything, what it has warned of)."""
+    begun, told = Run("a", tmp_path, tmp_path / "logs", None), []
+    begun.checkpoints.mkdir(parents=True)
+    return record.Record(begun, told.append), told
+
+
+def test_figures_that_are_no_numbers_are_null(recorded, monkeypatch):
+    """Elsewhere than in Python NaN is no JSON."""
+    monkeypatch.setattr(record.Record, "scalars", lambda *_: None)
+    monkeypatch.setattr(record.Record, "_curves", lambda *_, **__: None)
+    kept, told = recorded
+    kept.epoch({"epoch": 1, "fid": math.nan, "recall": -math.inf, "lr": 0.5, "classifier": "abc"}, 7)
+    kept.flush()
+    row = json.loads((kept.run.checkpoints / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row == {"epoch": 1, "fid": None, "recall": None, "lr": 0.5, "classifier": "abc"}
+    assert told == []
+
+
+@pytest.mark.parametrize("changed", [{}, {"torch": "1.13.1"}, {"device": "cuda:0"}])
+def test_a_resume_says_what_changed_about_the_machine(changed, recorded):
+    kept, told = recorded
+    now = {"torch": str(torch.__version__), "device": "cpu"}
+    (kept.run.checkpoints / "config.json").write_text(json.dumps({"starts": [now | changed]}))
+    kept.start(argparse.Namespace(threads=1, origin={}, flags=dict), torch.device("cpu"))
+    last = "results may differ in their last bits"
+    assert told == [f"{name} was {value} and is now {now[name]}: {last}" for name, value in changed.items()]
+
+
 @pytest.mark.parametrize("text", ["null", "[]", "3", '{"starts": 3}', '{"starts": [null]}', "{", ""])
 def test_a_run_goes_on_whatever_became_of_its_config(text, ae_run, copy_of, cache):
     folder = copy_of(ae_run)
@@ -381,6 +413,7 @@ def test_places_and_bookkeeping_may_change(latent_run, copy_of, cache, tmp_path)
     assert result.code == 0, result.text
     assert (tmp_path / "logs" / f"{folder.name}.log").is_file()
     assert newest_state(folder)["epoch"] == 3  # in its own folder
+    assert f"where the checkpoint lies; --outdir {tmp_path / 'unused'} is for new runs" in result.text
     assert not (tmp_path / "unused" / "checkpoints").exists()
 
 
