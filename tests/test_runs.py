@@ -213,6 +213,7 @@ def test_more_epochs_extend_a_finished_run(train, tmp_path, latent_run, cache, c
     result = call(LATENT, "train.py", "--resume", folder / "latest.pt", "--epochs", 3, "--cache-dir", cache)
     assert result.code == 0, result.text
     assert train("--epochs", 3).code == 0
+    assert "re-drawn" not in result.text  # there is no curve
     assert_same_training(folder, only_run(tmp_path / "out"))
     starts = json.loads((folder / "config.json").read_text())["starts"]
     assert [entry["resumed_from"] is None for entry in starts] == [True, False]
@@ -305,8 +306,10 @@ def test_a_bound_openmp_still_sees_every_core(tiny, tmp_path):
     assert f" of {len(os.sched_getaffinity(0))} (images/s in a trial" in result.text
 
 
-def test_an_epochs_line_says_what_is_left(train):
+def test_lines_say_how_far_it_is_what_it_has_reached_and_what_is_left(train, monkeypatch):
+    monkeypatch.setattr("common.progress.PLAIN_LINE_EVERY", 0.0)
     result = train("--epochs", 3)
+    assert re.search(r"epoch 2/3: batch 1/\d+, mean loss so far \d\.\d{6}$", result.text, re.MULTILINE)
     lines = re.findall(r"epoch +\d/3 .* ([\d.]+) s(?:, (\d+) s left)?$", result.text, re.MULTILINE)
     assert [bool(left) for _, left in lines] == [True, True, False]
     assert int(lines[0][1]) + 0.5 >= 2 * float(lines[0][0])

@@ -66,6 +66,8 @@ def test_the_best(tree, flags, wanted, capsys):
 
 def test_the_table_names_what_it_passes_over(tree, capsys):
     (tree / "a" / "checkpoint_epoch_000004.pt").write_bytes(b"damaged")
+    for copy in (b"of a Mac", (tree / "a" / "checkpoint_epoch_000002.pt").read_bytes()):
+        (tree / "a" / f"._{len(copy)}.pt").write_bytes(copy)
     code, table, warnings = best(tree, "--top", 2, capsys=capsys)
     assert code == 0
     rows = [line.split() for line in table.splitlines()[1:3]]
@@ -73,6 +75,7 @@ def test_the_table_names_what_it_passes_over(tree, capsys):
     assert "checkpoint_epoch_000004.pt" in warnings
     assert "NaN" in warnings
     assert "checkpoint_epoch_000009.pt" not in table + warnings  # partial, not damaged
+    assert "._" not in table + warnings  # hidden
     assert len(table.splitlines()) == 4
 
 
