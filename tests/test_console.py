@@ -17,6 +17,7 @@ import pytest
 from helpers import AE, LATENT, REPO, environment, newest_state, only_run
 
 from common.error_codes import BAD_OUTPUT, STOPPED_EARLY, run_main
+from common.progress import progress
 from common.session import Session
 
 WARNING = "the console cannot be written to"
@@ -192,6 +193,15 @@ def finish_errors(process) -> str:
         return process.communicate(timeout=60)[1]
     finally:
         process.kill()
+
+
+def test_a_bar_begins_where_the_work_does(monkeypatch):
+    """In the middle of an epoch that is resumed."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress("epoch 1/2", 10, "batch", pytest.fail, done=4):
+        pass
+    assert "| 4/10 [" in sys.stderr.getvalue()
 
 
 @pytest.fixture

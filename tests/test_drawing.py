@@ -353,6 +353,7 @@ def test_what_is_not_finite_is_no_picture(runs, copy_of, tmp_path):
         (("--save-dir", "."), BAD_OUTPUT),  # not empty
         (("--save-dir", "/proc/nowhere"), BAD_OUTPUT),
         (("--output", "/proc/nowhere/a.png"), BAD_OUTPUT),
+        (("--output", "/proc/a.png"), BAD_OUTPUT),  # a folder that is there
         (("--output", "a.jpg"), BAD_OUTPUT),
         (("--output", f"/tmp/{'a' * 252}.png"), BAD_OUTPUT),
     ],
@@ -363,6 +364,15 @@ def test_a_bad_wish_is_one_line_before_anything_is_drawn(flags, code, runs, tmp_
     assert result.code == code, result.text
     assert len(result.text.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a_process.png", "a_process.gif"])
+def test_a_folder_where_the_process_should_lie_is_found_before_anything_is_drawn(name, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.sampling.sample", lambda *_: pytest.fail("drawn"))
+    (tmp_path / name).mkdir()
+    result = call(LATENT, "infer.py", "--ckpt", runs[LATENT], "--output", tmp_path / "a.png", "--show-process")
+    assert (result.code, len(result.text.splitlines())) == (BAD_OUTPUT, 1), result.text
+    assert f"{name}: it is a folder" in result.text
 
 
 @pytest.mark.parametrize(("flag", "code"), [("--output", BAD_OUTPUT), ("--from-image", BAD_IMAGE)])

@@ -20,7 +20,7 @@ from common.classifier import VERSION, fingerprint, judge, load_classifier, trai
 from common.data import HF_MNIST
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit
 from common.rng import generator
-from common.scores import halves, score
+from common.scores import FEWEST_REAL, SPLITS, epoch_scorer, halves, score
 
 RNG = np.random.default_rng(0)
 
@@ -105,6 +105,9 @@ def test_worse_pictures_score_worse(judged):
     assert bad["fid"]["value"] > 2 * real["fid"]["value"]
     assert bad["precision"]["value"] < real["precision"]["value"]
     assert wrong["agreement"]["value"] < 0.5 < real["agreement"]["value"]
+    sure = (judge(net, noisy)[1].amax(1) > 0.9).float().mean().item()
+    assert bad["confident"]["value"] == pytest.approx(sure)
+    assert sure < 0.9
     assert real["fid"]["floor"] == bad["fid"]["floor"] > 0
     assert all({"value", "error", "floor", "floor_error"} <= row.keys() for row in bad.values())
 
@@ -137,6 +140,9 @@ def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
     assert labelled.code == 0, labelled.text
     written = json.loads((folder / "checkpoint_epoch_000002.scores.json").read_text())
     assert {"fid", "precision", "recall", "agreement", "fid_labelled", "agreement_labelled"} <= written.keys()
+    settings = written["details"]["settings"]  # in which scores that compare are equal
+    assert settings.keys() == {"n", *evaluate.SAMPLING, "kind", "only_digit", "splits"}
+    assert (settings["n"], settings["only_digit"], settings["splits"]) == (200, 3, SPLITS)
     assert written["details_labelled"]["settings"]["steps"] == 5
     assert written["details_labelled"]["classifier"] == fingerprint(judged[0])
     few = ("--sampler", "dpm", "--steps", 5)
@@ -277,7 +283,7 @@ def test_what_is_scored_was_drawn_with_the_guide_and_the_seed(judged, cache, tmp
 
 
 def test_drawings_of_one_digit_are_compared_with_that_digit(latent_run, cache, judged, tmp_path, monkeypatch):
-    """Also of a run that has seen them all."""
+    """Also of a run that has seen them all; and so are, with --tstr, the real digits that a classifier learns from."""
     state = ckpt.read_checkpoint(latent_run / "latest.pt")
     state["args"] |= {"only_digit": None, "class_counts": [100] * 10}
     ckpt.save_checkpoint(tmp_path / "a.pt", state)
@@ -287,10 +293,34 @@ def test_drawings_of_one_digit_are_compared_with_that_digit(latent_run, cache, j
         compared.append(set(real.labels.tolist()))
         return score(images, wanted, real, *rest, **how)
 
+    def learn(_images, _labels, _real, learnable, _say):
+        compared.append(set(learnable.labels.tolist()))
+        return dict.fromkeys(("value", "error", "floor", "floor_error"), 0.0)
+
     monkeypatch.setattr(evaluate, "score", spy)
+    monkeypatch.setattr(evaluate, "train_on_synthetic", learn)
     flags = ("--ckpt", tmp_path / "a.pt", "--n", 200, "--data", "embedded", "--cache-dir", cache, "--digit", 3)
-    evaluate.main([str(flag) for flag in flags])
-    assert compared == [{3}]
+    evaluate.main([str(flag) for flag in (*flags, "--tstr")])
+    assert compared == [{3}, {3}]
+
+
+def test_too_few_real_digits_are_compared_with_nothing(latent_run, cache, monkeypatch):
+    few = HF_MNIST("test", cache, 3, "embedded").subset(torch.arange(FEWEST_REAL - 1))
+    monkeypatch.setattr("common.scores.held_out", lambda *_: few)
+    monkeypatch.setattr(classifier, "load_classifier", lambda *_: pytest.fail("judged all the same"))
+    result = call("common", "evaluate.py", "--ckpt", latent_run, "--data", "embedded", "--cache-dir", cache)
+    assert (result.code, len(result.text.splitlines())) == (NO_DATA, 1), result.text
+    assert f"too few digits for tests, {FEWEST_REAL - 1}, to compare with" in result.text
+
+
+def test_an_epoch_whose_images_are_not_finite_is_told_and_not_scored(monkeypatch):
+    told, nothing = [], torch.full((2, 1, 28, 28), float("nan"))
+    monkeypatch.setattr("common.scores.judges", lambda *_: (None, None, 1.0))
+    session = SimpleNamespace(epoch=4, on_first=lambda work: work(), poll=None)
+    session.args = SimpleNamespace(eval_every=2, only_digit=None, flags=dict)
+    session.log = SimpleNamespace(info=None, debug=print, warning=told.append)
+    assert epoch_scorer(session, {"": lambda: (nothing, None)})() == {}
+    assert told == ["epoch 4 gives images that are not finite: not scored"]
 
 
 @pytest.mark.slow

@@ -243,6 +243,31 @@ def test_a_file_of_data_is_named_and_its_place_is_not(tmp_path):
     assert typed == ["--data=mine.npz", "--data mine.npz", "--data hub:a/b --lr 0.1"]
 
 
+def test_how_it_was_trained_is_said_once(tmp_path):
+    """However often it was resumed, and under whatever flags that concern only the place."""
+    run = tmp_path / "checkpoints" / "x"
+    run.mkdir(parents=True)
+    words = ([], ["--auto-resume"], ["--no-auto-resume", "--outdir", "o"], ["--epochs", "9"], [])
+    starts = [{"command": ["train.py", *some, "--lr", "0.1"]} for some in words]
+    (run / "config.json").write_text(json.dumps({"starts": starts}))
+    state = {"model": {"w": torch.ones(2, 2)}, "args": {"model": "ddpm"}, "epoch": 1, "exp_name": "x", "format": 1}
+    typed = [command.split("train.py ")[1] for command in reduced(run / "a.pt", state)["exported"]["commands"]]
+    assert typed == ["--lr 0.1", "--epochs 9 --lr 0.1"]
+
+
+@pytest.mark.parametrize(("folder", "known"), [("ae", True), ("another", False)])
+def test_the_autoencoders_commands_are_those_of_its_own_run(folder, known, tmp_path):
+    """And not of whatever lies by now where it lay: jobs often use the same folders again."""
+    run = tmp_path / "checkpoints" / folder
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"starts": [{"command": ["train.py", "--lr", "0.1"]}]}))
+    common = {"model": {"w": torch.ones(2, 2)}, "epoch": 1, "format": 1}
+    inner = {**common, "args": {"model": "ae-mlp"}, "exp_name": "ae", "path": str(run / "a.pt")}
+    state = {**common, "args": {"model": "lddpm"}, "exp_name": "x", "ae_ckpt_data": inner}
+    commands = reduced(tmp_path / "b.pt", state)["exported"]["commands"]
+    assert commands == ([f"cd {AE} && python train.py --lr 0.1"] if known else [])
+
+
 def test_the_pretrained_model_draws_and_says_where_it_comes_from():
     path = REPO / LATENT / "pretrained.pt"
     if not path.is_file():

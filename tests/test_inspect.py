@@ -235,9 +235,9 @@ def test_a_checkpoint_with_other_values_is_one_line_and_hides_no_other(change, t
 
 
 def test_terminals_and_scripts_get_nothing_they_cannot_take(tmp_path, capsys):
-    torch.save(state_of(1, exp_name="a\x1b[31mred\nline", train_loss=float("nan")), tmp_path / "a.pt")
+    torch.save(state_of(1, exp_name="a\x1b[31mred\x9b2J\nline\x7f", train_loss=float("nan")), tmp_path / "a.pt")
     inspect_ckpt.main([str(tmp_path / "a.pt")])
-    assert "a\\x1b[31mred\\nline" in capsys.readouterr().out
+    assert "a\\x1b[31mred\\x9b2J\\nline\\x7f" in capsys.readouterr().out
     inspect_ckpt.main([str(tmp_path / "a.pt"), "--json"])
     text = capsys.readouterr().out
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["train_loss"] is None

@@ -167,6 +167,13 @@ def test_a_failing_file_server_costs_no_lock(tmp_path, monkeypatch):
     run.lock.close()
 
 
+def test_a_lock_names_its_holder_and_nobody_before(tmp_path):
+    (tmp_path / run_module.LOCK).write_text("process 12345678 on a-machine-of-a-very-long-name.example.org")
+    with run_module._lock(tmp_path, 0) as held:
+        held.seek(0)
+        assert held.read() == f"process {os.getpid()} on {os.uname().nodename}"
+
+
 def stale(*_args, **_how):
     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 

@@ -218,6 +218,17 @@ def test_ae_infer_in_both_modes(kind, cache, tmp_path, request):
     assert Image.open(tmp_path / "b.png").size == grid_size(21, 7)
 
 
+@pytest.mark.parametrize(("asked", "walks", "told"), [(3, 3, False), (4, 3, True)])
+def test_a_walk_takes_two_digits_and_an_odd_one_is_left_out(asked, walks, told, ae_run, cache, tmp_path, monkeypatch):
+    seven = HF_MNIST("test", cache, 3, "embedded").subset(torch.arange(7))
+    monkeypatch.setattr("common.data.held_out", lambda *_: seven)
+    how = ("--interpolate", "--n", asked, "--walk-steps", 2, "--output", tmp_path / "a.png")
+    result = call(AE, "infer.py", "--ckpt", ae_run, *how)
+    assert result.code == 0, result.text
+    assert Image.open(tmp_path / "a.png").size == grid_size(2 * walks, 2)
+    assert ("of 8 test digits there are only 7 (embedded)" in result.text) == ("there are only" in result.text) == told
+
+
 def test_reconstructions_stand_under_their_originals():
     originals = torch.arange(5.0).view(5, 1, 1, 1)
     images, columns = over(originals, originals + 100)

@@ -344,6 +344,9 @@ def test_a_data_set_of_the_hub_is_fetched_once_and_kept_under_its_name(tmp_path,
     stored(tmp_path, "zoo", "others", splits=("train", "validation", "test"))
     assert len(HF_MNIST("test", tmp_path, source="hub:zoo/others")) == 30
     assert not torch.equal(HF_MNIST("test", tmp_path, source="hub:zoo/others").images, test.images)
+    stored(tmp_path, "zoo", "untested", splits=("train", "validation"))
+    validation = HF_MNIST("test", tmp_path, source="hub:zoo/untested")
+    assert (len(validation), validation.held_out) == (30, "its own")
     np.savez(tmp_path / "a.npz", **shapes(150), test_images=test.images, test_labels=test.labels)
     assert HF_MNIST("test", source=str(tmp_path / "a.npz")).fingerprint == train.fingerprint  # the same data
 

@@ -735,6 +735,15 @@ def test_a_sweep_packed_into_one_step_is_refused(script, flags, pixel_run, tmp_p
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
+def test_what_only_concerns_a_machine_may_differ(monkeypatch):
+    """As cores do: of all other flags the processes tell each other."""
+    world, told = ranks.World(ranks.Identity(0, 2)), []
+    monkeypatch.setattr(world, "all", lambda flags: told.append(flags) or [flags])
+    own = ("cache_dir", "debug", "device", "logdir", "num_workers", "threads")
+    world.compare_flags({**dict.fromkeys(own, "here"), "seed": 42, "shards": 2})
+    assert told == [{"seed": "42", "shards": "2"}]
+
+
 def test_paths_of_a_machine_may_differ(flags, cache, tmp_path):
     """As $TMPDIR does between nodes; only the first process reads the digits."""
     places = {0: cache, 1: tmp_path / "empty"}

@@ -23,7 +23,7 @@ from helpers import (
     start,
 )
 
-from common import ckpt, classifier, drawing
+from common import ckpt, classifier, drawing, slurm
 from common.error_codes import INTERRUPTED, STOPPED_EARLY
 from common.session import Session
 
@@ -191,6 +191,15 @@ def test_stopped_while_the_classifier_is_trained(flags, cache, references, tmp_p
     given = (*given, "--cache-dir", cache, "--auto-resume")
     assert call(AE, "train.py", *given).code == 0
     assert_same(newest_state(only_run(tmp_path))["model"], newest_state(references[AE])["model"])
+
+
+def test_a_second_ctrl_c_counts_whatever_came_between(monkeypatch):
+    monkeypatch.setattr(slurm, "_received", None)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        slurm._on_signal(number, None)
+    assert slurm.stop_requested() == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        slurm._on_signal(signal.SIGINT, None)
 
 
 class Interrupting:

@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import (
     AE,
     LATENT,
@@ -140,6 +142,18 @@ def test_a_finished_run_is_never_discarded(broken, ae_run, copy_of, monkeypatch)
     assert source.is_file()
 
 
+@pytest.mark.parametrize("name", ["checkpoint_epoch_000001.pt", "checkpoint_epoch_000001.pt.aside-0a1b2c3d"])
+def test_a_folder_in_which_weights_lie_is_never_discarded(name, tmp_path):
+    """Those that were set aside too; without any, nothing stays."""
+    begun = Run("a", tmp_path, tmp_path / "logs", None)
+    begun.checkpoints.mkdir(parents=True)
+    (begun.checkpoints / name).touch()
+    begun.discard_if_empty()
+    (begun.checkpoints / name).unlink()
+    begun.discard_if_empty()
+    assert not begun.checkpoints.exists()
+
+
 def test_leftovers_of_a_killed_write_go_and_the_config_names_the_real_data(ae_run, copy_of, cache):
     folder = copy_of(ae_run)
     outdir = folder.parent.parent
@@ -199,6 +213,7 @@ def test_more_epochs_extend_a_finished_run(train, tmp_path, latent_run, cache, c
     result = call(LATENT, "train.py", "--resume", folder / "latest.pt", "--epochs", 3, "--cache-dir", cache)
     assert result.code == 0, result.text
     assert train("--epochs", 3).code == 0
+    assert "re-drawn" not in result.text  # there is no curve
     assert_same_training(folder, only_run(tmp_path / "out"))
     starts = json.loads((folder / "config.json").read_text())["starts"]
     assert [entry["resumed_from"] is None for entry in starts] == [True, False]
@@ -242,6 +257,36 @@ def test_a_line_of_metrics_that_is_none_goes_and_the_others_stay(line, ae_run, c
     assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
+@pytest.fixture
+def recorded(tmp_path):
+    """(the record of a run without anything, what it has warned of)."""
+    begun, told = Run("a", tmp_path, tmp_path / "logs", None), []
+    begun.checkpoints.mkdir(parents=True)
+    return record.Record(begun, told.append), told
+
+
+def test_figures_that_are_no_numbers_are_null(recorded, monkeypatch):
+    """Elsewhere than in Python NaN is no JSON."""
+    monkeypatch.setattr(record.Record, "scalars", lambda *_: None)
+    monkeypatch.setattr(record.Record, "_curves", lambda *_, **__: None)
+    kept, told = recorded
+    kept.epoch({"epoch": 1, "fid": math.nan, "recall": -math.inf, "lr": 0.5, "classifier": "abc"}, 7)
+    kept.flush()
+    row = json.loads((kept.run.checkpoints / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row == {"epoch": 1, "fid": None, "recall": None, "lr": 0.5, "classifier": "abc"}
+    assert told == []
+
+
+@pytest.mark.parametrize("changed", [{}, {"torch": "1.13.1"}, {"device": "cuda:0"}])
+def test_a_resume_says_what_changed_about_the_machine(changed, recorded):
+    kept, told = recorded
+    now = {"torch": str(torch.__version__), "device": "cpu"}
+    (kept.run.checkpoints / "config.json").write_text(json.dumps({"starts": [now | changed]}))
+    kept.start(argparse.Namespace(threads=1, origin={}, flags=dict), torch.device("cpu"))
+    last = "results may differ in their last bits"
+    assert told == [f"{name} was {value} and is now {now[name]}: {last}" for name, value in changed.items()]
+
+
 @pytest.mark.parametrize("text", ["null", "[]", "3", '{"starts": 3}', '{"starts": [null]}', "{", ""])
 def test_a_run_goes_on_whatever_became_of_its_config(text, ae_run, copy_of, cache):
     folder = copy_of(ae_run)
@@ -261,8 +306,10 @@ def test_a_bound_openmp_still_sees_every_core(tiny, tmp_path):
     assert f" of {len(os.sched_getaffinity(0))} (images/s in a trial" in result.text
 
 
-def test_an_epochs_line_says_what_is_left(train):
+def test_lines_say_how_far_it_is_what_it_has_reached_and_what_is_left(train, monkeypatch):
+    monkeypatch.setattr("common.progress.PLAIN_LINE_EVERY", 0.0)
     result = train("--epochs", 3)
+    assert re.search(r"epoch 2/3: batch 1/\d+, mean loss so far \d\.\d{6}$", result.text, re.MULTILINE)
     lines = re.findall(r"epoch +\d/3 .* ([\d.]+) s(?:, (\d+) s left)?$", result.text, re.MULTILINE)
     assert [bool(left) for _, left in lines] == [True, True, False]
     assert int(lines[0][1]) + 0.5 >= 2 * float(lines[0][0])
@@ -369,6 +416,7 @@ def test_places_and_bookkeeping_may_change(latent_run, copy_of, cache, tmp_path)
     assert result.code == 0, result.text
     assert (tmp_path / "logs" / f"{folder.name}.log").is_file()
     assert newest_state(folder)["epoch"] == 3  # in its own folder
+    assert f"where the checkpoint lies; --outdir {tmp_path / 'unused'} is for new runs" in result.text
     assert not (tmp_path / "unused" / "checkpoints").exists()
 
 

@@ -3,12 +3,14 @@
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import AE, LATENT, PIXEL, assert_same_training, call, newest_state, only_run, run
 
-from common import ckpt, threads
+from common import ckpt, drawing, threads
+from common.args import AUTO
 
 NOBODY_ASKED = {"OMP_NUM_THREADS": ""}  # unset would be inherited: libgomp ignores an empty one
 
@@ -49,6 +51,33 @@ def test_no_tool_takes_more_threads_than_there_are_cores(cores):
     cores(1)
     threads.settle(3, lambda: pytest.fail("it was told"))
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(("share", "cores"), [("3", 3), ("4096", 8), ("0", 8), ("many", 8), ("", 8)])
+def test_the_cores_are_slurms_share_of_those_that_are_there(share, cores, monkeypatch):
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", share)
+    assert threads.available.__wrapped__() == cores
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("2", 2), ("2,1", 2), (" 3 , 1", 3), ("99", 8), ("0", None), ("x", None), ("", None)]
+)
+def test_openmps_number_is_the_first_of_its_list(text, number, cores, monkeypatch):
+    """The others are for threads within threads."""
+    cores(8)
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert threads.prepare() == number
+
+
+@pytest.mark.usefixtures("nobody_asked")
+@pytest.mark.parametrize(("count", "few"), [(5, 5), (drawing.FEW + 1, drawing.FEW)])
+def test_a_trial_draws_a_few_of_the_images(count, few, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(threads, "fastest", lambda work: (1, work()))
+    asked, labels = SimpleNamespace(threads=AUTO, guidance=2.0), list(range(count))
+    drawing.choose_threads(asked, lambda **how: drawn.append(how), count, labels, torch.device("cpu"))
+    assert drawn == [{"labels": labels[:few], "count": few, "steps": 1, "guidance": 2.0}]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import finish, run, start
 
-from common import ckpt, find_best_ckpt, inspect_ckpt
+from common import ckpt, find_best_ckpt, inspect_ckpt, scores
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, USAGE, Exit, run_main
 
 
@@ -66,6 +66,8 @@ def test_the_best(tree, flags, wanted, capsys):
 
 def test_the_table_names_what_it_passes_over(tree, capsys):
     (tree / "a" / "checkpoint_epoch_000004.pt").write_bytes(b"damaged")
+    for copy in (b"of a Mac", (tree / "a" / "checkpoint_epoch_000002.pt").read_bytes()):
+        (tree / "a" / f"._{len(copy)}.pt").write_bytes(copy)
     code, table, warnings = best(tree, "--top", 2, capsys=capsys)
     assert code == 0
     rows = [line.split() for line in table.splitlines()[1:3]]
@@ -73,6 +75,7 @@ def test_the_table_names_what_it_passes_over(tree, capsys):
     assert "checkpoint_epoch_000004.pt" in warnings
     assert "NaN" in warnings
     assert "checkpoint_epoch_000009.pt" not in table + warnings  # partial, not damaged
+    assert "._" not in table + warnings  # hidden
     assert len(table.splitlines()) == 4
 
 
@@ -275,6 +278,7 @@ def test_losses_of_runs_that_learned_other_things_are_told_apart(tree, tmp_path,
     warned = best(tmp_path / "more", capsys=capsys)[2]
     assert "val_loss of runs that differ in --only-digit, --min-snr-gamma do not compare" in warned
     shutil.rmtree(tmp_path / "more" / "two")
+    save(tmp_path / "more" / "four", 1, args={"model": "ddpm", "schedule": "linear"})  # which older ones had, unsaid
     assert best(tmp_path / "more", capsys=capsys)[2] == ""
     file = tree / "a" / "checkpoint_epoch_000001.pt"
     assert "a file: give the folder" in best(file, capsys=capsys)[2]
@@ -288,8 +292,19 @@ def test_figures_nested_too_deeply_are_passed_over(tree, capsys):
 
 
 def test_what_grows_is_best_when_largest():
-    modes = {metric: find_best_ckpt.default_mode(metric) for metric in ("epoch", "confident", "seconds_per_epoch")}
-    assert modes == {"epoch": "max", "confident": "max", "seconds_per_epoch": "min"}
+    falling = ("fid", "imbalance", "seconds", "train_loss", "val_loss")
+    rising = ("epoch", "global_step", "images_per_second", "accuracy", "tstr", *set(scores.ORDER) - set(falling))
+    for suffix in ("", "_labelled", "_unlabelled"):
+        assert {find_best_ckpt.default_mode(f"{metric}{suffix}") for metric in falling} == {"min"}
+    modes = {metric: find_best_ckpt.default_mode(metric) for metric in rising}
+    assert modes == dict.fromkeys(rising, "max")
+
+
+@pytest.mark.parametrize("figure", [*scores.ORDER, "tstr", "epoch", "global_step"])
+def test_scores_of_models_of_all_kinds_compare(figure, tmp_path, capsys):
+    for model in ("ddpm", "lddpm"):
+        save(tmp_path / model, 1, args={"model": model}, scores={figure: 0.5})
+    assert best(tmp_path, "--metric", figure, capsys=capsys)[::2] == (0, "")
 
 
 def test_scores_that_were_measured_differently_are_told(tmp_path, capsys):

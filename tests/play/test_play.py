@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -24,10 +25,11 @@ from common.data import HF_MNIST
 from common.drawing import wanted_labels
 from common.error_codes import BAD_CHECKPOINT, INTERRUPTED, NO_DEVICE, USAGE, Exit
 from common.images import to_bytes
+from common.play import answers as answers_module
 from common.play import drawings, judge, wishes
 from common.play import runs as play_runs
 from common.play.runs import Shelf, find
-from common.play.server import MOST_TABS, is_own_name, names_of
+from common.play.server import MOST_TABS, Tab, is_own_name, names_of, packed
 from common.play.space import Space
 from common.play.wishes import MOST_BYTES, MOST_IMAGES, MOST_PASSES, Refused, drawing, parsed
 from common.play.worker import Cancelled, Wish
@@ -202,6 +204,13 @@ def test_fewer_images_than_digits_can_be_taken_too():
     assert any(sent)
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_network_that_takes_no_labels_is_not_guided(labelled):
+    """infer.py would refuse the flag."""
+    words = wishes.words_of(wishes.drawing(settings(digits=[]), 20, labelled))
+    assert ("--guidance" in words) == labelled
+
+
 @pytest.mark.parametrize(("every", "order"), [(-1, [5, 4, 3, 2, 1, 0]), (1e9, [0, 5, 4, 3, 2, 1])])
 def test_a_quick_picture_comes_before_its_moments(runs, monkeypatch, every, order):
     monkeypatch.setattr(drawings, "SHOW_EVERY", every)
@@ -295,12 +304,27 @@ def test_short_work_comes_between_the_steps_of_long_work(server, runs):
     assert answers[-1][1] == alone  # and changes none of its bits
 
 
-def test_the_look_into_a_run(server, runs):
+def test_what_is_short_is_so_on_both_sides(runs, monkeypatch):
+    monkeypatch.setattr(drawings, "SHORT_STEPS", 5)
+    shelf = Shelf(find([str(runs["lddpm"].parent)], print), "cpu", 1, None)
+
+    def short(model: str, *steps: int) -> bool:
+        sides = [settings(side=side, steps=count) for side, count in enumerate(steps)]
+        return drawings.is_short(shelf, {"run": runs[model].name, "drawings": sides})
+
+    assert [short("lddpm", 5, 5), short("lddpm", 5, 6), short("lddpm", 6, 5), short("ddpm", 5)] == [True, *[False] * 3]
+
+
+def test_the_look_into_a_run(server, runs, monkeypatch):
     _, answers = talk(server, {"do": "look", "run": runs["lddpm"].name})
     header = answers[0][0]
     assert [row["epoch"] for row in header["rows"]] == [1, 2]
     assert header["pictures"] == [1, 2]
     assert header["flags"]["hidden_dim"] == "16"
+    monkeypatch.setattr(answers_module, "MOST_ROWS", 1)
+    shelf, said = Shelf(find([str(runs["lddpm"])], print), "cpu", 1, None), []
+    answers_module.look(shelf, None, {"run": runs["lddpm"].name}, lambda **header: said.append(header))
+    assert [row["epoch"] for row in said[0]["rows"]] == [2]  # of very many the last ones
     picture = urlopen(f"{server.address}picture?run={runs['lddpm'].name}&epoch=2").read()
     outdir = runs["lddpm"].parent.parent
     assert picture == (outdir / "samples" / runs["lddpm"].name / "epoch_000002.png").read_bytes()
@@ -484,6 +508,7 @@ def test_no_path_leads_out_of_the_page(server, runs):
     reply = raw(f"GET / HTTP/1.1\r\n{host}\r\n".encode())
     assert b"default-src 'none'" in reply
     assert b"frame-ancestors 'none'" in reply
+    assert b"X-Content-Type-Options: nosniff" in reply
     assert b"\r\nServer:" not in reply
 
 
@@ -566,6 +591,20 @@ def test_more_tabs_than_it_serves_are_told_so(server):
     assert reason == "too many tabs are open"
     time.sleep(0.5)
     assert talk(server, until=0)[0]["runs"]  # there is room again
+
+
+def test_a_tab_that_was_turned_away_makes_no_room(monkeypatch):
+    monkeypatch.setattr(Tab, "open_tabs", MOST_TABS)
+    for counted, left in ((False, MOST_TABS), (True, MOST_TABS - 1)):
+        Tab.on_close(SimpleNamespace(counted=counted, worker=SimpleNamespace(drop=lambda _: None)))
+        assert Tab.open_tabs == left
+
+
+def test_what_json_has_not_is_not_sent():
+    """A browser would pass over the whole message."""
+    assert parts_of(packed({"guess": 0.5}) + b"ab") == ({"guess": 0.5}, b"ab")
+    with pytest.raises(ValueError, match="JSON"):
+        packed({"guess": float("nan")})
 
 
 def test_twenty_tabs_at_once(server, runs, request):
