@@ -112,7 +112,8 @@ class Args(argparse.Namespace):
             if explicit and today != value and kind != "input":
                 flag = flag_of(name)
                 if kind == "shape":
-                    given = f"{flag} {today}" if origin == "flag" else f"{origin} ({name} {today})"
+                    typed = {True: flag, False: f"--no-{flag[2:]}"}.get(today, f"{flag} {today}")
+                    given = typed if origin == "flag" else f"{origin} ({name} {today})"
                     raise Exit(
                         MODEL_MISMATCH,
                         f"{given} contradicts the run to be resumed, which has {value}; "

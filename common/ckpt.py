@@ -225,8 +225,8 @@ def _checked(path: str | Path, state: Any) -> State:
     if not is_ours(state):
         raise UnreadableCheckpoint(path, f"has format {state['format']}, this version reads {FORMAT}")
     if state["args"].get("model") == "ddpm":
-        for name in ("fine_ch", "dense_dim"):
-            state["args"].setdefault(name, 0)  # saved before there was such a part
+        # saved before there was such a part, or such a choice
+        state["args"] = {"fine_ch": 0, "dense_dim": 0, "attention": True} | state["args"]
     return state
 
 

@@ -24,6 +24,7 @@ __all__ = ["Denoiser", "FiLMCond", "TimeMLP", "generate_images", "precompute_sch
 
 SHAPE = (1, 28, 28)
 GAIN = 4.0  # see common.layers.Scaled
+PARTS = ("base_ch", "fine_ch", "dense_dim", "attention")  # of a `Denoiser`: the flags that choose them
 Film = Callable[["FiLMCond"], torch.Tensor]  # the gamma and beta (B, 2C) of a layer
 
 
@@ -118,7 +119,7 @@ class Finish(nn.Module):
 class Denoiser(nn.Module):
     """Predicts the noise in an image x_t (scaled to [-1, 1]) from x_t, the timestep and the digit.
 
-    28 x 28 is folded to 14 x 14 at once (space to depth); 7 x 7, with attention and a `Dense` layer of width
+    28 x 28 is folded to 14 x 14 at once (space to depth); 7 x 7, with `attention` and a `Dense` layer of width
     `dense_dim` (0: none), gets most of the work; at full resolution there are one convolution before and one block
     behind, of `fine_ch` channels (0: neither). Labels are 0 to num_classes - 1, or `null_label` for "not told". Like
     the latent denoiser it mixes the network's output v and x_t to epsilon (v-prediction, Salimans & Ho 2022, appendix
@@ -133,6 +134,7 @@ class Denoiser(nn.Module):
         *,
         fine_ch: int = 8,
         dense_dim: int = 512,
+        attention: bool = True,
     ) -> None:
         super().__init__()
         self.null_label = num_classes
@@ -147,7 +149,9 @@ class Denoiser(nn.Module):
         self.stem = nn.Sequential(nn.PixelUnshuffle(2), _conv(4 * (fine_ch or 1), few))
         self.enter = ResBlock(few)
         self.down = _conv(few, many, stride=2)
-        self.before, self.attention, self.after = ResBlock(many), Attention(many), ResBlock(many)
+        self.before = ResBlock(many)
+        self.attention = Attention(many) if attention else nn.Identity()
+        self.after = ResBlock(many)
         self.dense = Dense(many, dense_dim) if dense_dim else None
         self.up = nn.Sequential(_conv(many, few, size=1), nn.Upsample(scale_factor=2))
         self.leave = ResBlock(few)
@@ -197,9 +201,8 @@ class Denoiser(nn.Module):
 def build(flags: Mapping[str, Any], schedules: Schedules, typed: Collection[str] = ()) -> nn.Module:
     """The network of a run with these flags: `Denoiser`, or --network's. typed: see `build_network`."""
     network = flags.get("network", OUR_NETWORK)
-    widths = {name: flags[name] for name in ("base_ch", "fine_ch", "dense_dim")}
     known = {"typed": typed, "recorded": flags.get("network_digest")}
-    return build_network("ddpm", network, SHAPE, schedules, **known, **widths)
+    return build_network("ddpm", network, SHAPE, schedules, **known, **{name: flags[name] for name in PARTS})
 
 
 def load_for_drawing(

@@ -1,5 +1,6 @@
 """Train a diffusion model on pixels (DDPM, Ho et al. 2020): `python train.py --only-digit 5`."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     parser.flag("shape", "--fine-ch", type=number(int, 0), default=8, help=fine)
     dense = "width of a layer that sees all positions of 7 x 7 at once; 0: none (default: 512)"
     parser.flag("shape", "--dense-dim", type=number(int, 0), default=512, help=dense)
+    attention = "attend from all positions of 7 x 7 to all, too (default: yes)"
+    parser.flag("shape", "--attention", action=argparse.BooleanOptionalAction, default=True, help=attention)
     add_diffusion_arguments(parser)
     add_training_arguments(parser, epochs=30, workers=4)
     args = parser.parse(argv)
@@ -59,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # Model
         schedules = schedules_of(args.flags(), session.device)
-        net = model.build(args.flags(), schedules, typed=args.typed("base_ch", "fine_ch", "dense_dim"))
+        net = model.build(args.flags(), schedules, typed=args.typed(*model.PARTS))
         args.derive(labelled=takes_labels(net))
         session.attach(net, steps_per_epoch=len(train), warmup=100, ema=0.999, weight_decay=0.0)
 

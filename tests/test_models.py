@@ -41,7 +41,7 @@ def test_a_network_by_itself_is_what_the_trainer_trains(model, network, folder):
     """Their defaults stand in two places, so that a notebook can say `Denoiser()`."""
     flags = recipe(folder, "train.py").parse_args([]).flags()
     parameters = inspect.signature(getattr(module_of(model), network)).parameters
-    named = {"base_ch", "fine_ch", "dense_dim", "hidden_dim"} & parameters.keys()
+    named = {"base_ch", "fine_ch", "dense_dim", "attention", "hidden_dim"} & parameters.keys()
     assert named
     assert {name: parameters[name].default for name in named} == {name: flags[name] for name in named}
 

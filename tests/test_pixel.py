@@ -45,23 +45,36 @@ def net(request):
     return net
 
 
-def test_a_checkpoint_from_before_two_flags_draws_and_resumes(flags, tmp_path):
+def test_a_checkpoint_from_before_three_flags_draws_and_resumes(flags, tmp_path):
     result = call(PIXEL, "train.py", *flags, "--epochs", 1, "--fine-ch", 0, "--dense-dim", 0, "--outdir", tmp_path)
     assert result.code == 0, result.text
     folder = only_run(tmp_path)
     path = ckpt.run_checkpoints(folder)[0][1]
     state = torch.load(path)
     assert not any(name.startswith(("look", "finish", "dense")) for name in state["model"])
-    assert [state["args"].pop(name) for name in ("fine_ch", "dense_dim")] == [0, 0]
+    assert [state["args"].pop(name) for name in ("fine_ch", "dense_dim", "attention")] == [0, 0, True]
     torch.save(state, path)
     drawn = call(PIXEL, "infer.py", "--ckpt", folder, "--n", 2, "--out", tmp_path / "a.png")
     assert drawn.code == 0, drawn.text
     result = call(PIXEL, "train.py", *flags, "--epochs", 2, "--resume", folder, "--outdir", tmp_path)
     assert result.code == 0, result.text
-    assert [newest_state(folder)["args"][name] for name in ("fine_ch", "dense_dim")] == [0, 0]
-    for name in ("--fine-ch", "--dense-dim"):
-        refused = call(PIXEL, "train.py", "--resume", folder, name, 8)
+    assert [newest_state(folder)["args"][name] for name in ("fine_ch", "dense_dim", "attention")] == [0, 0, True]
+    for words in (("--fine-ch", 8), ("--dense-dim", 8), ("--no-attention",)):
+        refused = call(PIXEL, "train.py", "--resume", folder, *words)
         assert (refused.code, len(refused.errors)) == (MODEL_MISMATCH, 1), refused.text
+        assert f"{' '.join(map(str, words))} contradicts the run" in refused.text
+
+
+def test_without_attention_it_trains_resumes_and_draws(flags, tmp_path):
+    own = ("--no-attention", "--fine-ch", 0, "--dense-dim", 8)
+    for epochs in (1, 2):
+        result = call(PIXEL, "train.py", *flags, *own, "--epochs", epochs, "--auto-resume", "--outdir", tmp_path)
+        assert result.code == 0, result.text
+        state = newest_state(only_run(tmp_path))
+        assert not any(name.startswith("attention") for name in state["model"])
+        assert state["args"]["attention"] is False
+    drawn = call(PIXEL, "infer.py", "--ckpt", tmp_path / "checkpoints", "--n", 2, "--out", tmp_path / "a.png")
+    assert drawn.code == 0, drawn.text
 
 
 def test_a_dense_layer_trains_resumes_and_draws(flags, tmp_path):
