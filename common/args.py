@@ -112,8 +112,7 @@ class Args(argparse.Namespace):
             if explicit and today != value and kind != "input":
                 flag = flag_of(name)
                 if kind == "shape":
-                    typed = {True: flag, False: f"--no-{flag[2:]}"}.get(today, f"{flag} {today}")
-                    given = typed if origin == "flag" else f"{origin} ({name} {today})"
+                    given = _typed(flag, today) if origin == "flag" else f"{origin} ({name} {today})"
                     raise Exit(
                         MODEL_MISMATCH,
                         f"{given} contradicts the run to be resumed, which has {value}; "
@@ -133,6 +132,12 @@ class Args(argparse.Namespace):
             if self.kinds.get(name) == "place" and self.origin[name] == "flag" and name not in unneeded:
                 words += [flag_of(name), *([] if value is True else [bash_word(value)])]
         return " ".join(["python train.py", *words])
+
+
+def _typed(flag: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return flag if value else f"--no-{flag[2:]}"
+    return f"{flag} {value}"
 
 
 def flag_of(name: str) -> str:

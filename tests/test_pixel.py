@@ -59,7 +59,7 @@ def test_a_checkpoint_from_before_three_flags_draws_and_resumes(flags, tmp_path)
     result = call(PIXEL, "train.py", *flags, "--epochs", 2, "--resume", folder, "--outdir", tmp_path)
     assert result.code == 0, result.text
     assert [newest_state(folder)["args"][name] for name in ("fine_ch", "dense_dim", "attention")] == [0, 0, True]
-    for words in (("--fine-ch", 8), ("--dense-dim", 8), ("--no-attention",)):
+    for words in (("--fine-ch", 8), ("--dense-dim", 1), ("--seed", 0), ("--no-attention",)):
         refused = call(PIXEL, "train.py", "--resume", folder, *words)
         assert (refused.code, len(refused.errors)) == (MODEL_MISMATCH, 1), refused.text
         assert f"{' '.join(map(str, words))} contradicts the run" in refused.text
