@@ -15,8 +15,10 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from common.error_codes import MODEL_MISMATCH, Exit
+from common.progress import counted
 from common.schedules import SCHEDULES
 
+MOST_LEFT = 0.2  # of the image, by the last timestep's sqrt(alpha_bar); at 0.36 what is drawn is plainly too grey
 NULL_LABEL = 10  # "not told which digit", where a net has no `null_label` of its own
 
 
@@ -70,13 +72,22 @@ def precompute_schedules(
     return Schedules(*(values.float().to(device) for values in exact))
 
 
-def schedules_of(flags: Mapping[str, Any], device: torch.device | str = "cpu") -> Schedules:
-    """Those of a run with these flags; one from before --schedule existed was linear. Raises Exit(MODEL_MISMATCH)."""
+def schedules_of(
+    flags: Mapping[str, Any], device: torch.device | str = "cpu", warn: Callable[[str], None] = lambda _: None
+) -> Schedules:
+    """Those of a run with these flags; one from before --schedule existed was linear. Raises Exit(MODEL_MISMATCH).
+
+    warn: told if the last timestep is not near enough to the pure noise that drawing begins with.
+    """
     names = ("T", "beta_start", "beta_end")
     try:
-        return precompute_schedules(*(flags[name] for name in names), device, flags.get("schedule", "linear"))
+        found = precompute_schedules(*(flags[name] for name in names), device, flags.get("schedule", "linear"))
     except ValueError as error:
         raise Exit(MODEL_MISMATCH, str(error), everywhere=True) from None
+    if (left := found.exact_alpha_bar[-1].sqrt().item()) > MOST_LEFT:
+        begin = f"after {counted(found.T, 'step')} {left:.0%} of the image is left, but drawing begins with pure noise"
+        warn(f"{begin}: raise --T or --beta-end, or take --schedule cosine")
+    return found
 
 
 def _rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -138,10 +138,3 @@ def link(target: Path, name: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def clear_leftovers(folder: str | Path, name: str = "*") -> None:
-    """Remove the temporary files that killed writes of `name` left in `folder`."""
-    for leftover in Path(folder).glob(f".{name}.*.tmp"):
-        with contextlib.suppress(OSError):
-            leftover.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import inspect
@@ -200,17 +201,29 @@ def _try(net: nn.Module, shape: tuple[int, ...], schedules: Schedules, path: Pat
             drawn = predictor_of(net)(x, last, labels)
         if getattr(drawn, "shape", None) != x.shape:
             raise _wrong(f"{_short(path)}: what its predictor() draws with has another shape than x")
+    copy.deepcopy(net)  # as training does, for its average
     net.train()
 
 
 def let_go(net: nn.Module) -> None:
     """Detach what a forward kept in attributes of its graph, of which no copy can be made as of the network."""
+    for module in net.modules():
+        _detached(vars(module))
+
+
+def _detached(kept: Any) -> Any:
+    """What was kept, with its tensors detached: those of lists and dicts in place."""
     import torch
 
-    for module in net.modules():
-        for name, kept in vars(module).items():
-            if isinstance(kept, torch.Tensor) and not kept.is_leaf:
-                setattr(module, name, kept.detach())
+    if isinstance(kept, torch.Tensor):
+        return kept if kept.is_leaf else kept.detach()
+    if type(kept) is tuple:
+        return tuple(map(_detached, kept))
+    if type(kept) is list:
+        kept[:] = map(_detached, kept)
+    elif type(kept) is dict:
+        kept.update({name: _detached(value) for name, value in kept.items()})
+    return kept
 
 
 def _short(path: Path) -> str:

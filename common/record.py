@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.args import Args
 from common.events import Appended, Events
-from common.files import clear_leftovers, write_text
+from common.files import write_text
 from common.ranks import identity
 
 if TYPE_CHECKING:
@@ -122,9 +122,6 @@ class Record:
 
         Replaces the log file: whoever holds it open must open it anew.
         """
-        clear_leftovers(self.run.checkpoints)
-        clear_leftovers(self.run.samples)
-        clear_leftovers(self.run.logdir, self.run.log_file.name)
         state = self.run.state or {"epoch": 1, "global_step": 0, "val_loss": None}
         done = state["epoch"] if state["val_loss"] is not None else state["epoch"] - 1
         # An epoch's own figures stand at its last step: a checkpoint within the epoch does not count them as done.

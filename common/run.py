@@ -25,6 +25,7 @@ from common.slurm import stop_requested
 
 LOCK_PATIENCE = 20.0  # seconds; a requeued job may overlap its predecessor's end
 LOCK = ".lock"
+_NEWEST = ("latest", ckpt.LATEST)  # what a run's folder calls its newest checkpoint
 YOUNG = 60.0  # seconds in which a folder that says nothing may still be about to say whose it is
 _TIMESTAMP = "%Y%m%d-%H%M%S"  # see ckpt.TIMESTAMP
 
@@ -219,8 +220,8 @@ def resume_target(
     Raises UnreadableCheckpoint if there is none, Exit(MODEL_MISMATCH) if it holds none of the `models`.
     """
     target = Path(path).absolute()
-    if target.name == ckpt.LATEST and ckpt.insist(target, lambda: ckpt.run_checkpoints(target.parent)):
-        if not target.exists():
+    if target.name in _NEWEST and ckpt.insist(target, lambda: ckpt.run_checkpoints(target.parent)):
+        if not target.with_name(ckpt.LATEST).exists():
             warn(f"passing over {target}: it points to no file")
         target = target.parent
     source, state = ckpt.read_model(target, models, warn)
@@ -260,7 +261,7 @@ def _resume(args: Args, source: Path, state: ckpt.State, warn: ckpt.Warn) -> Run
         make_output_directories(outdir, f"to go on elsewhere, copy {source.name} and --resume the copy")
         lock = _lock(folder, LOCK_PATIENCE)
         # the predecessor may have saved once more while we waited for its lock
-        newest = args.auto_resume or Path(args.resume).name in ("latest", ckpt.LATEST) or Path(args.resume).is_dir()
+        newest = args.auto_resume or Path(args.resume).name in _NEWEST or Path(args.resume).is_dir()
         source, state = (newest and ckpt.newest_readable(folder, warn)) or (source, ckpt.read_checkpoint(source))
     else:  # a copy outside any run: its training goes on as a new run
         args.adopt(state["args"])  # which may refuse: before there is a folder

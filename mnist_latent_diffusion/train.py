@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         latent_statistics = {"latent/mean": mean.mean().item(), "latent/std": std.mean().item()}
 
         # Model
-        schedules = schedules_of(args.flags(), session.device)
+        schedules = schedules_of(args.flags(), session.device, session.log.warning)
         net = model.build(args.flags(), schedules, typed=args.typed("hidden_dim"))
         args.derive(labelled=takes_labels(net))
         net.latent_mean.copy_(mean)

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         val = session.loader(val_set, args.batch_size, shuffle=False)
 
         # Model
-        schedules = schedules_of(args.flags(), session.device)
+        schedules = schedules_of(args.flags(), session.device, session.log.warning)
         net = model.build(args.flags(), schedules, typed=args.typed(*model.PARTS))
         args.derive(labelled=takes_labels(net))
         session.attach(net, steps_per_epoch=len(train), warmup=100, ema=0.999, weight_decay=0.0)

@@ -121,7 +121,7 @@ def test_the_next_older_checkpoint_is_used_and_the_damaged_one_named(tmp_path, k
     assert "checkpoint_epoch_000003.pt" in warnings[0]
     assert ckpt.open_checkpoint(run)[0] == wanted
     assert ckpt.find_latest_checkpoint(run.parent, "run-") == wanted
-    for resume in (None, str(run), str(run / "latest.pt")):
+    for resume in (None, str(run), str(run / "latest.pt"), str(run / "latest")):
         assert ckpt.resolve_resume_path(resume, True, run.parent, "run-", warnings.append) == wanted, resume
 
 

@@ -16,6 +16,7 @@ from common.flags import DPM_STEPS, SAMPLERS, check_betas
 from common.rng import generator
 
 BETAS = {"beta_start": 1e-4, "beta_end": 2e-2}
+PURE_NOISE = "drawing begins with pure noise: raise --T or --beta-end, or take --schedule cosine"
 SHAPES = [(3, 16), (2, 1, 28, 28)]
 
 
@@ -293,6 +294,22 @@ def test_min_snr_where_no_signal_is_left():
         for g in (0, 1)
     ]
     assert losses[0] == losses[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("T", "schedule", "left"), [(1000, "linear", None), (20, "cosine", None), (50, "linear", "78%")]
+)
+def test_a_schedule_that_ends_in_something_else_than_noise_is_said(T, schedule, left):
+    """Drawings of one that leaves half of the image are too grey, whatever the network has learned."""
+    said = []
+    diffusion.schedules_of(BETAS | {"T": T, "schedule": schedule}, warn=said.append)
+    assert said == ([] if left is None else [f"after 50 steps {left} of the image is left, but {PURE_NOISE}"])
+
+
+def test_both_trainers_say_it(latent_run, pixel_run):
+    for run in (latent_run, pixel_run):
+        log = (run.parent.parent / "logs" / f"{run.name}.log").read_text()
+        assert log.count(f"after 20 steps 90% of the image is left, but {PURE_NOISE}") == 1
 
 
 @pytest.mark.parametrize(

@@ -224,10 +224,11 @@ def test_labels_are_hidden_and_shown_to_a_network_that_takes_them():
     assert {tuple(labels) for _, labels in asked} == {(4, 7, 10, 10)}
 
 
-def test_a_network_may_keep_what_it_computed(write, flags, monkeypatch):
+@pytest.mark.parametrize("kept", ["{}", "[({}, 1)]", "{{'of a block': [{}]}}"])
+def test_a_network_may_keep_what_it_computed(kept, write, flags, monkeypatch):
     """Copies are made of it: at the start, in the trial of threads, and where the machine is found to be busy."""
     text = text_of(LABELLED, PIXEL).replace(
-        "return self.body(rows)", "self.last = self.body(rows)\n        return self.last"
+        "return self.body(rows)", f"out = self.body(rows)\n        self.last = {kept.format('out')}\n        return out"
     )
     assert "self.last" in text
     write(PIXEL, "keeping", text)
@@ -317,6 +318,12 @@ FAULTS = [
     ),
     (ASKED.format("again(x)"), (), NO_MODEL_SPECIFIED, "mine.py, line 9: NameError: name 'again' is not defined"),
     (ASKED.format("x[:1]"), (), NO_MODEL_SPECIFIED, "its predictor() draws with has another shape than x"),
+    (
+        ASKED.format("x").replace("self.a =", "self.file, self.a = open(__file__),"),
+        (),
+        NO_MODEL_SPECIFIED,
+        "cannot pickle",
+    ),
     ("class Denoiser: ...", (), NO_MODEL_SPECIFIED, "its Denoiser is no torch.nn.Module"),
     (SHAPES.format("x"), ("--base-ch", 16), USAGE, "--base-ch has no effect on --network mine: drop it"),
 ]

@@ -33,7 +33,7 @@ from helpers import (
     scalars,
 )
 
-from common import ckpt, record
+from common import ckpt, files, record
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, OUT_OF_MEMORY, run_main
 from common.events import Events
 from common.logger_utils import log_args_rich
@@ -157,17 +157,14 @@ def test_a_folder_in_which_weights_lie_is_never_discarded(name, tmp_path):
 def test_leftovers_of_a_killed_write_go_and_the_config_names_the_real_data(ae_run, copy_of, cache):
     folder = copy_of(ae_run)
     outdir = folder.parent.parent
-    (outdir / "logs" / ".another.log.ab.tmp").write_bytes(b"of a run that is alive")
-    leftovers = [
-        folder / ".checkpoint_epoch_000003.pt.ab.tmp",
-        outdir / "samples" / folder.name / ".epoch_000002.png.ab.tmp",
-        outdir / "logs" / f".{folder.name}.log.ab.tmp",
-    ]
-    for path in leftovers:
-        path.write_bytes(b"half")
+    dead, living = (f"{process}@{files._host()}.0123abcd.tmp" for process in (2**22 + 1, os.getpid()))
+    for path in (folder / ".checkpoint_epoch_000003.pt", outdir / "samples" / folder.name / ".epoch_000002.png"):
+        path.with_name(f"{path.name}.{dead}").write_bytes(b"half")
+    scores = folder / f".checkpoint_epoch_000002.scores.json.{living}"
+    scores.write_bytes(b"being written, by another process")
     result = call(AE, "train.py", "--resume", folder, "--epochs", 3, "--data", "auto", "--cache-dir", cache)
     assert result.code == 0, result.text
-    assert [path.name for path in outdir.rglob(".*.tmp")] == [".another.log.ab.tmp"]
+    assert list(outdir.rglob(".*.tmp")) == [scores]
     assert json.loads((folder / "config.json").read_text())["flags"]["data"]["value"] == "embedded"
 
 
@@ -569,3 +566,10 @@ def test_tensorboard_goes_on_even_where_the_clock_went_back(tmp_path, monkeypatc
         events.flush()
         now -= 3600
     assert scalars(tmp_path / "checkpoints" / "run") == {"x": [(0, 1.0), (10, 2.0), (11, 4.0), (21, 5.0)]}
+
+
+def test_tensorboard_has_the_loss_of_a_step_in_fifty_whatever_an_epoch_has(tiny, tmp_path):
+    """Also where an epoch's first step is the one in fifty: 2 steps an epoch."""
+    few = ("--batch-size", 225, "--epochs", 30, "--keep-ckpts", 1, "--outdir", tmp_path)
+    assert call(AE, "train.py", "--model", "mlp", *tiny, *few).code == 0
+    assert [step for step, _ in scalars(only_run(tmp_path))["loss/step"]] == [1, 51]

@@ -16,7 +16,7 @@ from helpers import REPO, environment
 from PIL import Image
 from serving import Server, talk
 
-from common import load, picture
+from common import ckpt, load, picture
 from common.images import to_bytes
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -316,6 +316,28 @@ def test_the_training_of_a_run(visit, runs):
     page.wait_for_function("() => document.getElementById('epoch-picture').naturalWidth > 28")
     page.select_option("#run", runs["ddpm"].name)
     says(page, "#no-epochs", "--generate-images")
+
+
+def test_a_network_without_labels_draws(visit, runs, copy_of):
+    folder = copy_of(runs["ddpm"])
+    for _, path in ckpt.run_checkpoints(folder):
+        state = ckpt.read_checkpoint(path)
+        state["args"] |= {"labelled": False, "only_digit": None}
+        ckpt.save_checkpoint(path, state)
+    server = Server(folder)
+    says(visit("#count=4&steps=3", of=server), "#draw-said", "4 digits in .* epoch 1")
+    server.process.kill()
+    server.process.wait()
+
+
+def test_files_are_made_one_at_a_time(visit, runs):
+    page = visit(f"#run={runs['ddpm'].name}&count=144&steps=20&sampler=ddpm")
+    says(page, "#draw-said", "144 digits")
+    buttons = "[...document.querySelectorAll('[data-form], [data-sketch]')]"
+    with page.expect_download() as download:
+        able = page.evaluate(f"() => {{ {buttons}[0].click(); return {buttons}.filter(one => !one.disabled).length; }}")
+    assert (able, download.value.suggested_filename[-4:]) == (0, ".png")
+    page.wait_for_function(f"() => {buttons}.every(one => !one.disabled)")
 
 
 def test_two_tabs_do_not_disturb_each_other(visit, runs):

@@ -2,10 +2,10 @@
 
 import { paint, SIZE, size } from "./grid.js";
 import { set, state } from "./state.js";
-import { button, byId, copied, element, save } from "./page.js";
+import { button, byId, copied, element, say, take } from "./page.js";
 
 export const COUNTS = [1, 4, 9, 16, 25, 36, 49, 64, 81, 100, 144];
-export const STEPS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500, 750, 1000];
+const STEPS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500, 750, 1000];
 const PLAYING = 4000; // milliseconds from noise to digit
 const END = 1000; // of the scrubber
 const ANY = "any";
@@ -22,7 +22,10 @@ export class Draw {
     byId("moment").oninput = () => { this.pause(); this.show(); };
     byId("play").onclick = () => (this.playing ? this.pause() : this.start());
     byId("link").onclick = () => copied(byId("link"), location.href);
-    for (const take of document.querySelectorAll("[data-form]")) take.onclick = () => this.take(take);
+    for (const one of document.querySelectorAll("[data-form]")) one.onclick = () => {
+      const wish = { run: this.run.id, form: one.dataset.form, drawing: this.sides[0].settings() };
+      take(this.link, one, wish, (text) => say("draw-said", text, true));
+    };
   }
 
   // A run was chosen, or the address was changed: show its settings, and draw.
@@ -83,21 +86,16 @@ export class Draw {
   }
 
   receive(header, pixels) {
-    if (header.error) return this.say(header.error, true);
+    if (header.error) return say("draw-said", header.error, true);
     if (header.last) return;
     const side = this.sides[header.side];
     side.receive(header, pixels);
-    if ("progress" in header) this.say(`step ${header.progress} of ${header.steps}`);
+    if ("progress" in header) say("draw-said", `step ${header.progress} of ${header.steps}`);
     if (header.left === 0) {
       this.run.epoch = header.epoch;
-      this.say(`${counted(header.labels.length, "digit")} in ${header.seconds.toFixed(2)} s, epoch ${header.epoch}`);
+      say("draw-said", `${counted(header.count, "digit")} in ${header.seconds.toFixed(2)} s, epoch ${header.epoch}`);
     }
     this.show();
-  }
-
-  say(text, fault = false) {
-    byId("draw-said").textContent = text;
-    byId("draw-said").classList.toggle("fault", fault);
   }
 
   // Show the moment of the scrubber, once for each of the screen's frames.
@@ -134,17 +132,6 @@ export class Draw {
   button() {
     byId("play").textContent = this.playing ? "\u23F8\uFE0E" : "\u25B6\uFE0E";
     byId("play").setAttribute("aria-label", this.playing ? "Pause" : "Play the steps");
-  }
-
-  take(button) {
-    const name = button.textContent;
-    button.disabled = true;
-    this.link.ask("take", { run: this.run.id, form: button.dataset.form, drawing: this.sides[0].settings() }, (header, pixels) => {
-      if (header.error) this.say(header.error, true);
-      else if (header.last) save(header.name, pixels);
-      else button.textContent = `${Math.round((100 * header.progress) / header.steps)} %`;
-      if (header.last) Object.assign(button, { disabled: false, textContent: name });
-    });
   }
 }
 
@@ -213,7 +200,7 @@ class Side {
     const able = run.digits.map(String); // none: a network without labels
     const kept = able.filter((digit) => this.get("digits").includes(digit));
     if (this.get("digits") !== "") state[`${this.prefix}digits`] = (kept.length ? kept : able).join("");
-    this.choices = [...new Set([...STEPS, T, Math.min(T, Number(this.get("steps")))])].filter((n) => n >= 1 && n <= T).sort((a, b) => a - b);
+    this.choices = stepsUpTo(T, Number(this.get("steps")));
     state[`${this.prefix}steps`] = String(Math.min(T, Number(this.get("steps"))));
     this.steps.max = this.choices.length - 1;
     this.steps.value = this.choices.indexOf(Number(this.get("steps")));
@@ -265,6 +252,11 @@ class Side {
     this.painted = frame;
     return `step ${frame.steps - frame.left} of ${frame.steps}`;
   }
+}
+
+// What a slider of steps has, with these among them.
+export function stepsUpTo(T, steps) {
+  return [...new Set([...STEPS, T, Math.min(T, steps)])].filter((n) => n >= 1 && n <= T).sort((a, b) => a - b);
 }
 
 export function counted(number, word) {

@@ -32,6 +32,21 @@ export function save(name, bytes) {
   setTimeout(() => URL.revokeObjectURL(address), 10000);
 }
 
+// Ask for a file, one at a time: the buttons of all wait. fault(text): what went wrong
+export function take(link, button, wish, fault) {
+  const buttons = document.querySelectorAll("[data-form], [data-sketch]");
+  const name = button.textContent;
+  for (const each of buttons) each.disabled = true;
+  link.ask("take", wish, (header, bytes) => {
+    if (header.error) fault(header.error);
+    else if (header.last) save(header.name, bytes);
+    else button.textContent = `${Math.round((100 * header.progress) / header.steps)} %`;
+    if (!header.last) return;
+    button.textContent = name;
+    for (const each of buttons) each.disabled = false;
+  });
+}
+
 // A word now and then, not for every part of an answer.
 export function say(id, text, fault = false) {
   byId(id).textContent = text;

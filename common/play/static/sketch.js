@@ -1,8 +1,8 @@
 // A sketch: noised and denoised, or finished by the network; and what the classifier sees in it.
 
-import { COUNTS, counted, STEPS } from "./draw.js";
+import { COUNTS, counted, stepsUpTo } from "./draw.js";
 import { paint, SIZE, size } from "./grid.js";
-import { button, byId, copied, element, save, say } from "./page.js";
+import { button, byId, copied, element, save, say, take } from "./page.js";
 import { fromWord, Paper, toWord } from "./paper.js";
 import { set, state } from "./state.js";
 
@@ -34,7 +34,10 @@ export class Sketch {
     byId("sfile").onclick = () => this.file("sketch.png", this.paper.pixels);
     byId("mfile").onclick = () => this.file("mask.png", this.paper.pixels.map((value) => (value ? 0 : 255)));
     byId("teach").onclick = () => this.judge(true);
-    for (const take of document.querySelectorAll("[data-sketch]")) take.onclick = () => this.take(take);
+    for (const one of document.querySelectorAll("[data-sketch]")) one.onclick = () => {
+      const wish = { run: this.run.id, form: one.dataset.sketch, drawing: this.settings() };
+      take(this.link, one, wish, (text) => say("sketch-said", text, true));
+    };
     this.bars = [...Array(10).keys()].map((digit) => {
       const bar = element("i");
       byId("bars").append(element("div", {}, bar, element("span", { textContent: digit })));
@@ -65,7 +68,7 @@ export class Sketch {
     const finish = state.mode === "finish";
     const able = run.digits.map(String); // none: a network without labels
     if (!able.includes(state.sdigit)) state.sdigit = "";
-    this.choices = [...new Set([...STEPS, run.T, Math.min(run.T, Number(state.ssteps))])].filter((n) => n >= 1 && n <= run.T).sort((a, b) => a - b);
+    this.choices = stepsUpTo(run.T, Number(state.ssteps));
     byId("ssteps").max = this.choices.length - 1;
     byId("ssteps").value = this.choices.indexOf(Math.min(run.T, Number(state.ssteps)));
     byId("ssteps").setAttribute("aria-valuetext", state.ssteps);
@@ -147,17 +150,6 @@ export class Sketch {
     paint(canvas, pixels, 0, 1, 1, 0);
     const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
     save(name, new Uint8Array(await blob.arrayBuffer()));
-  }
-
-  take(button) {
-    const name = (button.dataset.name ??= button.textContent);
-    button.disabled = true;
-    this.link.ask("take", { run: this.run.id, form: button.dataset.sketch, drawing: this.settings() }, (header, pixels) => {
-      if (header.error) say("sketch-said", header.error, true);
-      else if (header.last) save(header.name, pixels);
-      else button.textContent = `${Math.round((100 * header.progress) / header.steps)} %`;
-      if (header.last) Object.assign(button, { disabled: false, textContent: name });
-    });
   }
 }
 
