@@ -110,6 +110,7 @@ def hub_answers() -> bool:
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     ):
         return False
+    import ssl
     from http.client import HTTPException
     from urllib.request import Request, urlopen
 
@@ -121,8 +122,9 @@ def hub_answers() -> bool:
             request = Request(f"{endpoint}/api/datasets/{MNIST_NAME}", headers={"User-Agent": "ddpm-mnist"})
             with urlopen(request, timeout=_HUB_PATIENCE) as reply:
                 answers.append(reply.status)
-        except (OSError, ValueError, HTTPException):  # a proxy may answer anything
-            pass
+        except (OSError, ValueError, HTTPException) as error:  # a proxy may answer anything
+            if isinstance(getattr(error, "reason", None), ssl.SSLError):  # the library may know other certificates
+                answers.append(None)
 
     thread = threading.Thread(target=ask, daemon=True)  # a name server that hangs ignores urlopen's timeout
     thread.start()

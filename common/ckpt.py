@@ -113,6 +113,15 @@ def _holds_an_epoch(path: Path) -> bool:
         return False
 
 
+def _is_there(path: Path) -> bool:
+    """Raises OSError where that cannot be told, which `Path.exists` calls a no from Python 3.14 on."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def relink(folder: str | Path, state: State) -> None:
     """Point latest.pt and best.pt to what `state`, the checkpoint just resumed from, knows as newest and best.
 
@@ -121,9 +130,9 @@ def relink(folder: str | Path, state: State) -> None:
     best = (state.get("best") or {}).get("epoch")
     for name, epoch in ((LATEST, state["epoch"]), (BEST, best)):
         path, target = Path(folder) / name, Path(folder) / NAME.format(epoch=epoch or 0)
-        if target.is_file() and (name == LATEST or _holds_an_epoch(target)):
+        if _is_there(target) and (name == LATEST or _holds_an_epoch(target)):
             link(target, name)
-        elif best is None or not path.exists():
+        elif best is None or not _is_there(path):
             path.unlink(missing_ok=True)  # a dangling symlink
 
 

@@ -163,6 +163,8 @@ def make_mnist_loader(
         batch_size=None,  # the sampler's "index" is a whole batch of them
         sampler=sampler,
         num_workers=num_workers,
+        # as before Python 3.14: others take seconds to begin, each epoch, and outlive a killed trainer
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         collate_fn=_into_shared_memory if num_workers else None,
         worker_init_fn=seed_worker,
         generator=torch.Generator(),  # of the workers' seeds: see `Session.batches`

@@ -61,7 +61,8 @@ def get_device(name: str | torch.device | None = None, me: Identity = ALONE) -> 
 def no_room(why: str) -> Exit:
     """What ends a run whose DataLoader workers cannot go on."""
     advice = "drop the flag, or make more room there"
-    return Exit(OUT_OF_MEMORY, f"--num-workers: workers pass batches through {SHARED_MEMORY}, and {why}; {advice}")
+    place = SHARED_MEMORY if os.path.isdir(SHARED_MEMORY) else "shared memory"  # macOS has no folder for it
+    return Exit(OUT_OF_MEMORY, f"--num-workers: workers pass batches through {place}, and {why}; {advice}")
 
 
 def check_shared_memory(workers: int) -> None:

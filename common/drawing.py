@@ -140,9 +140,15 @@ def _written(args: Any) -> list[Path]:
 
 def _spare(args: Any, *read: str | None) -> None:
     """Raises Exit(BAD_OUTPUT) if one of the files `read` would be overwritten."""
-    given = {os.path.realpath(path) for path in read if path is not None}
-    if lost := [path for path in _written(args) if os.path.realpath(path) in given]:
+    if lost := [path for path in _written(args) if any(_same_file(path, other) for other in read if other is not None)]:
         raise Exit(BAD_OUTPUT, f"{lost[0]} is read here, and would be overwritten: choose another name")
+
+
+def _same_file(one: Path, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)  # also by other names, and in other case where the disk knows none
+    except OSError:
+        return False
 
 
 def _draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str, Any]]], world: World) -> None:

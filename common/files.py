@@ -38,7 +38,7 @@ def atomic_write(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            _flush(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except RuntimeError as error:  # how torch reports a failing write, and Ctrl-C during it
@@ -89,12 +89,20 @@ def _lives(process: int) -> bool:
     return True
 
 
+def _flush(descriptor: int) -> None:
+    """Down to the disk: macOS's fsync leaves it in the drive's own cache."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    except (AttributeError, OSError):  # not macOS, or a disk that cannot
+        os.fsync(descriptor)
+
+
 def _sync_folder(folder: Path) -> None:
     """Flush the folder's own entries, so that a rename survives a power cut (a no-op where that is not possible)."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            _flush(descriptor)
         finally:
             os.close(descriptor)
 

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import inspect
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -69,7 +70,7 @@ def network_file(model: str, network: str) -> Path:
     if network == OUR_NETWORK:
         return ours
     path = ours.parent / f"{network}.py"
-    if not network.isidentifier() or not path.is_file():  # a checkpoint may say anything
+    if not network.isidentifier() or path.name not in os.listdir(path.parent):  # in this case: some disks know none
         raise _wrong(f"--network {network}: there is no {network}.py in {ours.parent.name}, beside {ours.name}")
     return path
 

@@ -18,10 +18,22 @@ _ddpm_alone() { # the command, while no other start is in one (the tasks of an a
         "$@"
     fi
 }
+_ddpm_new_enough() { # is this Python?
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
 _ddpm_create() {
     [ ! -e "$HOME/venv/ddpm/bin/activate" ] || return 0 # the last thing that is written: an interrupted one has none
+    local python
+    for python in "${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11; do
+        ! _ddpm_new_enough "$python" || break
+        [ -z "${PYTHON:-}" ] || break # that one and no other
+    done
+    _ddpm_new_enough "$python" || {
+        echo "error: ${PYTHON:-python3} is not there or too old: install Python 3.11 or newer, or set PYTHON to its path" >&2
+        return 1
+    }
     echo "creating the virtual environment ~/venv/ddpm"
-    "${PYTHON:-python3}" -m venv "$HOME/venv/ddpm"
+    "$python" -m venv "$HOME/venv/ddpm"
 }
 _ddpm_install() { # repository, stamp, requirement files
     local root="$1" stamp="$2"
@@ -36,10 +48,14 @@ _ddpm_setup() {
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         [ -e "$HOME/venv/ddpm/bin/activate" ] || _ddpm_alone _ddpm_create || return 1
+        _ddpm_new_enough "$HOME/venv/ddpm/bin/python" || {
+            echo "error: the Python of ~/venv/ddpm is gone or older than 3.11: remove that folder, and start again" >&2
+            return 1
+        }
         source "$HOME/venv/ddpm/bin/activate" || return 1
     fi
-    python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-        echo "error: $(python --version) in $(command -v python) is too old; Python 3.11 or newer is needed" >&2
+    _ddpm_new_enough python || {
+        echo "error: the Python of the active environment is not there or older than 3.11: activate another" >&2
         return 1
     }
     stamp="$(python -c 'import sys; print(sys.prefix)')/.ddpm-$(cd "$root" && cat "$@" | cksum | tr ' ' -)"

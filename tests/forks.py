@@ -182,9 +182,12 @@ class Process:
 
 
 def start(folder: str | Path, script: str, *args: object, env: dict[str, str] | None = None, group: bool = False):
-    """`helpers.start`, forked."""
+    """`helpers.start`, forked where that is safe, which it is not on macOS."""
     from helpers import environment
+    from helpers import start as start_anew
 
+    if sys.platform != "linux":
+        return start_anew(folder, script, *args, env=env, group=group)
     words = [*script.split(), *map(str, args)]
     return Process(words, REPO / folder, environment(**(env or {})), group)
 

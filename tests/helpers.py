@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
+import pytest
 import torch
 
 from common import ckpt
@@ -81,6 +82,19 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> Result:
 def run(folder: str, script: str, *args: object, env: dict[str, str] | None = None, timeout: float = 120) -> Result:
     """Run a script to its end in a process of its own."""
     return finish(start(folder, script, *args, env=env), timeout)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that process `pid` started. Skips the test where /proc does not tell."""
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("needs Linux's /proc")
+    found = []
+    for stat in os.listdir("/proc"):
+        with contextlib.suppress(OSError, ValueError):
+            text = Path(f"/proc/{int(stat)}/stat").read_text()
+            if int(text.rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat))
+    return sorted(found)
 
 
 def recipe(folder: str, script: str) -> ModuleType:

@@ -251,6 +251,31 @@ def test_the_best_that_was_saved_stays_when_a_better_one_could_not_be(tmp_path):
     assert (tmp_path / "best.pt").resolve().name == "checkpoint_epoch_000002.pt"
 
 
+def test_a_file_server_that_fails_for_a_moment_takes_no_link_away(tmp_path, monkeypatch):
+    """`Path.exists` and `is_file` call that a no, from Python 3.14 on."""
+    state = state_of(1, best={"epoch": 1, "val_loss": 0.1})
+    ckpt.save_checkpoint_and_link_latest(tmp_path, state)
+
+    def stat(path, **_how):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        for asks in ("exists", "is_file"):
+            patch.setattr(Path, asks, lambda _self: False)
+        with pytest.raises(OSError, match="Input/output"):
+            ckpt.relink(tmp_path, state)
+    assert [(tmp_path / name).resolve().name for name in (ckpt.LATEST, ckpt.BEST)] == ["checkpoint_epoch_000001.pt"] * 2
+
+
+def test_macos_is_asked_to_flush_the_drive_too(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", lambda _descriptor, what: asked.append(what))
+    atomic_write(tmp_path / "file", lambda file: file.write(b"x"))
+    assert asked == [51, 51]  # the file and its folder
+
+
 def failing(monkeypatch, names, times=10**9):
     """Reading files whose names contain one of `names` fails that often as a file server does; returns the failures."""
     failures, read_bytes = [], Path.read_bytes

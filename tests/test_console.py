@@ -207,6 +207,8 @@ def test_a_bar_begins_where_the_work_does(monkeypatch):
 @pytest.fixture
 def terminal(flags, tmp_path):
     """terminal(*words) -> (a process that trains for very long on a terminal of its own, the terminal's other end)."""
+    if shutil.which("setsid") is None:
+        pytest.skip("no setsid on this machine")
     open_ends, processes = [], []
 
     def begin(*words: str, epochs: int = 100_000) -> tuple[subprocess.Popen, int]:
@@ -295,6 +297,7 @@ sys.exit(run_main(lambda: train.main(sys.argv[1:])))
 """
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this machine")
 def test_an_unforeseen_exception_where_nobody_reads_stdout(flags, tmp_path):
     """Even then it is in the log, once on stderr, and in the exit code."""
     command = ["bash", "-c", '"$@" >/dev/full', "bash", sys.executable, "-c", FAULT, *map(str, flags)]

@@ -4,8 +4,11 @@ import io
 import itertools
 import os
 import shutil
+import ssl
+import sys
 import threading
 import time
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -123,7 +126,10 @@ def test_embedded_digits_are_no_test_of_a_run_that_learned_from_all(cache, capsy
 
 def test_workers_change_nothing(train):
     small = train.subset(torch.arange(100))
-    assert order_of(make_mnist_loader(small, 32, num_workers=2), 2) == order_of(make_mnist_loader(small, 32), 2)
+    loader = make_mnist_loader(small, 32, num_workers=2)
+    assert order_of(loader, 2) == order_of(make_mnist_loader(small, 32), 2)
+    if sys.platform == "linux":  # where others are the default from Python 3.14 on
+        assert loader.multiprocessing_context.get_start_method() == "fork"
 
 
 OTHERS = {"list": [1], "none": None, "tensor": torch.zeros(2), "empty": {}, "numbers": {"images": 1, "labels": 2}}
@@ -339,6 +345,18 @@ def test_a_hub_is_asked_for_mnist_and_answers(monkeypatch):
             monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}{path}")
             assert hub_answers() is answers
         server.shutdown()
+
+
+def test_a_hub_whose_certificate_is_unknown_here_answers(monkeypatch):
+    """What downloads brings certificates of its own: Python's may be missing, as python.org's are on a new Mac."""
+
+    def urlopen(*_args, **_how):
+        raise urllib.error.URLError(ssl.SSLCertVerificationError("unable to get local issuer certificate"))
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    assert hub_answers()
 
 
 def test_a_hub_that_talks_nonsense_does_not_answer(monkeypatch):

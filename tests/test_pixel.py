@@ -366,12 +366,47 @@ def test_an_interrupted_environment_is_made_again(tmp_path):
     assert "creating" not in second.stdout
 
 
+def test_an_old_python_makes_no_environment_and_says_what_to_do(tmp_path):
+    """`python3` may be old where newer ones are; PYTHON names one and no other; an upgrade may take one away."""
+
+    def write(name: str, code: int) -> None:
+        making = (
+            f'[ "$2" != venv ] || {{ mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo "# {name}" >"$3/bin/activate"; }}'
+        )
+        (tmp_path / name).write_text(f'#!/bin/bash\n[ "$1" != -c ] || exit {code}\n{making}\n')
+        (tmp_path / name).chmod(0o755)
+
+    def setup(**env: str) -> tuple[int, str]:
+        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), **env}
+        words = ["bash", "-c", "source common/setup_env.sh requirements.txt"]
+        done = subprocess.run(words, cwd=REPO, env=env, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    ours = tmp_path / "venv" / "ddpm"
+    for name in ("python3", "python3.14", "python3.13", "python3.12", "python3.11", "python"):
+        write(name, 1)
+    old = "is not there or too old: install Python 3.11 or newer, or set PYTHON to its path\n"
+    assert setup() == (1, f"error: python3 {old}")
+    write("python3.12", 0)
+    assert setup(PYTHON="python3.13") == (1, f"error: python3.13 {old}")
+    assert setup(PYTHON="/not/there") == (1, f"error: /not/there {old}")
+    assert not ours.exists()
+    setup()
+    assert (ours / "bin" / "activate").read_text() == "# python3.12\n"
+    (ours / "bin" / "python").unlink()
+    gone = "error: the Python of ~/venv/ddpm is gone or older than 3.11: remove that folder, and start again\n"
+    assert setup() == (1, gone)
+    active = "error: the Python of the active environment is not there or older than 3.11: activate another\n"
+    assert setup(VIRTUAL_ENV=str(tmp_path)) == (1, active)
+
+
 @pytest.mark.skipif(shutil.which("flock") is None, reason="no flock on this machine")
 def test_starts_at_once_set_up_once(tmp_path):
     """As the tasks of `sbatch --array` do on a cluster's shared home; `python` stands in for venv and pip."""
     binaries, log = tmp_path / "venv" / "ddpm" / "bin", tmp_path / "log"
     stand_in = tmp_path / "python3"
-    making = f'echo "$2" >>"{log}"; sleep 0.5; mkdir -p "{binaries}"; touch "{binaries}/activate"'
+    making = f'echo "$2" >>"{log}"; sleep 0.5; mkdir -p "{binaries}"; cp "$0" "{binaries}/python"'
+    making += f'; touch "{binaries}/activate"'
     stand_in.write_text(f'#!/bin/bash\n[ "$1" != -m ] || {{ {making}; }}\necho "{tmp_path}"\n')
     stand_in.chmod(0o755)
     (tmp_path / "python").symlink_to(stand_in)

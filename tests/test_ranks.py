@@ -8,14 +8,25 @@ import shutil
 import signal
 import socket
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from forks import start
-from helpers import AE, LATENT, PIXEL, Result, assert_same_training, call, finish, metrics, newest_state, only_run
+from helpers import (
+    AE,
+    LATENT,
+    PIXEL,
+    Result,
+    assert_same_training,
+    call,
+    children,
+    finish,
+    metrics,
+    newest_state,
+    only_run,
+)
 from torch import nn
 
 from common import ckpt, ranks
@@ -33,6 +44,7 @@ from common.error_codes import (
 )
 from common.learner import Learner
 from common.modules import module_of
+from common.threads import available
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node"
 GONE = 60  # seconds
@@ -364,17 +376,6 @@ def one_process(flags, outdir):
     return only_run(outdir)
 
 
-def children(pid: int) -> list[int]:
-    """The processes that process `pid` started."""
-    found = []
-    for stat in os.listdir("/proc"):
-        with contextlib.suppress(OSError, ValueError):
-            text = Path(f"/proc/{int(stat)}/stat").read_text()
-            if int(text.rpartition(")")[2].split()[1]) == pid:
-                found.append(int(stat))
-    return sorted(found)
-
-
 # --- stops ---
 
 
@@ -634,7 +635,7 @@ def test_all_wait_while_the_first_one_trains_the_classifier(latent_run, copy_of,
     env = {"DDPM_RANK_PATIENCE": "4", "SLURM_CPUS_PER_TASK": "2", **moved}
     results = Launched(".", 2, SLOW_TO_JUDGE, *given, script="-c", **env).finish()
     assert [result.code for result in results] == [0, 0], results
-    threads = min(2, len(os.sched_getaffinity(0)))
+    threads = min(2, available())
     assert [result.text.splitlines()[-1] for result in results] == [f"threads: {threads}"] * 2
     same = ("--threads", threads)  # else some processors give other last bits
     given = ("--ckpt", run / "checkpoint_epoch_000001.pt", *flags, tmp_path / "one.json", *same)

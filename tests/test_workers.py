@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from helpers import AE, LATENT, PIXEL, REPO, Result, call, environment, finish, start
+from helpers import AE, LATENT, PIXEL, REPO, Result, call, children, environment, finish, start
 from torch.utils.data import DataLoader
 
 from common.device import memory_in_one_line
@@ -118,30 +118,27 @@ def test_enough_shared_memory_or_no_workers(size, workers, with_shared_memory, t
     assert result.code == 0, result.text
 
 
-def children(pid: int) -> list[int]:
-    """The processes that `pid` has started."""
-    return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL])
 def test_a_worker_that_is_killed_ends_the_run_with_one_line(number, tiny, tmp_path):
     """As the kernel does, to a process that writes to shared memory that is not there, or when memory runs out."""
     flags = ("--model", "mlp", "--epochs", 100000, "--num-workers", 2, "--outdir", tmp_path, *tiny, "--batch-size", 1)
     process = start(AE, "train.py", *flags)
-    deadline = time.monotonic() + 60
-    while len(workers := children(process.pid)) < 2:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no workers"
-        time.sleep(0.01)
-    time.sleep(0.5)
-    for _ in range(3):  # nobody misses one that dies when its epoch is just over
-        os.kill(workers[-1], number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-            break
-        workers = children(process.pid)
-    result = finish(process, 60)
+    try:
+        deadline = time.monotonic() + 60
+        while len(workers := children(process.pid)) < 2:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "no workers"
+            time.sleep(0.01)
+        time.sleep(0.5)
+        for _ in range(3):  # nobody misses one that dies when its epoch is just over
+            os.kill(workers[-1], number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+                break
+            workers = children(process.pid)
+        result = finish(process, 60)
+    finally:
+        process.kill()
     assert (result.code, result.text.count("error: --num-workers")) == (OUT_OF_MEMORY, 1), result.text
     assert "Traceback" not in result.text
 
