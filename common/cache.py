@@ -123,7 +123,9 @@ def hub_answers() -> bool:
             with urlopen(request, timeout=_HUB_PATIENCE) as reply:
                 answers.append(reply.status)
         except (OSError, ValueError, HTTPException) as error:  # a proxy may answer anything
-            if isinstance(getattr(error, "reason", None), ssl.SSLError):  # the library may know other certificates
+            if isinstance(
+                getattr(error, "reason", None), ssl.SSLCertVerificationError
+            ):  # the library may know other certificates
                 answers.append(None)
 
     thread = threading.Thread(target=ask, daemon=True)  # a name server that hangs ignores urlopen's timeout

@@ -90,11 +90,10 @@ def _lives(process: int) -> bool:
 
 
 def _flush(descriptor: int) -> None:
-    """Down to the disk: macOS's fsync leaves it in the drive's own cache."""
-    try:
+    """Down to the disk: macOS's fsync leaves it in the drive's own cache, if that can do more."""
+    os.fsync(descriptor)
+    with contextlib.suppress(AttributeError, OSError):
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    except (AttributeError, OSError):  # not macOS, or a disk that cannot
-        os.fsync(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -70,7 +70,8 @@ def network_file(model: str, network: str) -> Path:
     if network == OUR_NETWORK:
         return ours
     path = ours.parent / f"{network}.py"
-    if not network.isidentifier() or path.name not in os.listdir(path.parent):  # in this case: some disks know none
+    if not network.isidentifier() or not path.is_file() or path.name not in os.listdir(path.parent):
+        # a checkpoint may say anything; and some disks find a file by its name in another case
         raise _wrong(f"--network {network}: there is no {network}.py in {ours.parent.name}, beside {ours.name}")
     return path
 
@@ -209,21 +210,22 @@ def _try(net: nn.Module, shape: tuple[int, ...], schedules: Schedules, path: Pat
 def let_go(net: nn.Module) -> None:
     """Detach what a forward kept in attributes of its graph, of which no copy can be made as of the network."""
     for module in net.modules():
-        _detached(vars(module))
+        _detached(vars(module), set())
 
 
-def _detached(kept: Any) -> Any:
-    """What was kept, with its tensors detached: those of lists and dicts in place."""
+def _detached(kept: Any, seen: set[int]) -> Any:
+    """What was kept, with its tensors detached: those of lists and dicts, each looked into once, in place."""
     import torch
 
     if isinstance(kept, torch.Tensor):
         return kept if kept.is_leaf else kept.detach()
     if type(kept) is tuple:
-        return tuple(map(_detached, kept))
-    if type(kept) is list:
-        kept[:] = map(_detached, kept)
-    elif type(kept) is dict:
-        kept.update({name: _detached(value) for name, value in kept.items()})
+        return tuple(_detached(one, seen) for one in kept)
+    if type(kept) not in (list, dict) or id(kept) in seen:
+        return kept
+    seen.add(id(kept))
+    for place, one in list(kept.items() if type(kept) is dict else enumerate(kept)):
+        kept[place] = _detached(one, seen)
     return kept
 
 

@@ -331,7 +331,7 @@ class Session:
         if self.device.type == "cpu":
             self._look_at_losses()
         lr = self.learner.step(number)
-        if self.at.global_step % LOOK_EVERY == 1:  # so that no number of steps an epoch puts all of them at its first
+        if self.at.global_step % LOOK_EVERY == 1:  # no number of steps above one makes all of these an epoch's first
             self._look_at_losses()
             if self.at.batch:  # at the step's own index: below any purge_step
                 self.record.scalars({"loss/step": self._last_loss, "lr": lr}, self.at.global_step)

@@ -224,7 +224,7 @@ def test_labels_are_hidden_and_shown_to_a_network_that_takes_them():
     assert {tuple(labels) for _, labels in asked} == {(4, 7, 10, 10)}
 
 
-@pytest.mark.parametrize("kept", ["{}", "[({}, 1)]", "{{'of a block': [{}]}}"])
+@pytest.mark.parametrize("kept", ["{}", "[({}, 1)]", "{{'of a block': [{}], 'itself': self.__dict__}}"])
 def test_a_network_may_keep_what_it_computed(kept, write, flags, monkeypatch):
     """Copies are made of it: at the start, in the trial of threads, and where the machine is found to be busy."""
     text = text_of(LABELLED, PIXEL).replace(

@@ -325,9 +325,11 @@ def test_a_network_without_labels_draws(visit, runs, copy_of):
         state["args"] |= {"labelled": False, "only_digit": None}
         ckpt.save_checkpoint(path, state)
     server = Server(folder)
-    says(visit("#count=4&steps=3", of=server), "#draw-said", "4 digits in .* epoch 1")
-    server.process.kill()
-    server.process.wait()
+    try:
+        says(visit("#count=4&steps=3", of=server), "#draw-said", "4 digits in .* epoch 1")
+    finally:
+        server.process.kill()
+        server.process.wait()
 
 
 def test_files_are_made_one_at_a_time(visit, runs):
