@@ -123,9 +123,8 @@ def hub_answers() -> bool:
             with urlopen(request, timeout=_HUB_PATIENCE) as reply:
                 answers.append(reply.status)
         except (OSError, ValueError, HTTPException) as error:  # a proxy may answer anything
-            if isinstance(
-                getattr(error, "reason", None), ssl.SSLCertVerificationError
-            ):  # the library may know other certificates
+            # the library brings certificates of its own
+            if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
                 answers.append(None)
 
     thread = threading.Thread(target=ask, daemon=True)  # a name server that hangs ignores urlopen's timeout
