@@ -14,7 +14,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # see helpers.environment
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
-from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, PIXEL, Result, call, only_run, run
+from helpers import AE, CLOSED_PORT, FULL_MNIST, LATENT, PIXEL, SMALL, Result, call, only_run, run
 
 # these take minutes: they begin first, so that the processes of run.sh end at about the same time
 LONG = (
@@ -159,7 +159,7 @@ def latent_run(made_run, tiny_latent) -> Path:
 @pytest.fixture(scope="session")
 def pixel_run(made_run, tiny) -> Path:
     """The run folder of a pixel diffusion, 1 epoch."""
-    return made_run("pixel", call, PIXEL, "--epochs", 1, "--base-ch", 8, "--T", 20, *tiny)
+    return made_run("pixel", call, PIXEL, "--epochs", 1, *SMALL, "--T", 20, *tiny)
 
 
 @pytest.fixture

@@ -192,5 +192,12 @@ def start(folder: str | Path, script: str, *args: object, env: dict[str, str] | 
     return Process(words, REPO / folder, environment(**(env or {})), group)
 
 
+def run(folder: str | Path, script: str, *args: object, env: dict[str, str] | None = None, timeout: float = 120):
+    """`helpers.run`, forked in the same way."""
+    from helpers import finish
+
+    return finish(start(folder, script, *args, env=env), timeout)
+
+
 if __name__ == "__main__":
     serve(socket.socket(fileno=int(sys.argv[1])))

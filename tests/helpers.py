@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 REPO = Path(__file__).resolve().parent.parent
 FULL_MNIST = REPO.parent / "shared" / "mnist" / "hf_cache"
 AE, LATENT, PIXEL = "mnist_ae", "mnist_latent_diffusion", "mnist_single_digit"
+SMALL = ("--base-ch", 8, "--dense-dim", 16)  # a pixel network that trains and saves quickly
 TIMES = ("seconds", "images_per_second", "timestamp")
 CLOSED_PORT = "http://127.0.0.1:9"  # a hub that nobody can reach
 

@@ -8,8 +8,8 @@ import re
 import shutil
 
 import pytest
-from forks import start
-from helpers import AE, LATENT, PIXEL, REPO, call, finish, only_run
+from forks import run
+from helpers import AE, LATENT, PIXEL, REPO, SMALL, call, only_run
 
 from common import classifier
 
@@ -37,14 +37,14 @@ def test_a_noise_schedule_is_added_as_the_page_says(tiny, tmp_path):
     assert last.split(" for ")[0] == last_line.split(" for ")[0]
     tests.write_text(tests.read_text() + "\n\n" + test)
     name = re.search(r"def test_(\w+)", test)[1]
-    checked = finish(start(copy, "-m pytest", "-q", "-p", "no:cacheprovider", tests, "-k", name))
+    checked = run(copy, "-m pytest", "-q", "-p", "no:cacheprovider", tests, "-k", name)
     assert "1 passed" in checked.text, checked.text
     words = re.search(r"train.py (.*?)\)", section("A noise schedule"))[1].split()
-    trained = finish(start(copy / PIXEL, "train.py", *words, *tiny, "--T", 20, "--epochs", 1, "--outdir", tmp_path))
+    trained = run(copy / PIXEL, "train.py", *words, *tiny, "--T", 20, "--epochs", 1, "--outdir", tmp_path)
     assert trained.code == 0, trained.text
     config = json.loads((only_run(tmp_path) / "config.json").read_text())
     assert config["flags"]["schedule"]["value"] == "sigmoid"
-    drawn = finish(start(copy / PIXEL, "infer.py", "--ckpt", only_run(tmp_path), "--n", 2, "--out", tmp_path / "a.png"))
+    drawn = run(copy / PIXEL, "infer.py", "--ckpt", only_run(tmp_path), "--n", 2, "--out", tmp_path / "a.png")
     assert drawn.code == 0, drawn.text
 
 
@@ -53,7 +53,7 @@ def rows(tiny, tiny_latent, tmp_path, monkeypatch):
     """By experiment, the rows in metrics.jsonl of a run that is scored in its second epoch."""
     monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: classifier.DigitClassifier().eval())
     cache = shutil.copytree(tiny[3] / "decoded", tmp_path / "cache" / "decoded").parent
-    own = {AE: ("--model", "mlp", *tiny), LATENT: tiny_latent, PIXEL: ("--base-ch", 8, "--fine-ch", 0, "--T", 4, *tiny)}
+    own = {AE: ("--model", "mlp", *tiny), LATENT: tiny_latent, PIXEL: (*SMALL, "--fine-ch", 0, "--T", 4, *tiny)}
     found = {}
     for folder, flags in own.items():
         more = ("--epochs", 2, "--eval-every", 2, "--cache-dir", cache, "--outdir", tmp_path / folder)

@@ -6,7 +6,22 @@ import shutil
 import sys
 
 import pytest
-from helpers import AE, LATENT, PIXEL, REPO, call, environment, finish, inside, make_run, only_run, recipe, run, start
+from helpers import (
+    AE,
+    LATENT,
+    PIXEL,
+    REPO,
+    SMALL,
+    call,
+    environment,
+    finish,
+    inside,
+    make_run,
+    only_run,
+    recipe,
+    run,
+    start,
+)
 
 from common import error_codes, slurm
 from common.args import Parser, named_path
@@ -256,7 +271,7 @@ def test_help_shows_every_flag_of_the_specification():
 
 def started(folder, way, tiny, ae_run, outdir) -> list[tuple[int, str]]:
     """Training and drawing in an experiment, started in one of the ways that Python has."""
-    trainers = {AE: ("--model", "mlp"), LATENT: ("--ae-ckpt", ae_run, "--T", 20), PIXEL: ("--base-ch", 8, "--T", 20)}
+    trainers = {AE: ("--model", "mlp"), LATENT: ("--ae-ckpt", ae_run, "--T", 20), PIXEL: (*SMALL, "--T", 20)}
     steps = [("train", (*trainers[folder], *tiny, "--epochs", 1, "--outdir", outdir))]
     steps.append(("infer", ("--ckpt", outdir, "--output", outdir / "x.png", *(tiny[:4] if folder == AE else ()))))
     steps += [("run_tsne", ("--help",))] if folder == AE else []

@@ -12,6 +12,7 @@ from helpers import (
     AE,
     LATENT,
     PIXEL,
+    SMALL,
     assert_same,
     assert_same_training,
     call,
@@ -34,7 +35,7 @@ RECIPES = {
     "ae-mlp": (AE, "--model", "mlp"),
     "ae-conv": (AE, "--model", "conv"),
     "latent": (LATENT, "--T", 20, "--hidden-dim", 16, "--samples-per-epoch", 4),
-    "pixel": (PIXEL, "--base-ch", 8, "--T", 20, "--samples-per-epoch", 4),
+    "pixel": (PIXEL, *SMALL, "--T", 20, "--samples-per-epoch", 4),
 }
 KINDS = ("mps", "cuda")
 STEPS = 13  # an epoch: 405 threes in batches of 32

@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from forks import start
 from helpers import (
     AE,
     LATENT,
@@ -25,7 +26,6 @@ from helpers import (
     newest_state,
     only_run,
     scalars,
-    start,
 )
 
 from common import ckpt

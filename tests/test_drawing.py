@@ -11,7 +11,8 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
-from helpers import AE, LATENT, PIXEL, call, run
+from forks import run
+from helpers import AE, LATENT, PIXEL, call
 from PIL import Image
 
 from common import curves, drawing, record, sampling

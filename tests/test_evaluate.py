@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from forks import start
-from helpers import AE, LATENT, PIXEL, REPO, call, finish, newest_state, only_run, run
+from forks import run
+from helpers import AE, LATENT, PIXEL, REPO, SMALL, call, newest_state, only_run
 from scipy.linalg import sqrtm
 
 from common import ckpt, classifier, evaluate, metrics, mnist
@@ -155,7 +155,7 @@ def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
     few = [line for line in plain.text.splitlines() if "of only 25" in line]
     assert [line.split()[0] for line in few] == ["fid", "imbalance"]
     assert "'real' is of 25 digits, 'value' of 200 images: too few to compare with" in plain.text
-    best = finish(start(".", "-m common.find_best_ckpt", folder, "--metric", "fid", "--print-path-only"))
+    best = run(".", "-m common.find_best_ckpt", folder, "--metric", "fid", "--print-path-only")
     assert str(folder / "checkpoint_epoch_000002.pt") in best.text
 
 
@@ -231,7 +231,7 @@ def test_wrong_flags_are_told_before_anything_is_trained(latent_run, flags, code
 
 @pytest.mark.parametrize("folder", [AE, LATENT, PIXEL])
 def test_scores_during_training(folder, tiny, tiny_latent, judged, tmp_path):
-    pixel = ("--base-ch", 8, "--fine-ch", 0, "--T", 4, *tiny)
+    pixel = (*SMALL, "--fine-ch", 0, "--T", 4, *tiny)
     own = {AE: ("--model", "mlp", *tiny), LATENT: tiny_latent, PIXEL: pixel}[folder]
     result = call(folder, "train.py", *own, "--epochs", 2, "--eval-every", 2, "--outdir", tmp_path)
     assert result.code == 0, result.text

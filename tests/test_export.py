@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers import AE, LATENT, PIXEL, REPO, assert_same, call, newest_state, only_run, run
+from forks import run
+from helpers import AE, LATENT, PIXEL, REPO, assert_same, call, newest_state, only_run
 from PIL import Image
 
 from common import ckpt, load

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from helpers import AE, LATENT, assert_same, call, newest_state, only_run, run
+from forks import run
+from helpers import AE, LATENT, assert_same, call, newest_state, only_run
 from torch import nn
 
 from common.ckpt import run_checkpoints

@@ -8,7 +8,7 @@ import shutil
 from time import sleep
 
 import pytest
-from helpers import AE, LATENT, call, state_of
+from helpers import AE, LATENT, call, newest_state, state_of
 
 from common import ckpt, files
 from common import run as run_module
@@ -432,6 +432,24 @@ def test_the_lock_waits_for_a_predecessor_to_end(tmp_path):
     context.Process(target=lambda: (ready.wait(), done.wait(1), done.set())).start()
     run_module._lock(tmp_path, 30).close()
     holder.join()
+
+
+@pytest.mark.parametrize("place", ["", "latest", "checkpoint_epoch_000001.pt"])
+def test_a_resume_takes_what_was_saved_while_it_waited_unless_it_names_one_checkpoint(
+    place, latent_run, copy_of, tmp_path, monkeypatch
+):
+    folder, lock = copy_of(latent_run), run_module._lock
+    newest = (folder / "checkpoint_epoch_000002.pt").rename(tmp_path / "newest.pt")
+    ckpt.relink(folder, ckpt.read_checkpoint(folder / "checkpoint_epoch_000001.pt"))
+
+    def lock_at_last(*what):
+        newest.rename(folder / "checkpoint_epoch_000002.pt")
+        return lock(*what)
+
+    monkeypatch.setattr(run_module, "_lock", lock_at_last)
+    result = call(LATENT, "train.py", "--resume", folder / place, "--epochs", 2, "--device", "cpu")
+    assert ("already finished" in result.text) == (not place.startswith("checkpoint")), result.text
+    assert newest_state(folder)["epoch"] == 2
 
 
 def test_a_dead_process_holds_no_lock(latent_run, copy_of, tiny):

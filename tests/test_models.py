@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from helpers import AE, LATENT, PIXEL, call, recipe, run
+from forks import run
+from helpers import AE, LATENT, PIXEL, call, recipe
 from PIL import Image
 
 from common.autoencoder import build_autoencoder, read_autoencoder

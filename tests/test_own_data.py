@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import AE, LATENT, PIXEL, assert_same_training, call, newest_state, only_run
+from helpers import AE, LATENT, PIXEL, SMALL, assert_same_training, call, newest_state, only_run
 
 from common import ckpt, classifier, data, load, mnist, own_data
 from common.cache import decoded_path, keep
@@ -160,7 +160,7 @@ def test_it_is_scored_by_a_classifier_of_its_own(autoencoder, latent, file, quic
 def test_pixels_of_it_and_scores_during_training(file, quick, tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: classifier.DigitClassifier().eval())
     where = ("--data", file, *quick, "--outdir", tmp_path, "--cache-dir", tmp_path / "cache")
-    result = call(PIXEL, "train.py", *where, "--T", 4, "--base-ch", 8, "--fine-ch", 0, "--epochs", 1, "--eval-every", 1)
+    result = call(PIXEL, "train.py", *where, "--T", 4, *SMALL, "--fine-ch", 0, "--epochs", 1, "--eval-every", 1)
     assert result.code == OK, result.text
     assert "agreement_labelled" in newest_state(only_run(tmp_path))["scores"]
 

@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from forks import start
-from helpers import AE, LATENT, PIXEL, REPO, assert_same_training, call, finish, newest_state, only_run
+from forks import run
+from helpers import AE, LATENT, PIXEL, REPO, assert_same_training, call, newest_state, only_run
 
 from common import ckpt, classifier, diffusion, load, modules, sampling, threads
 from common.error_codes import MODEL_MISMATCH, NO_MODEL_SPECIFIED, OK, USAGE
@@ -91,20 +91,20 @@ def test_a_file_beside_model_py_is_all_it_takes(tiny, copy, tmp_path):
     """In a copy of the repository, by real processes: train, draw, load."""
     (copy / PIXEL / "mine.py").write_text(text_of(LABELLED, PIXEL))
 
-    def run(folder, script, *words):
-        result = finish(start(copy / folder, script, *words, env={"PYTHONPATH": str(copy)}))
+    def done(folder, script, *words):
+        result = run(copy / folder, script, *words, env={"PYTHONPATH": str(copy)})
         assert result.code == OK, result.text
         return result.text
 
     given = ("--network", "mine.py", "--T", 20, *tiny, "--epochs", 1, "--outdir", tmp_path, "--generate-images")
-    run(PIXEL, "train.py", *given)
+    done(PIXEL, "train.py", *given)
     folder = only_run(tmp_path, "ddpm-mine-d3-*")
     assert (tmp_path / "samples" / folder.name / "epoch_000001.png").is_file()
-    run(PIXEL, "infer.py", "--ckpt", folder, "--n", 4, "--digit", 3, "--output", tmp_path / "a.png")
+    done(PIXEL, "infer.py", "--ckpt", folder, "--n", 4, "--digit", 3, "--output", tmp_path / "a.png")
     (tmp_path / "program.py").write_text(
         f"from common import load\nprint(load({str(folder)!r}, 'cpu').draw([3, 3]).shape)"
     )
-    assert "[2, 1, 28, 28]" in run(".", str(tmp_path / "program.py"))
+    assert "[2, 1, 28, 28]" in done(".", str(tmp_path / "program.py"))
 
 
 @pytest.mark.slow
@@ -118,11 +118,11 @@ def test_two_processes_share_a_network_and_data_of_ones_own(copy, tmp_path):
     two = "-m torch.distributed.run --standalone --nproc-per-node 2"
     for launcher in ("", two):
         where = ("--epochs", 1, "--device", "cpu", "--outdir", tmp_path / f"out{len(launcher)}")
-        done = finish(start(copy / PIXEL, f"{launcher} train.py", *given, *where), timeout=300)
+        done = run(copy / PIXEL, f"{launcher} train.py", *given, *where, timeout=300)
         assert done.code == OK, done.text
     assert_same_training(*(only_run(tmp_path / f"out{len(launcher)}") for launcher in ("", two)))
     (copy / PIXEL / "mine.py").write_text("")
-    wrong = finish(start(copy / PIXEL, f"{two} train.py", *given, "--outdir", tmp_path / "wrong"), timeout=300)
+    wrong = run(copy / PIXEL, f"{two} train.py", *given, "--outdir", tmp_path / "wrong", timeout=300)
     assert wrong.code != OK
     assert [line for line in wrong.errors if "Denoiser" in line] == wrong.errors[:1]
     assert not list(tmp_path.glob("wrong/checkpoints/*"))
@@ -376,8 +376,8 @@ def test_networks_are_not_taken_for_one_another(write, flags, tmp_path):
     result = call(PIXEL, "train.py", *given, "--network", "mine")
     assert "which has --network model, not mine" in result.text
     (mine,) = set((tmp_path / "out" / "checkpoints").iterdir()) - {ours}
-    for run, network, other in ((ours, "mine", "model"), (mine, "model", "mine")):
-        result = call(PIXEL, "train.py", "--resume", run, "--network", network, "--epochs", 2)
+    for begun, network, other in ((ours, "mine", "model"), (mine, "model", "mine")):
+        result = call(PIXEL, "train.py", "--resume", begun, "--network", network, "--epochs", 2)
         assert (result.code, len(result.text.splitlines())) == (MODEL_MISMATCH, 1), result.text
         assert f"--network {network} contradicts the run to be resumed, which has {other}" in result.text
     result = call(PIXEL, "infer.py", "--ckpt", ours, "--n", 2, "--output", tmp_path / "a.png")

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from helpers import AE, LATENT, PIXEL, REPO, call, newest_state, only_run, scalars
+from helpers import AE, LATENT, PIXEL, REPO, SMALL, call, newest_state, only_run, scalars
 from PIL import Image
 
 from common import ckpt
@@ -24,7 +24,7 @@ from common.sampling import reverse_steps
 @pytest.fixture(scope="module")
 def flags(tiny):
     """Flags of a small pixel run."""
-    return (*tiny, "--batch-size", 32, "--epochs", 2, "--base-ch", 8, "--T", 20, "--samples-per-epoch", 4)
+    return (*tiny, "--batch-size", 32, "--epochs", 2, *SMALL, "--T", 20, "--samples-per-epoch", 4)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def net(request):
     return net
 
 
-def test_a_checkpoint_from_before_three_flags_draws_and_resumes(flags, tmp_path):
+def test_a_checkpoint_from_before_three_flags_draws_and_resumes(flags, tiny, tmp_path):
     result = call(PIXEL, "train.py", *flags, "--epochs", 1, "--fine-ch", 0, "--dense-dim", 0, "--outdir", tmp_path)
     assert result.code == 0, result.text
     folder = only_run(tmp_path)
@@ -56,7 +56,7 @@ def test_a_checkpoint_from_before_three_flags_draws_and_resumes(flags, tmp_path)
     torch.save(state, path)
     drawn = call(PIXEL, "infer.py", "--ckpt", folder, "--n", 2, "--out", tmp_path / "a.png")
     assert drawn.code == 0, drawn.text
-    result = call(PIXEL, "train.py", *flags, "--epochs", 2, "--resume", folder, "--outdir", tmp_path)
+    result = call(PIXEL, "train.py", *tiny[:4], "--device", "cpu", "--epochs", 2, "--resume", folder)
     assert result.code == 0, result.text
     assert [newest_state(folder)["args"][name] for name in ("fine_ch", "dense_dim", "attention")] == [0, 0, True]
     for words in (("--fine-ch", 8), ("--dense-dim", 1), ("--seed", 0), ("--no-attention",)):
@@ -79,11 +79,11 @@ def test_without_attention_it_trains_resumes_and_draws(flags, tmp_path):
 
 def test_a_dense_layer_trains_resumes_and_draws(flags, tmp_path):
     for epochs in (1, 2):
-        own = (*flags, "--dense-dim", 16, "--epochs", epochs, "--auto-resume", "--outdir", tmp_path)
+        own = (*flags, "--dense-dim", 24, "--epochs", epochs, "--auto-resume", "--outdir", tmp_path)
         result = call(PIXEL, "train.py", *own)
         assert result.code == 0, result.text
         weights = newest_state(only_run(tmp_path))["model"]
-        assert weights["dense.first.layer.weight"].shape == (16, 16 * 49)
+        assert weights["dense.first.layer.weight"].shape == (24, 16 * 49)
     drawn = call(PIXEL, "infer.py", "--ckpt", tmp_path / "checkpoints", "--n", 2, "--out", tmp_path / "a.png")
     assert drawn.code == 0, drawn.text
 
@@ -225,7 +225,7 @@ def job(tiny, tmp_path):
             "OMP_NUM_THREADS": "1",
             **env,
         }
-        command = ["bash", REPO / PIXEL / "job.sh", *map(str, tiny), "--base-ch", "8", "--epochs=500", *flags]
+        command = ["bash", REPO / PIXEL / "job.sh", *map(str, (*tiny, *SMALL)), "--epochs=500", *flags]
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         jobs.append(subprocess.Popen(command, env=environment, cwd="/", **output))
         return jobs[-1]

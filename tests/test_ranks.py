@@ -19,6 +19,7 @@ from helpers import (
     AE,
     LATENT,
     PIXEL,
+    SMALL,
     Result,
     assert_same_training,
     call,
@@ -62,7 +63,7 @@ def flags(tiny, ae_run):
     own = {
         AE: ("--model", "conv", "--latent-dim", 4, "--batch-size", 67),
         LATENT: ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16, "--batch-size", 67),
-        PIXEL: ("--base-ch", 8, "--fine-ch", 0, "--T", 20, "--batch-size", 22, *shown),
+        PIXEL: (*SMALL, "--fine-ch", 0, "--T", 20, "--batch-size", 22, *shown),
     }
     return lambda folder, *more: (*common, *own[folder], *more)
 

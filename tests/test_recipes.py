@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import AE, LATENT, PIXEL, call, metrics, newest_state, only_run, recipe
+from helpers import AE, LATENT, PIXEL, SMALL, call, metrics, newest_state, only_run, recipe
 from torch.nn.functional import mse_loss
 
 from common import classifier, diffusion, drawing, evaluate, sampling, scores
@@ -132,7 +132,7 @@ def watched(tiny, tiny_latent, tmp_path, monkeypatch):
         monkeypatch.setattr(Learner, "step", learner_step)
         monkeypatch.setattr(Session, "batches", session_batches)
         monkeypatch.setattr(Session, "validate", session_validate)
-        own = {AE: ("--model", "mlp", *tiny), LATENT: tiny_latent, PIXEL: ("--base-ch", 8, "--T", 20, *tiny)}[folder]
+        own = {AE: ("--model", "mlp", *tiny), LATENT: tiny_latent, PIXEL: (*SMALL, "--T", 20, *tiny)}[folder]
         result = call(folder, "train.py", *own, "--epochs", 2, "--seed", 5, "--outdir", tmp_path)
         assert result.code == 0, result.text
         return seen, only_run(tmp_path)
@@ -190,7 +190,7 @@ def held_back(cache):
 
 @pytest.mark.parametrize("folder", [LATENT, PIXEL])
 def test_min_snr_gamma_is_in_the_loss_that_is_trained_and_validated(folder, tiny, tiny_latent, tmp_path, monkeypatch):
-    own = tiny_latent if folder == LATENT else ("--base-ch", 8, "--fine-ch", 0, "--T", 20, *tiny)
+    own = tiny_latent if folder == LATENT else (*SMALL, "--fine-ch", 0, "--T", 20, *tiny)
     seen, loss = [], diffusion.epsilon_loss
 
     def epsilon_loss(net, x0, labels, schedules, draws, min_snr_gamma=0.0):

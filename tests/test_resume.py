@@ -12,6 +12,7 @@ from helpers import (
     AE,
     LATENT,
     PIXEL,
+    SMALL,
     assert_same,
     assert_same_training,
     call,
@@ -38,7 +39,7 @@ def flags(tiny, ae_run):
     own = {
         AE: ("--model", "mlp"),
         LATENT: ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16),
-        PIXEL: ("--base-ch", 8, "--T", 20, "--samples-per-epoch", 4),
+        PIXEL: (*SMALL, "--T", 20, "--samples-per-epoch", 4),
     }
     return lambda folder, *more: (*own[folder], *common, *more)
 

@@ -20,6 +20,7 @@ from helpers import (
     LATENT,
     PIXEL,
     REPO,
+    SMALL,
     assert_same,
     assert_same_training,
     call,
@@ -184,7 +185,7 @@ def test_a_run_folder_that_cannot_be_written_to(ae_run, copy_of, cache):
 
 @pytest.mark.parametrize("folder", [AE, PIXEL])
 def test_more_epochs_are_the_same_as_if_asked_for_at_once(folder, tiny, tmp_path):
-    flags = ({AE: ("--model", "conv"), PIXEL: ("--base-ch", 8, "--T", 20)}[folder]) + tiny
+    flags = ({AE: ("--model", "conv"), PIXEL: (*SMALL, "--T", 20)}[folder]) + tiny
     for name, epochs in (("extended", (1, 3)), ("at-once", (3,))):
         for count in epochs:
             result = call(folder, "train.py", *flags, "--epochs", count, "--outdir", tmp_path / name, "--auto-resume")

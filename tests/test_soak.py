@@ -13,7 +13,7 @@ import time
 
 import pytest
 from forks import start
-from helpers import AE, LATENT, PIXEL, assert_same_training, call, finish, metrics, only_run, scalars
+from helpers import AE, LATENT, PIXEL, SMALL, assert_same_training, call, finish, metrics, only_run, scalars
 
 from common import ckpt
 
@@ -41,7 +41,7 @@ def flags_of(folder, tiny, ae_run, epochs):
     own = {
         AE: ("--model", "mlp"),
         LATENT: ("--ae-ckpt", ae_run, "--T", 20, "--hidden-dim", 16),
-        PIXEL: ("--T", 20, "--base-ch", 8, "--fine-ch", 0),
+        PIXEL: ("--T", 20, *SMALL, "--fine-ch", 0),
     }
     often = ("--ckpt-every-sec", 0.02, "--generate-images", "--samples-per-epoch", 4)
     often = often[:3] if folder == AE else often
@@ -109,7 +109,7 @@ def test_killed_in_the_middle_of_a_save(when, at, tiny, ae_run, latent_run, tmp_
 
 @pytest.mark.slow
 def test_ten_array_tasks_share_a_folder_are_killed_and_resumed_together(cache, tmp_path):
-    base = ("--data", "embedded", "--cache-dir", cache, "--device", "cpu", "--T", 10, "--base-ch", 8)
+    base = ("--data", "embedded", "--cache-dir", cache, "--device", "cpu", "--T", 10, *SMALL)
     base = (*base, "--batch-size", 32, "--epochs", 3, "--outdir", tmp_path, "--auto-resume")
     tasks = [start(PIXEL, "train.py", *base, "--only-digit", digit, "--ckpt-every-sec", 0.01) for digit in range(10)]
     deadline = time.monotonic() + 240

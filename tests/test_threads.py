@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import AE, LATENT, PIXEL, assert_same_training, call, newest_state, only_run, run
+from helpers import AE, LATENT, PIXEL, SMALL, assert_same_training, call, newest_state, only_run, run
 
 from common import ckpt, drawing, threads
 from common.args import AUTO
@@ -119,7 +119,7 @@ def test_steps_that_became_slow_are_noticed_once():
 @pytest.mark.parametrize("folder", [AE, LATENT, PIXEL])
 def test_a_run_measures_records_and_keeps_its_number(folder, tiny, tiny_latent, cache, tmp_path):
     """One of them in a real process. The trial has changed no bit of what follows."""
-    own = {AE: ("--model", "conv", *tiny), LATENT: tiny_latent, PIXEL: ("--base-ch", 8, "--T", 20, *tiny)}[folder]
+    own = {AE: ("--model", "conv", *tiny), LATENT: tiny_latent, PIXEL: (*SMALL, "--T", 20, *tiny)}[folder]
     begin = partial(run, env=NOBODY_ASKED) if folder == AE else call
     result = begin(folder, "train.py", *own, "--epochs", 1, "--outdir", tmp_path / "measured")
     assert result.code == 0, result.text

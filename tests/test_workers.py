@@ -9,14 +9,14 @@ import time
 from contextlib import suppress
 
 import pytest
-from helpers import AE, LATENT, PIXEL, REPO, Result, call, children, environment, finish, start
+from helpers import AE, LATENT, PIXEL, REPO, SMALL, Result, call, children, environment, finish, start
 from torch.utils.data import DataLoader
 
 from common.device import memory_in_one_line
 from common.error_codes import OUT_OF_MEMORY, USAGE
 from common.session import Session
 
-OWN = {AE: ("--model", "mlp"), LATENT: ("--T", 20, "--hidden-dim", 16), PIXEL: ("--base-ch", 8, "--T", 20)}
+OWN = {AE: ("--model", "mlp"), LATENT: ("--T", 20, "--hidden-dim", 16), PIXEL: (*SMALL, "--T", 20)}
 
 
 @pytest.mark.parametrize("typed", [True, False])

@@ -9,7 +9,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from helpers import finish, start
+from forks import start
+from helpers import finish
 from tornado.httpclient import HTTPRequest
 from tornado.websocket import websocket_connect
 

@@ -15,7 +15,8 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 import torch
-from helpers import AE, LATENT, REPO, call, environment, run
+from forks import run
+from helpers import AE, LATENT, REPO, call, environment
 from serving import PLAY, last_pictures, moments, parts_of, settings, talk, waited
 from tornado.httpclient import HTTPRequest
 from tornado.websocket import websocket_connect
