@@ -19,6 +19,7 @@ from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
 from common.files import atomic_write
 from common.flags import MNIST
 from common.inspect_ckpt import files_below
+from common.record import rows_in
 from common.scores import read_scores, scores_file
 
 _RISING = ("acc", "precision", "recall", "agreement", "confident", "tstr", "per_second")
@@ -63,26 +64,15 @@ def default_mode(metric: str) -> str:
 @cache
 def _written_figures(run_folder: Path) -> dict[int, dict[str, float]]:
     """Figures by epoch from the run's metrics.jsonl, or from its log file where there is none."""
-    figures: dict[int, dict[str, float]] = {}
-    for line in _lines(run_folder / "metrics.jsonl"):
-        with suppress(ValueError, KeyError, TypeError, RecursionError):  # a torn line
-            row = json.loads(line)
-            figures[row["epoch"]] = row
-    if figures:
-        return figures
-    for line in _lines(run_folder.parent.parent / "logs" / f"{run_folder.name}.log"):
-        if match := _LOG_LINE.search(line):
-            for name, number in _LOG_FIELD.findall(line[match.end() :]):
-                with suppress(ValueError):  # a version, or a sentence's end
-                    figures.setdefault(int(match[1]), {})[name] = float(number.replace(",", ""))
+    figures = {row["epoch"]: row for row in rows_in(run_folder) if isinstance(row.get("epoch"), int)}
+    log = run_folder.parent.parent / "logs" / f"{run_folder.name}.log"
+    with suppress(OSError):
+        for line in () if figures else log.read_text(errors="replace").splitlines():
+            if match := _LOG_LINE.search(line):
+                for name, number in _LOG_FIELD.findall(line[match.end() :]):
+                    with suppress(ValueError):  # a version, or a sentence's end
+                        figures.setdefault(int(match[1]), {})[name] = float(number.replace(",", ""))
     return figures
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 def figures_of(state: dict[str, Any], path: Path) -> dict[str, tuple[float, str]]:

@@ -53,6 +53,16 @@ def starts_in(folder: Path) -> list[dict[str, Any]]:
     return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
+def rows_in(folder: Path) -> list[dict[str, Any]]:
+    """The rows in a run folder's metrics.jsonl, but for torn lines; [] if it cannot be read."""
+    rows = []
+    with suppress(OSError):
+        for line in (folder / METRICS).read_text(errors="replace").splitlines():
+            with suppress(ValueError, RecursionError):  # torn by a kill, or being written just now
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
 def announce(folder: Path, args: Args) -> None:
     """Write a new run's config.json as far as it is known, so that no other start takes its folder for a dead run's."""
     with suppress(OSError):  # whoever writes next says so

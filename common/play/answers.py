@@ -11,6 +11,7 @@ from common.play import drawings, judge, space
 from common.play.drawings import Send
 from common.play.runs import Entry, Shelf
 from common.play.worker import Wish
+from common.record import rows_in
 
 MOST_ROWS = 5000  # epochs of metrics.jsonl that are shown, the last ones
 _PICTURE = re.compile(r"epoch_(\d{6,})\.png")
@@ -20,7 +21,7 @@ def look(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
     """A run's curves, the epochs it has pictures of, and its flags."""
     entry = shelf.entry(asked.get("run"))
     names = ("epoch", "train_loss", "val_loss", "lr", "seconds")
-    rows = [{name: row.get(name) for name in names} for row in entry.metrics()[-MOST_ROWS:]]
+    rows = [{name: row.get(name) for name in names} for row in rows_in(entry.folder)[-MOST_ROWS:]]
     flags = {name: str(value) for name, value in sorted(entry.flags.items())}
     send(last=True, epoch=entry.newest(), rows=rows, flags=flags, pictures=sorted(pictures(entry)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ from common.mnist import has_mnist
 from common.modules import MODULE_FILES, ROOT
 from common.own_data import hub_file
 from common.play.wishes import Refused
-from common.record import METRICS
 from common.run import recorded_runs
 
 KEPT = 4  # networks in memory
@@ -100,19 +98,6 @@ class Entry:
         if self.model in DEFAULT_STRENGTH:  # which digits can be asked for
             seen["digits"] = [digit for digit in range(10) if not why_not_drawn([digit], self.flags, "")]
         return seen | usual | flags
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that are whole."""
-        rows = []
-        try:
-            for line in (self.folder / METRICS).read_text().splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:  # being written just now
-                    continue
-        except OSError:
-            pass
-        return [row for row in rows if isinstance(row, dict)]
 
     @property
     def samples(self) -> Path:

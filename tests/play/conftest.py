@@ -25,7 +25,7 @@ def server(runs, cache, tmp_path_factory):
     server = Server(runs["lddpm"].parent, "--cache-dir", copy)
     yield server
     server.process.kill()
-    server.process.wait()
+    server.process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -37,4 +37,4 @@ def elsewhere(runs, tmp_path_factory):
     server = Server("--host", "0.0.0.0", env={"SCRATCH": str(scratch)})
     yield server
     server.process.kill()
-    server.process.wait()
+    server.process.wait(60)

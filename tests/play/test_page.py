@@ -329,7 +329,7 @@ def test_a_network_without_labels_draws(visit, runs, copy_of):
         says(visit("#count=4&steps=3", of=server), "#draw-said", "4 digits in .* epoch 1")
     finally:
         server.process.kill()
-        server.process.wait()
+        server.process.wait(60)
 
 
 def test_files_are_made_one_at_a_time(visit, runs):
@@ -367,7 +367,7 @@ def test_a_server_that_stopped_is_said_and_reconnected(visit, runs):
         "seed => document.querySelector('#commands code').textContent.includes(`--seed ${seed} `)", arg=seed
     )
     second.process.kill()
-    second.process.wait()
+    second.process.wait(60)
 
 
 def test_every_tab_under_the_pages_own_policy_is_silent(visit, runs):
