@@ -18,7 +18,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -124,13 +124,16 @@ class Args(argparse.Namespace):
                 self.origin[name] = "checkpoint"
         return changes
 
-    def resume_command(self, path: str | Path) -> str:
-        """What to type, in the same folder, to go on with the checkpoint at `path`; for bash, whatever the names."""
+    def resume_command(self, path: str | Path, kinds: Collection[str] = ("place",)) -> str:
+        """What to type, in the same folder, to go on with the checkpoint at `path`; for bash, whatever the names.
+
+        kinds: of what was typed, that which the checkpoint does not know.
+        """
         words = ["--resume", bash_word(path)]
         unneeded = ("resume", "auto_resume", "outdir")  # a checkpoint is resumed in its own run's folder
         for name, value in self.flags().items():
-            if self.kinds.get(name) == "place" and self.origin[name] == "flag" and name not in unneeded:
-                words += [flag_of(name), *([] if value is True else [bash_word(value)])]
+            if self.kinds.get(name) in kinds and self.origin[name] == "flag" and name not in unneeded:
+                words.append(_typed(flag_of(name), value if isinstance(value, bool) else bash_word(value)))
         return " ".join(["python train.py", *words])
 
 

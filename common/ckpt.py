@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, Exit
 from common.files import atomic_write, link
 from common.flags import OUR_NETWORK
+from common.record import git_commit, starts_in
 
 FORMAT = 1
 NAME = "checkpoint_epoch_{epoch:06d}.pt"
@@ -402,7 +403,11 @@ def of_another_network(path: str | Path, state: State, error: RuntimeError) -> E
     """What to raise where a `load_state_dict` did: the network of that name is not the one that was trained."""
     network = state["args"].get("network", OUR_NETWORK)
     first = (str(error).splitlines()[1:] or [str(error)])[0].strip()
-    return Exit(MODEL_MISMATCH, f"{path} holds the weights of another network than {network}.py has: {first:.100}")
+    commits = [start.get("git_commit") for start in starts_in(Path(path).parent)]
+    other = [commit for commit in commits if commit and commit != git_commit()]
+    trained = f" (it was trained by commit {other[-1]:.10})" if other else ""
+    text = f"{path} holds the weights of another network than {network}.py has{trained}: {first:.100}"
+    return Exit(MODEL_MISMATCH, text)
 
 
 def is_complete(state: State) -> bool:

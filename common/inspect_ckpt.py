@@ -91,6 +91,8 @@ def _age(timestamp: Any) -> str:
     except (TypeError, ValueError):
         return "at an unknown time"
     seconds = (datetime.now(UTC) - (saved if saved.tzinfo else saved.replace(tzinfo=UTC))).total_seconds()
+    if seconds < -60:
+        return "in the future, by this machine's clock"
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= length:
             return f"{seconds / length:.1f} {unit} ago"

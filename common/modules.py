@@ -39,7 +39,7 @@ NETWORKS = {"lddpm": "LatentDenoiser", "ddpm": "Denoiser"}  # the class that a n
 
 
 def module_of(model: str, network: str = OUR_NETWORK) -> ModuleType:
-    """The module that defines the networks of a model type (a key of `MODULE_FILES`), under a name of its own.
+    """The module that defines the networks of a model type (a key of `MODULE_FILES`), by its folder's name and its own.
 
     network: another module beside it, whose faults become an Exit of one line.
     """
@@ -48,11 +48,11 @@ def module_of(model: str, network: str = OUR_NETWORK) -> ModuleType:
 
 @cache
 def _module(model: str, network: str) -> ModuleType:
-    name = f"{model.replace('-', '_')}_module" + (f"_{network}" if network != OUR_NETWORK else "")
     path = network_file(model, network)
+    name = f"{path.parent.name}.{path.stem}"  # so that another process finds what was pickled in this one
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # so that its classes can be found by name, as dataclasses and pickling want
+    sys.modules[name] = module
     if network == OUR_NETWORK:
         spec.loader.exec_module(module)
     else:

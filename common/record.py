@@ -102,7 +102,7 @@ class Record:
             "threads": args.threads,
             "python": sys.version.split()[0],
             "torch": str(torch.__version__),
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             "resumed_from": str(self.run.source) if self.run.source else None,
         }
         for name in ("device", "torch"):
@@ -250,7 +250,7 @@ def _epoch_in_log(line: str) -> float:
     return int(match[1]) if match else 0
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Of this repository, and of no other that a copy of it lies in, or that a hook of git has in its environment."""
     root = Path(__file__).resolve().parent.parent
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}

@@ -207,7 +207,7 @@ def _said(args: Args, folder: Path, difference: Difference) -> str:
     name = flag_of(difference.name) if difference.name in args.kinds else difference.name
     return (
         f"Passed over {folder.name}, the newest, which has {name} {recorded}, not {today}; "
-        f"go on with it: {args.resume_command(folder)}"
+        f"go on with it: {args.resume_command(folder, ('place', 'books'))}"
     )
 
 

@@ -107,13 +107,13 @@ def test_a_flag_that_is_not_in_the_name_makes_another_run(tiny, tmp_path):
     given = ("--model", "mlp", *tiny, "--epochs", 1, "--outdir", tmp_path, "--auto-resume")
     assert call(AE, "train.py", *given).code == 0
     (first,) = runs(tmp_path)
-    result = call(AE, "train.py", *given, "--lr-scheduler", "cosine")
+    result = call(AE, "train.py", *given, "--lr-scheduler", "cosine", "--epochs", 2)
     assert result.code == 0, result.text
     assert "already finished" not in result.text
     said = f"Passed over {first.name}, the newest, which has --lr-scheduler none, not cosine; go on with it: "
     assert said in result.text
     assert len(runs(tmp_path)) == 2
-    pasted = paste(result.text.split(said)[1].splitlines()[0], "--epochs", 2)
+    pasted = paste(result.text.split(said)[1].splitlines()[0])
     assert pasted.code == 0, pasted.text
     assert newest_state(first)["epoch"] == 2
     assert call(AE, "train.py", *given, "--no-auto-resume").code == 0

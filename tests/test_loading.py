@@ -1,11 +1,13 @@
 """`from common import load, picture`: for notebooks and other programs; and which run a folder of runs means."""
 
 import inspect
+import pickle
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from forks import run as forked
 from helpers import LATENT, call, make_run, state_of
 from PIL import Image
 
@@ -41,6 +43,15 @@ def test_a_diffusion_draws_what_infer_draws(latent_run, tmp_path):
     assert call(LATENT, "infer.py", *flags, "--device", "cpu").code == 0
     mine = picture(run.draw(3, count=9, seed=5), scale=1)
     assert (np.asarray(mine) == np.asarray(Image.open(tmp_path / "a.png").convert("L"))).all()
+
+
+def test_what_is_loaded_can_be_given_to_another_process(latent_run, tmp_path):
+    """As a pool that starts its processes anew does."""
+    run = load(latent_run, "cpu")
+    (tmp_path / "run.pickle").write_bytes(pickle.dumps(run))
+    code = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).draw(count=2).sum().item())"
+    result = forked(".", "-c", code, tmp_path / "run.pickle")
+    assert (result.code, result.text) == (0, f"{run.draw(count=2).sum().item()}\n")
 
 
 def test_a_guide_is_loaded_beside_the_model_that_it_guides(latent_run, ae_run, tmp_path):

@@ -1,5 +1,6 @@
 """A network of one's own: any module with forward(x, t, labels), or forward(x, t), is enough for everything."""
 
+import json
 import shutil
 
 import numpy as np
@@ -414,6 +415,11 @@ def test_weights_of_another_network_are_one_line(write, flags, tmp_path):
         assert (result.code, len(result.errors)) == (MODEL_MISMATCH, 1), result.text
         assert "holds the weights of another network than mine.py has: Missing key(s)" in result.errors[0]
     assert ckpt.run_checkpoints(run)  # nothing of the run was lost
+    config = json.loads((run / "config.json").read_text())
+    config["starts"][0]["git_commit"] = "0123456789abcdef"  # an earlier version of this repository
+    (run / "config.json").write_text(json.dumps(config))
+    result = call(PIXEL, "infer.py", "--ckpt", run, "--output", tmp_path / "a.png")
+    assert "than mine.py has (it was trained by commit 0123456789): Missing key(s)" in result.errors[0]
 
 
 def test_a_resume_is_exact_with_a_network_that_draws(write, flags, tmp_path):

@@ -103,13 +103,13 @@ def test_the_commit_is_this_repositorys(environment, monkeypatch, tmp_path):
     head = ["git", "rev-parse", "HEAD"]
     plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     known = subprocess.run(head, cwd=REPO, capture_output=True, text=True, env=plain)
-    assert record._git_commit() == (known.stdout.strip() or None)
+    assert record.git_commit() == (known.stdout.strip() or None)
     subprocess.run(["git", "init", "-q", tmp_path], check=True, env=plain)
     who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
     subprocess.run(["git", "-C", tmp_path, *who, "commit", "-q", "--allow-empty", "-m", "a"], check=True, env=plain)
     monkeypatch.setattr(record, "__file__", str(tmp_path / "copy" / "common" / "record.py"))
     (tmp_path / "copy" / "common").mkdir(parents=True)
-    assert record._git_commit() is None  # of the repository around it
+    assert record.git_commit() is None  # of the repository around it
 
 
 def test_a_finished_runs_links_are_repaired(ae_run, copy_of, cache):

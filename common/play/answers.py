@@ -13,7 +13,7 @@ from common.play.runs import Entry, Shelf
 from common.play.worker import Wish
 from common.record import rows_in
 
-MOST_ROWS = 5000  # epochs of metrics.jsonl that are shown, the last ones
+MOST_ROWS = 5000  # epochs of metrics.jsonl that are shown
 _PICTURE = re.compile(r"epoch_(\d{6,})\.png")
 
 
@@ -21,9 +21,18 @@ def look(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
     """A run's curves, the epochs it has pictures of, and its flags."""
     entry = shelf.entry(asked.get("run"))
     names = ("epoch", "train_loss", "val_loss", "lr", "seconds")
-    rows = [{name: row.get(name) for name in names} for row in rows_in(entry.folder)[-MOST_ROWS:]]
+    rows = [{name: row.get(name) for name in names} for row in rows_in(entry.folder)]
     flags = {name: str(value) for name, value in sorted(entry.flags.items())}
-    send(last=True, epoch=entry.newest(), rows=rows, flags=flags, pictures=sorted(pictures(entry)))
+    shown = {"rows": thinned(rows), "epochs": len(rows), "pictures": sorted(pictures(entry))}
+    send(last=True, epoch=entry.newest(), flags=flags, **shown)
+
+
+def thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of very many rows every so manieth, among them the last, and the one of the lowest val_loss."""
+    kept = set(range(len(rows) - 1, -1, -max(1, -(-len(rows) // MOST_ROWS))))
+    measured = [index for index, row in enumerate(rows) if isinstance(row["val_loss"], int | float)]
+    kept |= set(sorted(measured, key=lambda index: rows[index]["val_loss"])[:1])
+    return [rows[index] for index in sorted(kept)]
 
 
 def pictures(entry: Entry) -> dict[int, Path]:

@@ -322,13 +322,19 @@ def test_the_look_into_a_run(server, runs, monkeypatch):
     assert [row["epoch"] for row in header["rows"]] == [1, 2]
     assert header["pictures"] == [1, 2]
     assert header["flags"]["hidden_dim"] == "16"
-    monkeypatch.setattr(answers_module, "MOST_ROWS", 1)
-    shelf, said = Shelf(find([str(runs["lddpm"])], print), "cpu", 1, None), []
-    answers_module.look(shelf, None, {"run": runs["lddpm"].name}, lambda **header: said.append(header))
-    assert [row["epoch"] for row in said[0]["rows"]] == [2]  # of very many the last ones
+    assert header["epochs"] == 2
     picture = urlopen(f"{server.address}picture?run={runs['lddpm'].name}&epoch=2").read()
     outdir = runs["lddpm"].parent.parent
     assert picture == (outdir / "samples" / runs["lddpm"].name / "epoch_000002.png").read_bytes()
+
+
+def test_of_very_many_epochs_some_are_shown_with_the_last_and_the_best(monkeypatch):
+    monkeypatch.setattr(answers_module, "MOST_ROWS", 4)
+    losses = {2: 0.5, 5: None, 6: 0.25}  # of the others 1
+    rows = [{"epoch": epoch, "val_loss": losses.get(epoch, 1.0)} for epoch in range(1, 12)]
+    assert [row["epoch"] for row in answers_module.thinned(rows)] == [2, 5, 6, 8, 11]
+    assert answers_module.thinned(rows[:4]) == rows[:4]
+    assert answers_module.thinned([]) == []
 
 
 @pytest.mark.parametrize("kind", ["lddpm", "ae-mlp"])

@@ -34,7 +34,7 @@ export class Look {
     this.showLosses();
     const best = losses.reduce((least, row) => (row.val_loss !== null && (least === null || row.val_loss < least.val_loss) ? row : least), null);
     say("look-said", losses.length === 0 ? "This run has no metrics.jsonl: there are no curves."
-      : `${losses.length} epochs${best ? `; lowest validation loss ${best.val_loss.toPrecision(4)} after epoch ${best.epoch}` : ""}; newest checkpoint: epoch ${header.epoch}.`);
+      : `${header.epochs} epochs${best ? `; lowest validation loss ${best.val_loss.toPrecision(4)} after epoch ${best.epoch}` : ""}; newest checkpoint: epoch ${header.epoch}.`);
     this.epochs(header.pictures);
     byId("flags").replaceChildren(...Object.entries(header.flags).map(([name, value]) =>
       element("tr", {}, element("th", { scope: "row", textContent: name }), element("td", { textContent: value }))));
