@@ -129,10 +129,13 @@ class Args(argparse.Namespace):
 
         kinds: of what was typed, that which the checkpoint does not know.
         """
+        from common.cache import lasting_cache
+
         words = ["--resume", bash_word(path)]
         unneeded = ("resume", "auto_resume", "outdir")  # a checkpoint is resumed in its own run's folder
         for name, value in self.flags().items():
             if self.kinds.get(name) in kinds and self.origin[name] == "flag" and name not in unneeded:
+                value = lasting_cache(value) if name == "cache_dir" else value
                 words.append(_typed(flag_of(name), value if isinstance(value, bool) else bash_word(value)))
         return " ".join(["python train.py", *words])
 

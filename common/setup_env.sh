@@ -21,6 +21,11 @@ _ddpm_alone() { # the command, while no other start is in one (the tasks of an a
 _ddpm_new_enough() { # is this Python?
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
+_ddpm_is_in() { # is `python` in this environment?
+    local prefix
+    prefix="$(python -c 'import os, sys; print(os.path.realpath(sys.prefix))' 2>/dev/null)" || return 1
+    [ "$prefix" = "$(cd "$1" 2>/dev/null && pwd -P)" ]
+}
 _ddpm_create() {
     [ ! -e "$HOME/venv/ddpm/bin/activate" ] || return 0 # the last thing that is written: an interrupted one has none
     local python
@@ -40,21 +45,29 @@ _ddpm_install() { # repository, stamp, requirement files
     shift 2
     [ ! -e "$stamp" ] || return 0
     echo "installing the requirements (once; a few minutes)"
-    (cd "$root" && python -m pip install --quiet --disable-pip-version-check "${@/#/-r}") || return 1
+    (cd "$root" && python -m pip install --quiet --disable-pip-version-check "${@/#/-r}") || {
+        echo "error: the requirements could not be installed (pip says why). Where there is no internet, as on compute" \
+            "nodes, install them on a login node first: source mnist_single_digit/setup.sh" >&2
+        return 1
+    }
     touch "$stamp" 2>/dev/null || true
 }
 _ddpm_setup() {
-    local root stamp
+    local root stamp active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
-    if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+    if [ -z "$active" ]; then
         [ -e "$HOME/venv/ddpm/bin/activate" ] || _ddpm_alone _ddpm_create || return 1
         _ddpm_new_enough "$HOME/venv/ddpm/bin/python" || {
             echo "error: the Python of ~/venv/ddpm is gone or older than 3.11: remove that folder, and start again" >&2
             return 1
         }
         source "$HOME/venv/ddpm/bin/activate" || return 1
+    elif ! _ddpm_is_in "$active"; then # a module that was loaded since may stand before it
+        PATH="$active/bin:$PATH"
+        hash -r
+        _ddpm_is_in "$active" || active=broken
     fi
-    _ddpm_new_enough python || {
+    [ "$active" != broken ] && _ddpm_new_enough python || {
         echo "error: the Python of the active environment is not there or older than 3.11: activate another" >&2
         return 1
     }

@@ -78,5 +78,5 @@ def report(what: str) -> None:
     Without the one it would requeue itself for ever; the other it cannot learn from the exit codes of launchers.
     """
     if path := os.environ.get("DDPM_PROGRESS_FILE"):
-        with suppress(OSError), open(path, "a") as file:
-            file.write(f"{what}\n")
+        with suppress(OSError):
+            open(f"{path}.{what}", "a").close()  # nothing is in it: a full disk has room for that

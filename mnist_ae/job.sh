@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 
 # Submit from this folder: sbatch job.sh --model conv [more flags of train.py]
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" && [ -e train.py ] || {
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" && [ "$(basename "$(pwd -P)")" = mnist_ae ] || {
     echo "error: submit job.sh from its own folder: (cd mnist_ae && sbatch job.sh)" >&2
     exit 1
 }

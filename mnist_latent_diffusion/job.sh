@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 
 # Submit from this folder: sbatch job.sh [more flags of train.py]; it takes an autoencoder in $SCRATCH/ddpm-output
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" && [ -e train.py ] || {
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" && [ "$(basename "$(pwd -P)")" = mnist_latent_diffusion ] || {
     echo "error: submit job.sh from its own folder: (cd mnist_latent_diffusion && sbatch job.sh)" >&2
     exit 1
 }

@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 
 # Submit from this folder: sbatch job.sh [more flags of train.py, e.g. --only-digit 3], or sbatch --array=0-9 job.sh
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" && [ -e train.py ] || {
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" && [ "$(basename "$(pwd -P)")" = mnist_single_digit ] || {
     echo "error: submit job.sh from its own folder: (cd mnist_single_digit && sbatch job.sh)" >&2
     exit 1
 }

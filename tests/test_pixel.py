@@ -203,6 +203,11 @@ def test_wrong_widths(flags):
     assert call(PIXEL, "train.py", *flags, "--fine-ch", 12).code == USAGE
 
 
+SCONTROL = """#!/bin/bash
+[ $1 = show ] && echo "JobId=7 JobName=ddpm-train NumTasks=${SLURM_NTASKS:-1} CPUs/Task=1" || echo REQUEUED $@
+"""
+
+
 @pytest.fixture
 def job(tiny, tmp_path):
     """job(scontrol=…, flags=…) -> job.sh in training, under a stand-in for Slurm."""
@@ -213,7 +218,7 @@ def job(tiny, tmp_path):
         binaries.mkdir(exist_ok=True)
         (tmp_path / "scratch").mkdir(exist_ok=True)
         if scontrol:
-            (binaries / "scontrol").write_text("#!/bin/bash\necho REQUEUED $@\n")
+            (binaries / "scontrol").write_text(SCONTROL)
             (binaries / "scontrol").chmod(0o755)
         environment = {
             "HOME": str(tmp_path),
@@ -247,8 +252,8 @@ def until_saved(job, scratch) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
 @pytest.mark.parametrize("scontrol", [True, False])
 def test_the_job_saves_and_requeues(scontrol, job, tmp_path):
-    """The time-limit signal goes to the batch shell alone."""
-    begun = job(scontrol=scontrol)
+    """The time-limit signal goes to the batch shell alone. A task of an array, which is another job, submitted it."""
+    begun = job(scontrol=scontrol, **({"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "6"} if scontrol else {}))
     until_saved(begun, tmp_path / "scratch")
     begun.send_signal(signal.SIGUSR1)
     text, _ = begun.communicate(timeout=60)
@@ -257,10 +262,16 @@ def test_the_job_saves_and_requeues(scontrol, job, tmp_path):
         assert "REQUEUED requeue 7" in text
         assert begun.returncode == 0
     else:
-        assert "NO WORKING scontrol" in text
+        assert "JOB 7 COULD NOT BE REQUEUED" in text
         assert begun.returncode == STOPPED_EARLY
     newest = only_run(tmp_path / "scratch" / "ddpm-output")
     assert len(list(newest.glob("checkpoint_*.pt"))) <= 4  # the newest three and the best
+
+
+def test_a_job_that_would_begin_anew_at_each_requeue_is_refused(job):
+    text, _ = (begun := job("--no-auto-resume")).communicate(timeout=60)
+    assert (begun.returncode, len(text.splitlines())) == (2, 1), text
+    assert "--seed" in text
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
@@ -402,6 +413,25 @@ def test_an_old_python_makes_no_environment_and_says_what_to_do(tmp_path):
     assert setup() == (1, gone)
     active = "error: the Python of the active environment is not there or older than 3.11: activate another\n"
     assert setup(VIRTUAL_ENV=str(tmp_path)) == (1, active)
+
+
+def test_the_active_environment_comes_before_a_modules_python(tmp_path):
+    """Lmod puts a Python that it loads again before all; pip must not install into that."""
+    environment, module = tmp_path / "environment", tmp_path / "module"
+    stand_in = '#!/bin/bash\n[ "$1" = -m ] && echo "$0 $*" >>{log} || [ "$1" != -c ] || echo {prefix}\n'
+    for folder, prefix in ((environment / "bin", environment), (module, module)):
+        folder.mkdir(parents=True)
+        (folder / "python").write_text(stand_in.format(log=tmp_path / "log", prefix=prefix))
+        (folder / "python").chmod(0o755)
+    path = f"{module}:{environment / 'bin'}:{os.environ['PATH']}"
+    words = ["bash", "-c", "source common/setup_env.sh requirements.txt && command -v python"]
+    env = {"PATH": path, "HOME": str(tmp_path), "VIRTUAL_ENV": str(environment)}
+    done = subprocess.run(words, cwd=REPO, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == str(environment / "bin" / "python")
+    assert [line.split()[:3] for line in (tmp_path / "log").read_text().splitlines()] == [
+        [str(environment / "bin" / "python"), "-m", "pip"]
+    ]
 
 
 @pytest.mark.skipif(shutil.which("flock") is None, reason="no flock on this machine")

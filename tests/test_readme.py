@@ -191,7 +191,7 @@ def test_run_sh_trains_the_recipe_that_the_pages_recommend(code, tmp_path):
     """Seen by a `python` that does nothing else. On the embedded digits it takes more epochs, and may stop."""
     (tmp_path / "python").write_text(STUB.format(log=tmp_path / "log", code=code, prefix=tmp_path))
     (tmp_path / "python").chmod(0o755)
-    env = environment(VIRTUAL_ENV=sys.prefix, PATH=f"{tmp_path}:{os.environ['PATH']}", PIP_NO_INDEX="1")
+    env = environment(VIRTUAL_ENV=str(tmp_path), PATH=f"{tmp_path}:{os.environ['PATH']}", PIP_NO_INDEX="1")
     result = subprocess.run(["bash", REPO / LATENT / "run.sh"], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     typed = [line for line in (tmp_path / "log").read_text().splitlines() if " train.py " in line]

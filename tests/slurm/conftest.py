@@ -41,6 +41,7 @@ SchedulerParameters=sched_interval=2,batch_sched_delay=1
 GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 Gres=gpu:4 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=patient Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=12
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -75,12 +76,14 @@ class Cluster:
         assert reply.returncode == 0, f"{command}: {reply.stdout}{reply.stderr}"
         return reply.stdout.strip()
 
-    def submit(self, folder: Path, *options: str, flags: tuple = (), path: str = "", scratch: bool = True) -> str:
+    def submit(
+        self, folder: Path, *options: str, flags: tuple = (), path: str = "", scratch: bool = True, **env: str
+    ) -> str:
         """sbatch job.sh from inside an experiment's folder; returns the job's number.
 
-        path: a folder whose programs come before all others; scratch: with $SCRATCH.
+        path: a folder whose programs come before all others; scratch: with $SCRATCH; env: more of the environment.
         """
-        env = self.env | ({"PATH": f"{path}:{self.env['PATH']}"} if path else {})
+        env = self.env | env | ({"PATH": f"{path}:{self.env['PATH']}"} if path else {})
         if not scratch:
             del env["SCRATCH"]
         log = f"--output={self.scratch}/%x-%A_%a.out"

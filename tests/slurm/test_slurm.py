@@ -111,12 +111,13 @@ def hopeless(cluster, data, tmp_path_factory) -> str:
 
 @pytest.mark.usefixtures("hopeless")
 def test_what_two_tasks_began_one_goes_on_with(cluster, data, ae_run):
-    """And four GPUs, none of which is there, are four processes."""
+    """And four GPUs, none of which is there, are four processes. All are submitted from within a job of two tasks."""
     flags = (*data, "--only-digit", 3, "--seed=9", "--device=cpu", "--ae-ckpt", ae_run, "--shards=4", *SMALL[LATENT])
     flags = (*flags, "--batch-size=64")
     wrong = cluster.submit(REPO / LATENT, "--gres=gpu:1", "--gpus-per-node=4", flags=flags)
     for options, epochs in ((("--ntasks=2", "--overcommit"), 2), ((), 3), (("--gres=gpu:4",), 4)):
-        job = cluster.submit(REPO / LATENT, *options, flags=(*flags, f"--epochs={epochs}", "--lr-scheduler=none"))
+        own = (*flags, f"--epochs={epochs}", "--lr-scheduler=none")
+        job = cluster.submit(REPO / LATENT, *options, flags=own, SLURM_NTASKS="2")
         cluster.wait_for_end(job)
         assert f"epoch {epochs} of {epochs} is done" in cluster.log(job), cluster.log(job)
     run = only_run(cluster.scratch / "ddpm-output", "lddpm-*-seed9-*")
@@ -161,15 +162,20 @@ def test_scancel_saves_and_does_not_requeue(cluster, data):
     assert cluster.states(job) == set()
 
 
-def test_preemption_saves_and_slurm_starts_the_job_again(cluster, data):
-    job = long_job(cluster, data, seed=2)
+@pytest.mark.parametrize("options", [(), ("--partition=patient", "--ntasks=2", "--overcommit")])
+def test_preemption_saves_and_slurm_starts_the_job_again(options, cluster, data):
+    """Also where its tasks are told some time before the job ends."""
+    job = long_job(cluster, data, *options, seed=2 + len(options))
     urgent = ("--partition=urgent", "--cpus-per-task=2", "--gres=none", "--mem=0", f"--output={cluster.scratch}/u.out")
     other = cluster.call("sbatch", "--parsable", *urgent, "--wrap", "sleep 1")
     cluster.wait_for_text(job, "stopped by SIGTERM")
     cluster.wait_for_end(other)
     cluster.wait_for_text(job, "resumed from", patience=90)
-    cluster.call("scancel", job)
+    cluster.call("scancel", "--batch", "--signal=TERM", job)  # to the shell alone, as by --signal=B:TERM@60
     cluster.wait_for_end(job)
+    text = cluster.log(job)
+    assert text.count("and saved; go on with") == 2, text
+    assert "not requeued from here: submit the same command again" in text
 
 
 def test_an_array_trains_a_digit_per_task_and_each_requeues_itself(cluster, data):
