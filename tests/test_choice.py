@@ -376,6 +376,18 @@ def test_the_printed_command_goes_on_when_pasted(name, cache, tmp_path, monkeypa
     assert newest_state(only_run(outdir))["epoch"] == 2
 
 
+def test_the_printed_command_names_no_folder_that_ends_with_its_job(tiny, tmp_path, monkeypatch):
+    """But the one that job.sh copies the digits from."""
+    copied = shutil.copytree(tiny[3], tmp_path / "job")
+    monkeypatch.setenv("SLURM_TMPDIR", str(copied))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    stop_after_the_first_epoch(monkeypatch, signal.SIGTERM)
+    given = ("--model", "mlp", *tiny[:2], "--cache-dir", copied, *tiny[4:], "--outdir", tmp_path)
+    stopped = call(AE, "train.py", *given)
+    assert stopped.code == STOPPED_EARLY, stopped.text
+    assert f" --cache-dir {tmp_path / 'scratch' / 'hf_cache'} " in stopped.text.split("go on with: ")[1]
+
+
 @pytest.fixture
 def file_server(monkeypatch):
     """file_server(ending): whatever ends so cannot be opened or listed any more; with "" everything can again."""
