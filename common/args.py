@@ -135,7 +135,8 @@ class Args(argparse.Namespace):
         unneeded = ("resume", "auto_resume", "outdir")  # a checkpoint is resumed in its own run's folder
         for name, value in self.flags().items():
             if self.kinds.get(name) in kinds and self.origin[name] == "flag" and name not in unneeded:
-                value = lasting_cache(value) if name == "cache_dir" else value
+                if name == "cache_dir" and lasting_cache(value).is_dir():  # not one that ends with its job
+                    value = lasting_cache(value)
                 words.append(_typed(flag_of(name), value if isinstance(value, bool) else bash_word(value)))
         return " ".join(["python train.py", *words])
 

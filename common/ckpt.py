@@ -403,9 +403,9 @@ def of_another_network(path: str | Path, state: State, error: RuntimeError) -> E
     """What to raise where a `load_state_dict` did: the network of that name is not the one that was trained."""
     network = state["args"].get("network", OUR_NETWORK)
     first = (str(error).splitlines()[1:] or [str(error)])[0].strip()
-    commits = (start.get("git_commit") for start in reversed(starts_in(Path(path).parent)))
-    other = next((commit for commit in commits if commit not in (None, git_commit())), None)
-    trained = f" (it was trained by commit {other:.10})" if other else ""
+    today, commits = git_commit(), [start.get("git_commit") for start in starts_in(Path(path).parent)]
+    other = [commit for commit in commits if isinstance(commit, str) and commit != today]
+    trained = f" (it was trained by commit {other[-1]:.10})" if other else ""
     text = f"{path} holds the weights of another network than {network}.py has{trained}: {first:.100}"
     return Exit(MODEL_MISMATCH, text)
 

@@ -64,7 +64,7 @@ def default_mode(metric: str) -> str:
 @cache
 def _written_figures(run_folder: Path) -> dict[int, dict[str, float]]:
     """Figures by epoch from the run's metrics.jsonl, or from its log file where there is none."""
-    figures = {row["epoch"]: row for row in rows_in(run_folder) if isinstance(row.get("epoch"), int)}
+    figures = {row["epoch"]: row for row in rows_in(run_folder) if isinstance(row.get("epoch"), int | float)}
     log = run_folder.parent.parent / "logs" / f"{run_folder.name}.log"
     with suppress(OSError):
         for line in () if figures else log.read_text(errors="replace").splitlines():

@@ -2,7 +2,8 @@
 #
 #     source common/setup_env.sh requirements.txt [more requirement files, relative to the repository]
 #
-# It takes the active virtual environment, else ~/venv/ddpm, which it creates on first use, and installs the
+# It takes the active virtual or conda environment, whose programs it puts first in PATH where others had come before
+# them (as modules do that were loaded since), else ~/venv/ddpm, which it creates on first use, and installs the
 # requirements once (again when they change); others that start meanwhile wait. Set PYTHON to choose the interpreter
 # a new environment is made with.
 
@@ -23,6 +24,7 @@ _ddpm_new_enough() { # is this Python?
 }
 _ddpm_is_in() { # is `python` in this environment?
     local prefix
+    [ -n "$1" ] || return 1
     prefix="$(python -c 'import os, sys; print(os.path.realpath(sys.prefix))' 2>/dev/null)" || return 1
     [ "$prefix" = "$(cd "$1" 2>/dev/null && pwd -P)" ]
 }
@@ -53,7 +55,7 @@ _ddpm_install() { # repository, stamp, requirement files
     touch "$stamp" 2>/dev/null || true
 }
 _ddpm_setup() {
-    local root stamp active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
+    local root stamp before active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
     if [ -z "$active" ]; then
         [ -e "$HOME/venv/ddpm/bin/activate" ] || _ddpm_alone _ddpm_create || return 1
@@ -62,12 +64,13 @@ _ddpm_setup() {
             return 1
         }
         source "$HOME/venv/ddpm/bin/activate" || return 1
-    elif ! _ddpm_is_in "$active"; then # a module that was loaded since may stand before it
-        PATH="$active/bin:$PATH"
-        hash -r
-        _ddpm_is_in "$active" || active=broken
+        active="$HOME/venv/ddpm"
+    elif ! _ddpm_is_in "${VIRTUAL_ENV:-}" && ! _ddpm_is_in "${CONDA_PREFIX:-}"; then
+        before="$PATH" PATH="$active/bin:$PATH"
+        hash -r 2>/dev/null || true
+        _ddpm_is_in "$active" || active="" PATH="$before"
     fi
-    [ "$active" != broken ] && _ddpm_new_enough python || {
+    [ -n "$active" ] && _ddpm_new_enough python || {
         echo "error: the Python of the active environment is not there or older than 3.11: activate another" >&2
         return 1
     }

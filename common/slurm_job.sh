@@ -20,8 +20,12 @@ trap _on_term TERM INT HUP
 
 : "${SCRATCH:?error: set SCRATCH to a folder that outlives the job}"
 source ../mnist_single_digit/setup.sh || exit 1
-if ! { [ -n "${SLURM_TMPDIR:-}" ] && (: >"$SLURM_TMPDIR/.ddpm-here") 2>/dev/null; }; then # not there, or read-only
-    SLURM_TMPDIR="$(mktemp -d)" made="$SLURM_TMPDIR"
+if ! { [ -d "${SLURM_TMPDIR:-}" ] && [ -w "$SLURM_TMPDIR" ]; }; then
+    SLURM_TMPDIR="$(mktemp -d || mktemp -d -p /tmp)" || {
+        echo "error: no folder for temporary files: set TMPDIR to one" >&2
+        exit 7
+    }
+    made="$SLURM_TMPDIR"
     trap _clean EXIT
 fi
 export SLURM_TMPDIR
@@ -30,24 +34,31 @@ if [ -d "$SCRATCH/hf_cache" ]; then # fetched by: python -m common.data --cache-
     cp -r "$SCRATCH/hf_cache/." "$SLURM_TMPDIR/" || echo "warning: not all of $SCRATCH/hf_cache was copied" >&2
 fi
 
-job="${SLURM_JOB_ID:-}" shown="" tasks="${SLURM_NTASKS:-1}"
-[ -z "$job" ] || shown="$(scontrol show job --oneliner "$job" 2>/dev/null)" # in doubt as the variables say
-case "$shown" in # one that was submitted from within another job has inherited that one's variables
-*" NumTasks="[0-9]*) tasks="${shown##* NumTasks=}" tasks="${tasks%% *}" ;;
-esac
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    case "$shown " in
-    " " | *" ArrayTaskId=$SLURM_ARRAY_TASK_ID "*) job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" ;;
-    *) unset SLURM_ARRAY_TASK_ID SLURM_ARRAY_JOB_ID ;;
-    esac
+# What this job is: one that was submitted from within another job has inherited that one's variables, so Slurm itself is
+# asked, and they are believed only where it does not answer.
+_shown() { # what scontrol says of a job, from behind its name, which may be anything, if it is this one
+    local line
+    line="$(scontrol show job --oneliner "$1" 2>/dev/null)" || return 1
+    [[ "$line" == "JobId=$SLURM_JOB_ID "* ]] && shown=" ${line#* UserId=} "
+}
+job="${SLURM_JOB_ID:-}" shown="" tasks="${SLURM_NTASKS:-1}" gpus="${SLURM_GPUS_ON_NODE:-1}"
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && ! _shown "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" && _shown "$job"; then
+    unset SLURM_ARRAY_TASK_ID SLURM_ARRAY_JOB_ID
+fi
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+if [ -n "$shown" ] || { [ -n "$job" ] && _shown "$job"; }; then
+    [[ ! "$shown" =~ \ NumTasks=([0-9]+)\  ]] || tasks="${BASH_REMATCH[1]}"
+    [[ "$shown" =~ \ T[Rr][Ee][Ss][A-Za-z]*=[^\ ]*gpu ]] || gpus=1
+    [[ "$shown" =~ gpu:${SLURM_GPUS_PER_NODE:-0}[\ ,] ]] || unset SLURM_GPUS_PER_NODE
+    [ -z "${SLURM_MEM_PER_NODE:-}" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU # of which srun wants one
 fi
 idle="$SCRATCH/ddpm-output/.no-progress-$job"                 # a line for each start in a row that trained nothing
-export DDPM_PROGRESS_FILE="$SLURM_TMPDIR/.ddpm-progress-$job" # the trainer says there: trained and saved; stopped
+export DDPM_PROGRESS_FILE="$SLURM_TMPDIR/.ddpm-progress-$job" # with .trained or .stopped: the trainer did, and saved
 rm -f "$DDPM_PROGRESS_FILE".*
 
 # Sets `launcher`, what starts the trainer: nothing, or srun for a process per task, or per GPU where no tasks were given.
 launcher=()
-nodes="${SLURM_JOB_NUM_NODES:-1}" gpus="${SLURM_GPUS_ON_NODE:-1}"
+nodes="${SLURM_JOB_NUM_NODES:-1}"
 if [ "${SLURM_GPUS_PER_NODE:-0}" -gt "$gpus" ] 2>/dev/null; then
     echo "error: job.sh's own --gres stands beside --gpus-per-node: say sbatch --gres=gpu:$SLURM_GPUS_PER_NODE" >&2
     exit 2
@@ -65,7 +76,17 @@ if [ "$tasks" -gt 1 ]; then
     gently=USR1 # which srun passes on; at SIGTERM it kills
 fi
 
-preempted() { scontrol show job "$job" 2>/dev/null | grep -q "PreemptTime=[0-9]"; }
+preempted() { # has Slurm begun to end this job, so as to requeue it? If it does not answer, it is asked again
+    local try
+    [ -n "$job" ] && command -v scontrol >/dev/null 2>&1 || return 1
+    for try in 1 2 3 4 5; do
+        ! _shown "$job" || break
+        sleep "$try"
+    done
+    [[ "$shown" =~ \ Requeue=1\  && "$shown" =~ \ StartTime=([0-9][^\ ]*)\  ]] || return 1
+    local started="${BASH_REMATCH[1]}"
+    [[ "$shown" =~ \ PreemptTime=([0-9][^\ ]*)\  ]] && [[ ! "${BASH_REMATCH[1]}" < "$started" ]]
+}
 
 train_and_requeue() {
     local code=11 # as if stopped at once, if the limit came before the start
@@ -90,7 +111,7 @@ train_and_requeue() {
     yes11 | yes138 | yes140) requeue ;;
     *)
         rm -f "$idle"
-        while [ "$code" = 11 ] && preempted; do sleep 1; done # Slurm requeues only what is still there when it ends it
+        while [ "$code" = 11 ] && preempted; do sleep 3; done # Slurm requeues only what is still there when it ends it
         [ "$code" != 11 ] || echo "stopped, and not requeued from here: submit the same command again to go on"
         return "$code"
         ;;

@@ -381,6 +381,7 @@ def test_the_printed_command_names_no_folder_that_ends_with_its_job(tiny, tmp_pa
     copied = shutil.copytree(tiny[3], tmp_path / "job")
     monkeypatch.setenv("SLURM_TMPDIR", str(copied))
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    (tmp_path / "scratch" / "hf_cache").mkdir(parents=True)
     stop_after_the_first_epoch(monkeypatch, signal.SIGTERM)
     given = ("--model", "mlp", *tiny[:2], "--cache-dir", copied, *tiny[4:], "--outdir", tmp_path)
     stopped = call(AE, "train.py", *given)

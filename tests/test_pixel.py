@@ -204,7 +204,12 @@ def test_wrong_widths(flags):
 
 
 SCONTROL = """#!/bin/bash
-[ $1 = show ] && echo "JobId=7 JobName=ddpm-train NumTasks=${SLURM_NTASKS:-1} CPUs/Task=1" || echo REQUEUED $@
+[ $1 = show ] || { echo REQUEUED $@; exit; }
+case $SHOWN,$4 in
+yes,*_*) echo "JobId=6 ArrayJobId=5 ArrayTaskId=6 JobName=other UserId=me NumTasks=2 " ;;
+yes,*) echo "JobId=7 JobName=an NumTasks=9 UserId=me NumTasks=1 " ;;
+*) exit 1 ;;
+esac
 """
 
 
@@ -252,8 +257,9 @@ def until_saved(job, scratch) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
 @pytest.mark.parametrize("scontrol", [True, False])
 def test_the_job_saves_and_requeues(scontrol, job, tmp_path):
-    """The time-limit signal goes to the batch shell alone. A task of an array, which is another job, submitted it."""
-    begun = job(scontrol=scontrol, **({"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "6"} if scontrol else {}))
+    """The time-limit signal goes to the batch shell alone. A job of two tasks and an array's submitted it."""
+    inherited = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "6", "SLURM_NTASKS": "2", "SLURM_GPUS_ON_NODE": "2"}
+    begun = job(scontrol=scontrol, **({"SHOWN": "yes"} | inherited if scontrol else {}))
     until_saved(begun, tmp_path / "scratch")
     begun.send_signal(signal.SIGUSR1)
     text, _ = begun.communicate(timeout=60)
@@ -426,6 +432,9 @@ def test_the_active_environment_comes_before_a_modules_python(tmp_path):
     path = f"{module}:{environment / 'bin'}:{os.environ['PATH']}"
     words = ["bash", "-c", "source common/setup_env.sh requirements.txt && command -v python"]
     env = {"PATH": path, "HOME": str(tmp_path), "VIRTUAL_ENV": str(environment)}
+    conda = subprocess.run(words, cwd=REPO, env=env | {"CONDA_PREFIX": str(module)}, capture_output=True, text=True)
+    assert conda.stdout.splitlines()[-1] == str(module / "python")  # activated after the other environment
+    (tmp_path / "log").unlink()
     done = subprocess.run(words, cwd=REPO, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == str(environment / "bin" / "python")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +31,8 @@ def look(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
 def thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of very many rows every so manieth, among them the last, and the one of the lowest val_loss."""
     kept = set(range(len(rows) - 1, -1, -max(1, -(-len(rows) // MOST_ROWS))))
-    measured = [index for index, row in enumerate(rows) if isinstance(row["val_loss"], int | float)]
-    kept |= set(sorted(measured, key=lambda index: rows[index]["val_loss"])[:1])
+    losses = {index: row["val_loss"] for index, row in enumerate(rows) if isinstance(row["val_loss"], int | float)}
+    kept |= set(sorted((index for index in losses if math.isfinite(losses[index])), key=losses.get)[:1])
     return [rows[index] for index in sorted(kept)]
 
 

@@ -330,7 +330,7 @@ def test_the_look_into_a_run(server, runs, monkeypatch):
 
 def test_of_very_many_epochs_some_are_shown_with_the_last_and_the_best(monkeypatch):
     monkeypatch.setattr(answers_module, "MOST_ROWS", 4)
-    losses = {2: 0.5, 5: None, 6: 0.25}  # of the others 1
+    losses = {2: 0.5, 3: float("nan"), 4: -float("inf"), 5: None, 6: 0.25}  # of the others 1
     rows = [{"epoch": epoch, "val_loss": losses.get(epoch, 1.0)} for epoch in range(1, 12)]
     assert [row["epoch"] for row in answers_module.thinned(rows)] == [2, 5, 6, 8, 11]
     assert answers_module.thinned(rows[:4]) == rows[:4]
