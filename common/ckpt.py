@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, Exit
-from common.files import atomic_write, link
+from common.files import atomic_write, link, no_file
 from common.flags import OUR_NETWORK
 from common.record import git_commit, starts_in
 
@@ -160,8 +160,8 @@ def insist(path: Path, read: Callable[[], T]) -> T:
 
 
 def _content(path: Path) -> bytes:
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UnreadableCheckpoint(path, "is a folder, not a file" if path.is_dir() else "not a file")
+    if reason := no_file(path):
+        raise UnreadableCheckpoint(path, reason)
     return path.read_bytes()
 
 

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -126,6 +127,20 @@ def alone_in(folder: Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def no_file(path: str | Path) -> str:
+    """Why what is at `path` is no file to be read, as a folder or a pipe, which would be waited for; else "".
+
+    In one look, for between two it may go, and then it was not that. What is not there, whoever opens it says.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return ""
+    if stat.S_ISREG(mode):
+        return ""
+    return "is a folder, not a file" if stat.S_ISDIR(mode) else "not a file"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,6 +17,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from common.files import no_file
+
 _MAGIC = 0x1950A86A20F9469CFC6C  # opens a file of torch's old format, before it wrote zip archives
 _BYTES = {
     "ComplexDouble": 16,
@@ -170,8 +172,8 @@ def read(path: str | Path) -> tuple[Any, set[str]]:
     be opened.
     """
     strangers: set[str] = set()
-    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
-        raise ValueError("is a folder, not a file" if Path(path).is_dir() else "not a file")
+    if reason := no_file(path):
+        raise ValueError(reason)
     with open(path, "rb") as file:  # zipfile would take a disk's error here for a damaged archive
         file.seek(max(0, file.seek(0, os.SEEK_END) - 65_557))
         file.read()

@@ -344,6 +344,25 @@ def test_a_file_that_is_pruned_between_listing_and_reading_is_looked_for_again(t
     assert (path.name, state["epoch"]) == ("checkpoint_epoch_000005.pt", 5)
 
 
+def test_a_file_that_is_pruned_between_two_looks_at_it_is_looked_for_again(tmp_path, monkeypatch):
+    run, look, pruned = make_run(tmp_path / "run", [1, 2]), os.stat, []
+
+    def look_and_prune(path, **how):
+        found = look(path, **how)
+        if str(path).endswith("000002.pt") and not pruned:
+            pruned.append(path)
+            make_run(run, [3])
+            os.unlink(path)
+        return found
+
+    monkeypatch.setattr(os, "stat", look_and_prune)
+    for read in (ckpt.read_checkpoint, ckpt.peek_checkpoint):
+        assert ckpt.open_checkpoint(run, pytest.fail, read)[0].name == "checkpoint_epoch_000003.pt"
+        assert pruned.pop()
+        make_run(run, [2])
+        (run / "checkpoint_epoch_000003.pt").unlink()
+
+
 def test_the_other_kind_of_model_is_refused(ae_run, latent_run, tiny, tmp_path):
     places = (*tiny, "--outdir", tmp_path)
     for folder, script, args in (
