@@ -361,6 +361,7 @@ def test_a_file_that_is_pruned_between_two_looks_at_it_is_looked_for_again(tmp_p
         assert pruned.pop()
         make_run(run, [2])
         (run / "checkpoint_epoch_000003.pt").unlink()
+    assert files.no_file(run) == "is a folder, not a file"
 
 
 def test_the_other_kind_of_model_is_refused(ae_run, latent_run, tiny, tmp_path):
