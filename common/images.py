@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.error_codes import BAD_IMAGE, BAD_OUTPUT, Exit
-from common.files import atomic_write
+from common.files import atomic_write, no_file
 
 if TYPE_CHECKING:
     import numpy
@@ -138,8 +138,8 @@ def read_images(path: str | Path, mask: bool = False) -> tuple[torch.Tensor, tup
 
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError("not a file")
+        if reason := no_file(path):
+            raise ValueError(reason)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a picture's ill-formed notes, for example
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # it would fill the memory

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common import cache
 from common.device import memory_in_one_line
 from common.error_codes import NO_DATA, Exit
+from common.files import no_file
 from common.flags import HUB
 from common.rng import generator
 
@@ -92,8 +93,8 @@ def _of_file(path: Path) -> dict[str, numpy.ndarray]:
     import numpy
 
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise Exit(NO_DATA, f"{path} is not a file")
+        if reason := no_file(path):
+            raise Exit(NO_DATA, f"{path}: {reason}")
         with numpy.load(path, allow_pickle=False) as file:
             return {name: numpy.asarray(file[name]) for name in NAMES if name in file}
     except FileNotFoundError:
