@@ -6,13 +6,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import ckpt
+from common import ckpt, console
 from common.args import AUTO, Args, bash_word
 from common.data import dataset_of
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, NO_AE_CHECKPOINT, Exit
 from common.flags import MNIST
 from common.modules import ROOT, module_of
-from common.run import recorded_runs
+from common.run import glance, recorded_runs
 from common.train_state import TrainState
 
 if TYPE_CHECKING:
@@ -23,13 +23,14 @@ AUTOENCODERS = ("ae-conv", "ae-mlp")  # in the order in which they are looked fo
 OWN_RUNS = ROOT / "mnist_ae" / "outputs" / "checkpoints"  # where their trainer leaves them by default
 
 
-def read_autoencoder(path: str | Path | tuple[Path, ckpt.State]) -> dict[str, Any]:
+def read_autoencoder(path: str | Path | tuple[Path, ckpt.State], warn: ckpt.Warn = console.warn) -> dict[str, Any]:
     """An autoencoder's checkpoint (a file, a run's folder, or RUN/best), reduced to what `build_autoencoder` needs.
 
-    The result is plain and can be stored inside another checkpoint. Raises Exit(MODEL_MISMATCH) if the checkpoint
-    holds another kind of model, UnreadableCheckpoint if it cannot be read.
+    The result is plain and can be stored inside another checkpoint. warn: told of damaged files that are passed over.
+    Raises Exit(MODEL_MISMATCH) if the checkpoint holds another kind of model, UnreadableCheckpoint if it cannot be
+    read.
     """
-    return _reduced(*ckpt.read_model(path, AUTOENCODERS))
+    return _reduced(*ckpt.read_model(path, AUTOENCODERS, warn))
 
 
 def _reduced(path: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -81,8 +82,8 @@ def find_autoencoder(
     found = []
     for folder in folders:
         runs = recorded_runs([folder], warn)
-        own = ckpt.newest_readable(folder, lambda _: None, ckpt.peek_checkpoint)
-        for run, state in [*runs, *([(folder, own[1])] if own else [])]:
+        own = glance(folder, warn)
+        for run, state in [*runs, *([(folder, own)] if own else [])]:
             model, seen = state["args"].get("model"), state["args"].get("only_digit")
             fits = model in AUTOENCODERS and dataset_of(state["args"]) == dataset
             if fits and (digit == AUTO or seen in (None, digit)):
@@ -119,13 +120,14 @@ def choose_autoencoder(args: Args) -> None:
     """
     if "autoencoder" in args.inputs:
         return
+    warn = logging.getLogger("train").warning
     if args.ae_ckpt:
         args.ae_ckpt = str(Path(args.ae_ckpt).absolute())
-        return _take(args, read_autoencoder(args.ae_ckpt), "--ae-ckpt")
+        return _take(args, read_autoencoder(args.ae_ckpt, warn), "--ae-ckpt")
     folders = [Path(args.ae_ckpt_dir or Path(args.outdir) / "checkpoints")]
     if not args.ae_ckpt_dir and not args.given("outdir"):
         folders.append(OWN_RUNS)
-    data = find_autoencoder(folders, args.only_digit, logging.getLogger("train").warning, args.dataset)
+    data = find_autoencoder(folders, args.only_digit, warn, args.dataset)
     if data is None:
         where, seen = " or ".join(map(str, folders)), "" if args.only_digit == AUTO else " of the wanted digits"
         seen += "" if args.dataset == MNIST else f" that learned from {args.data}"

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common import console
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, Exit
 from common.files import atomic_write, link, no_file
 from common.flags import OUR_NETWORK
@@ -38,6 +39,7 @@ EXPORTED = "exported"  # the key of files that infer.py --export wrote
 RUNS = "checkpoints"  # the folder that runs' folders lie in
 TIMESTAMP = re.compile(r"-\d{8}-\d{6}$")  # of a run's name
 MODEL_TYPES = ("ae-mlp", "ae-conv", "lddpm", "ddpm")
+_SHORT = {"mlp": "ae-mlp", "conv": "ae-conv"}  # as a checkpoint may say it
 
 State = dict[str, Any]
 Warn = Callable[[str], None]
@@ -234,9 +236,11 @@ def _checked(path: str | Path, state: Any) -> State:
         raise UnreadableCheckpoint(path, "a PyTorch file, but not a checkpoint of this project")
     if not is_ours(state):
         raise UnreadableCheckpoint(path, f"has format {state['format']}, this version reads {FORMAT}")
-    if state["args"].get("model") == "ddpm":
-        # saved before there was such a part, or such a choice
-        state["args"] = {"fine_ch": 0, "dense_dim": 0, "attention": True} | state["args"]
+    flags = state["args"]
+    if (model := str(flags.get("model"))) in _SHORT:
+        state["args"] = flags | {"model": _SHORT[model]}
+    elif model == "ddpm":  # saved before there was such a part, or such a choice
+        state["args"] = {"fine_ch": 0, "dense_dim": 0, "attention": True} | flags
     return state
 
 
@@ -283,7 +287,7 @@ def newest_readable(
 
 
 def open_checkpoint(
-    path: str | Path, warn: Warn = lambda _: None, read: Callable[[Path], State] = read_checkpoint
+    path: str | Path, warn: Warn = console.warn, read: Callable[[Path], State] = read_checkpoint
 ) -> tuple[Path, State]:
     """(file, state) of what a user's `path` means: a file, a run folder's newest readable checkpoint, or RUN/best.
 
@@ -353,7 +357,7 @@ def _newest_run(source: str | Path, types: tuple[str, ...], warn: Warn) -> tuple
 
 
 def read_model(
-    source: str | Path | tuple[Path, State], types: tuple[str, ...], warn: Warn = lambda _: None
+    source: str | Path | tuple[Path, State], types: tuple[str, ...], warn: Warn = console.warn
 ) -> tuple[Path, State]:
     """(file, state) of what a path means, or of what was read, if it holds one of the `types`.
 
@@ -422,7 +426,7 @@ def infer_model_from_checkpoint(source: str | Path | State) -> str:
     """
     state = source if isinstance(source, dict) else open_checkpoint(source, read=peek_checkpoint)[1]
     recorded = str(state["args"].get("model"))
-    model = f"ae-{recorded}" if recorded in ("mlp", "conv") else recorded
+    model = _SHORT.get(recorded, recorded)
     if model not in MODEL_TYPES:
         raise UnreadableCheckpoint(
             source if not isinstance(source, dict) else state["exp_name"], f"unknown model type {recorded!r}"
@@ -443,7 +447,7 @@ def weights_digest(weights: dict[str, Any]) -> str:
 # --- promised under these names, and kept where they belong -----------------------------------------------------------
 
 
-def find_latest_checkpoint(directory: str | Path, prefix: str = "", warn: Warn = lambda _: None) -> Path | None:
+def find_latest_checkpoint(directory: str | Path, prefix: str = "", warn: Warn = console.warn) -> Path | None:
     """The newest checkpoint of all runs below `directory` whose names begin with `prefix`; None if there is none.
 
     Newest by the time recorded inside, not by mtime, which copying a tree rewrites.
@@ -457,7 +461,7 @@ def find_latest_checkpoint(directory: str | Path, prefix: str = "", warn: Warn =
 
 
 def resolve_resume_path(
-    resume: str | None, auto_resume: bool, directory: str | Path, prefix: str, warn: Warn = lambda _: None
+    resume: str | None, auto_resume: bool, directory: str | Path, prefix: str, warn: Warn = console.warn
 ) -> Path | None:
     """The checkpoint file that --resume, or else --auto-resume, means; None for a fresh start.
 

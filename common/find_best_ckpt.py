@@ -34,7 +34,7 @@ COMPARABLE = (
     "confident",
     "tstr",
 )  # between models of any kind
-_LOG_LINE = re.compile(r"\bepoch\W+(\d+)")
+_LOG_LINE = re.compile(r"\bepoch\W+(\d+)", re.IGNORECASE)
 _LOG_FIELD = re.compile(r"(\w+)[ =:]+(-?\d[\d.,]*(?:e[+-]?\d+)?)")
 
 
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         raise Exit(BAD_CHECKPOINT, f"{args.folder}: {why}")
     mode = args.mode or default_mode(args.metric)
     ranking, args.metric = rank(args.folder, args.metric, mode, console.warn)
-    kinds = sorted({entry.model for entry in ranking})
+    kinds = sorted({"autoencoders" if entry.model.startswith("ae-") else entry.model for entry in ranking})
     if len(kinds) > 1 and not args.metric.startswith(COMPARABLE):
         text = f"{args.metric} of {', '.join(kinds)} do not compare; give the folder of one experiment"
         console.warn(text)

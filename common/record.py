@@ -105,11 +105,10 @@ class Record:
             "git_commit": git_commit(),
             "resumed_from": str(self.run.source) if self.run.source else None,
         }
-        for name in ("device", "torch"):
-            if starts and starts[-1].get(name) != now[name]:
-                self.warn(
-                    f"{name} was {starts[-1].get(name)} and is now {now[name]}: results may differ in their last bits"
-                )
+        for name in ("device", "threads", "torch"):
+            before = starts[-1].get(name) if starts and self.run.source else None
+            if before not in (None, now[name]):
+                self.warn(f"{name} was {before} and is now {now[name]}: results may differ in their last bits")
         self._now_and_before = [*starts, now]
         self.amend(args)
 

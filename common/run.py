@@ -157,15 +157,18 @@ def recorded_runs(directories: Iterable[str | Path], warn: ckpt.Warn) -> list[tu
     A run of nothing but damaged checkpoints is named through `warn`. Raises UnreadableCheckpoint if a disk fails.
     """
     places = [Path(directory) for directory in directories]
-    runs = []
-    for folder in [place / name for place in places for name in ckpt.insist(place, partial(ckpt.names_in, place))]:
-        damaged: list[str] = []
-        if found := ckpt.newest_readable(folder, damaged.append, ckpt.peek_checkpoint):
-            runs.append((folder, found[1]))
-        else:
-            for text in damaged:
-                warn(text)
+    folders = [place / name for place in places for name in ckpt.insist(place, partial(ckpt.names_in, place))]
+    runs = [(folder, state) for folder in folders if (state := glance(folder, warn))]
     return sorted(runs, key=lambda run: (str(run[1].get("timestamp")), run[0].name), reverse=True)
+
+
+def glance(folder: Path, warn: ckpt.Warn) -> ckpt.State | None:
+    """What the newest readable checkpoint of a run records; where all are damaged, they are named through `warn`."""
+    damaged: list[str] = []
+    found = ckpt.newest_readable(folder, damaged.append, ckpt.peek_checkpoint)
+    for text in damaged if found is None else ():
+        warn(text)
+    return found and found[1]
 
 
 def require_checkpoint(path: str | None, types: tuple[str, ...]) -> None:
@@ -189,10 +192,10 @@ def find_run(
     further than this (epoch, global step).
     """
     passed_over = None
-    for folder, glance in recorded_runs([checkpoints], warn):
-        if glance["args"].get("model") not in models or (glance["epoch"], glance["global_step"]) <= beyond:
+    for folder, state in recorded_runs([checkpoints], warn):
+        if state["args"].get("model") not in models or (state["epoch"], state["global_step"]) <= beyond:
             continue
-        difference = args.difference(glance["args"])
+        difference = args.difference(state["args"])
         if difference is None and (found := ckpt.newest_readable(folder, warn)):
             difference = args.difference(found[1]["args"])  # of an old file a glance does not tell all
             if difference is None:

@@ -138,20 +138,55 @@ def test_the_log_of_a_resume_tells_what_was_said_before_there_was_one(ae_run, co
     assert started.index("this resume changes --lr") < started.index("resumed from")
 
 
-def test_all_damaged_means_none(tmp_path):
-    run = make_run(tmp_path / "run")
-    for _, path in ckpt.run_checkpoints(run):
+def damaged_run(folder):
+    """A run of which no checkpoint can be read."""
+    for _, path in ckpt.run_checkpoints(make_run(folder)):
         path.write_bytes(b"")
+    return folder
+
+
+def test_all_damaged_means_none(tmp_path):
+    run = damaged_run(tmp_path / "run")
     assert ckpt.newest_readable(run, lambda _: None) is None
     assert ckpt.find_latest_checkpoint(tmp_path) is None
     with pytest.raises(ckpt.UnreadableCheckpoint, match="no readable checkpoint"):
         ckpt.open_checkpoint(run)
 
 
+def test_where_another_run_is_taken_the_damaged_one_is_named(tmp_path, capsys):
+    good = make_run(tmp_path / "run-a", [1], time="2026-01-01T00:00:00+00:00")
+    bad = damaged_run(tmp_path / "run-b")
+    assert ckpt.read_model(tmp_path, ("ae-mlp",))[0].parent == good
+    assert capsys.readouterr().err.count(f"passing over {bad}") == 3
+
+
+READERS = (ckpt.open_checkpoint, ckpt.load_checkpoint, ckpt.inspect_checkpoint, ckpt.infer_model_from_checkpoint)
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_the_functions_name_what_they_pass_over(read, tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    (run / "checkpoint_epoch_000003.pt").write_bytes(b"")
+    read(run)
+    assert capsys.readouterr().err.count(f"passing over {run}/checkpoint_epoch_000003.pt") == 1
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     path = make_run(tmp_path / "run", [1]) / "latest.pt"
     with pytest.raises(ckpt.UnreadableCheckpoint, match="does not fit"):
         ckpt.load_checkpoint(path, model=torch.nn.Linear(3, 3))
+
+
+def test_a_run_that_says_its_model_in_short_is_found_and_resumed(ae_run, copy_of, cache):
+    folder = copy_of(ae_run)
+    for _, path in ckpt.run_checkpoints(folder):
+        state = ckpt.read_checkpoint(path)
+        ckpt.save_checkpoint(path, state | {"args": state["args"] | {"model": "mlp"}})
+    picture = folder / "x.png"
+    for script in (("infer.py", "--ckpt", folder.parent, "--output", picture), ("train.py", "--resume", folder)):
+        result = call(AE, *script, "--cache-dir", cache)
+        assert result.code == OK, result.text
+    assert ckpt.peek_checkpoint(folder / "latest.pt")["args"]["model"] == "ae-mlp"
 
 
 def test_short_model_names_are_understood():
@@ -176,6 +211,22 @@ TOOLS = {
     "inspects": ("common", "inspect_ckpt.py", "{ckpt}"),
     "ranks": ("common", "find_best_ckpt.py", "{folder}"),
 }
+
+
+@pytest.mark.parametrize("tool", [*TOOLS, "exports", "guides"])
+def test_every_tool_names_the_damaged_checkpoints_of_a_run(tool, latent_run, tmp_path):
+    more = {
+        "exports": (LATENT, "infer.py", "--ckpt", "{ckpt}", "--export", "{out}.pt"),
+        "guides": (LATENT, "infer.py", "--ckpt", "{good}", "--guide", "{ckpt}", "--output", "{picture}"),
+    }
+    folder, script, *args = (TOOLS | more)[tool]
+    runs = damaged_run(tmp_path / "runs" / "ae-mlp-x")
+    places = {"ckpt": runs, "folder": runs, "tree": runs, "good": latent_run}
+    places |= {"out": tmp_path / "out", "picture": tmp_path / "out.png"}
+    result = call(folder, script, *(arg.format(**places) for arg in args))
+    assert result.code in (BAD_CHECKPOINT, NO_AE_CHECKPOINT), result.text
+    for epoch in (1, 2, 3):
+        assert result.text.count(f"/checkpoint_epoch_{epoch:06d}.pt: ") == 1, result.text
 
 
 @pytest.mark.parametrize("tool", TOOLS)

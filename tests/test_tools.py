@@ -269,7 +269,7 @@ def test_odd_neighbours_do_not_spoil_the_ranking(tree, capsys):
     assert table.count("/a/") == 4  # three rows and the last line
     assert "/c/" in table  # of another project: ranked too, and told
     assert "/d/" in table
-    assert "?, ae-mlp, vae do not compare" in warnings
+    assert "?, autoencoders, vae do not compare" in warnings
 
 
 def test_losses_of_runs_that_learned_other_things_are_told_apart(tree, tmp_path, capsys):
@@ -277,6 +277,12 @@ def test_losses_of_runs_that_learned_other_things_are_told_apart(tree, tmp_path,
         save(tmp_path / "more" / name, 1, args={"model": "ddpm", **flags})
     warned = best(tmp_path / "more", capsys=capsys)[2]
     assert "val_loss of runs that differ in --only-digit, --min-snr-gamma do not compare" in warned
+    for model in ("ae-mlp", "ae-conv"):  # both rebuild the same digits
+        save(tmp_path / "autoencoders" / model, 1, args={"model": model})
+    assert best(tmp_path / "autoencoders", capsys=capsys)[2] == ""
+    save(tmp_path / "autoencoders" / "threes", 1, args={"model": "ae-conv", "only_digit": 3})
+    warned = best(tmp_path / "autoencoders", capsys=capsys)[2]
+    assert "val_loss of runs that differ in --only-digit do not compare" in warned
     shutil.rmtree(tmp_path / "more" / "two")
     save(tmp_path / "more" / "four", 1, args={"model": "ddpm", "schedule": "linear"})  # which older ones had, unsaid
     assert best(tmp_path / "more", capsys=capsys)[2] == ""
