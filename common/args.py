@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 from common import emoji
 from common.error_codes import MODEL_MISMATCH, USAGE, Exit
 from common.ranks import identity
+from common.slurm import lasting_cache
 
 _KINDS = {
     "place": "where things live and run (always today's, also on resume)",
@@ -129,8 +130,6 @@ class Args(argparse.Namespace):
 
         kinds: of what was typed, that which the checkpoint does not know.
         """
-        from common.cache import lasting_cache
-
         words = ["--resume", bash_word(path)]
         unneeded = ("resume", "auto_resume", "outdir")  # a checkpoint is resumed in its own run's folder
         for name, value in self.flags().items():

@@ -12,7 +12,6 @@ from common.data import dataset_of
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, NO_AE_CHECKPOINT, Exit
 from common.flags import MNIST
 from common.modules import ROOT, module_of
-from common.run import glance, recorded_runs
 from common.train_state import TrainState
 
 if TYPE_CHECKING:
@@ -81,8 +80,8 @@ def find_autoencoder(
     """
     found = []
     for folder in folders:
-        runs = recorded_runs([folder], warn)
-        own = glance(folder, warn)
+        runs = ckpt.recorded_runs([folder], warn)
+        own = ckpt.glance(folder, warn)
         for run, state in [*runs, *([(folder, own)] if own else [])]:
             model, seen = state["args"].get("model"), state["args"].get("only_digit")
             fits = model in AUTOENCODERS and dataset_of(state["args"]) == dataset

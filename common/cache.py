@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.ckpt import UnreadableCheckpoint, read_file
-from common.console import warn
 from common.files import atomic_write
 from common.flags import MNIST_NAME
 
@@ -26,14 +25,6 @@ def first_line(error: Exception) -> str:
     """What another library's error says, in one line."""
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return kind + next(iter(str(error).splitlines()), "no reason given")
-
-
-def lasting_cache(cache_dir: str | Path) -> Path:
-    """Where what is costly to get again belongs: `cache_dir`, but $SCRATCH/hf_cache for one that ends with its job."""
-    temporary, scratch = os.environ.get("SLURM_TMPDIR"), os.environ.get("SCRATCH")
-    if temporary and scratch and Path(cache_dir).resolve().is_relative_to(Path(temporary).resolve()):
-        return Path(scratch) / "hf_cache"  # which job.sh copies to $SLURM_TMPDIR
-    return Path(cache_dir)
 
 
 # --- our own cache ----------------------------------------------------------------------------------------------------
@@ -64,7 +55,7 @@ def kept(path: Path, warn: Callable[[str], None]) -> dict[str, torch.Tensor] | N
     return None
 
 
-def keep(path: Path, arrays: dict[str, Any]) -> None:
+def keep(path: Path, arrays: dict[str, Any], warn: Callable[[str], None]) -> None:
     """Write decoded arrays or tensors to a cache; one that cannot be written to only costs time."""
     import torch
 

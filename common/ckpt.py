@@ -21,7 +21,8 @@ import time
 import uuid
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ from common import console
 from common.error_codes import BAD_CHECKPOINT, MODEL_MISMATCH, Exit
 from common.files import atomic_write, link, no_file
 from common.flags import OUR_NETWORK
+from common.peek import format_of
+from common.peek import read as read_without_torch
 from common.record import git_commit, starts_in
 
 FORMAT = 1
@@ -176,8 +179,6 @@ def read_file(path: str | Path) -> Any:
 
     import torch
 
-    from common.peek import format_of
-
     path = Path(path)
     content = insist(path, lambda: _content(path))  # in one go: what is verified is what is loaded
     if not content:
@@ -216,10 +217,8 @@ def peek_checkpoint(path: str | Path) -> State:
 
 def peek(path: str | Path) -> tuple[Any, set[str]]:
     """`common.peek.read` with its errors as UnreadableCheckpoint."""
-    from common import peek
-
     try:
-        return insist(Path(path), lambda: peek.read(path))
+        return insist(Path(path), lambda: read_without_torch(path))
     except ValueError as error:
         raise UnreadableCheckpoint(path, str(error)) from None
 
@@ -325,6 +324,26 @@ def load_checkpoint(
     return state
 
 
+def recorded_runs(directories: Iterable[str | Path], warn: Warn) -> list[tuple[Path, State]]:
+    """(folder, state) of the runs in these folders, newest first by what they recorded, each by a glance.
+
+    A run of nothing but damaged checkpoints is named through `warn`. Raises UnreadableCheckpoint if a disk fails.
+    """
+    places = [Path(directory) for directory in directories]
+    folders = [place / name for place in places for name in insist(place, partial(names_in, place))]
+    runs = [(folder, state) for folder in folders if (state := glance(folder, warn))]
+    return sorted(runs, key=lambda run: (str(run[1].get("timestamp")), run[0].name), reverse=True)
+
+
+def glance(folder: Path, warn: Warn) -> State | None:
+    """What the newest readable checkpoint of a run records; where all are damaged, they are named through `warn`."""
+    damaged: list[str] = []
+    found = newest_readable(folder, damaged.append, peek_checkpoint)
+    for text in damaged if found is None else ():
+        warn(text)
+    return found and found[1]
+
+
 def default_runs() -> list[Path]:
     """The folders of the runs that are trained from the current folder without --outdir, or by a job.sh."""
     scratch = os.environ.get("SCRATCH")
@@ -338,8 +357,6 @@ def _newest_run(source: str | Path, types: tuple[str, ...], warn: Warn) -> tuple
     None for anything but a folder of runs, or "latest" for those of `default_runs`. Raises Exit(MODEL_MISMATCH) if all
     of them hold other models, UnreadableCheckpoint if "latest" finds none.
     """
-    from common.run import recorded_runs
-
     folder = Path(source)
     latest = str(folder) == "latest" and not os.path.lexists(folder)
     if not latest and (not os.path.isdir(folder) or insist(folder, lambda: run_checkpoints(folder))):
@@ -452,8 +469,6 @@ def find_latest_checkpoint(directory: str | Path, prefix: str = "", warn: Warn =
 
     Newest by the time recorded inside, not by mtime, which copying a tree rewrites.
     """
-    from common.run import recorded_runs
-
     for folder, _ in recorded_runs([directory], warn):
         if folder.name.startswith(prefix) and (found := newest_readable(folder, warn)):
             return found[0]

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.cache import lasting_cache
 from common.ckpt import UnreadableCheckpoint, read_file, weights_digest
 from common.data import HF_MNIST
 from common.files import alone_in, atomic_write
 from common.flags import is_own
 from common.rng import generator
+from common.slurm import lasting_cache
 
 NUM_FEATURES = 96
 VERSION = 2  # raise it with any change to the network or its training: figures of other versions do not compare

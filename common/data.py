@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import console, emoji, mnist
-from common.args import AUTO, Args
+from common.args import AUTO, Args, Parser
 from common.device import seed_worker
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, Exit, run_main
-from common.flags import HUB, MNIST, is_own
+from common.flags import HUB, MNIST, add_data_arguments, is_own
 from common.own_data import read_own
 from common.rng import generator
 
@@ -94,19 +94,19 @@ class HF_MNIST:
         return self._with(self.images.to(device), self.labels.to(device))
 
 
-def split_train_val(dataset: Any, seed: int, fraction: float = VALIDATION_FRACTION) -> tuple[Any, Any]:
-    """(train, validation): a seeded random `fraction` of the data set is held back for validation.
+def split_train_val(dataset: Any, seed: int) -> tuple[Any, Any]:
+    """(train, validation): a seeded random VALIDATION_FRACTION of the data set is held back for validation.
 
     Raises Exit(NO_DATA) if the data set is too small to be split.
     """
     import torch
 
-    count = round(len(dataset) * fraction)
+    count = round(len(dataset) * VALIDATION_FRACTION)
     if not 0 < count < len(dataset):
         if not len(dataset):
             raise Exit(NO_DATA, "there is nothing to learn from: the data have none of the class of --only-digit")
         what = f"{getattr(dataset, 'noun', 'rows')} ({len(dataset)})"
-        raise Exit(NO_DATA, f"too few {what} to hold {fraction:.0%} back for validation")
+        raise Exit(NO_DATA, f"too few {what} to hold {VALIDATION_FRACTION:.0%} back for validation")
     order = torch.randperm(len(dataset), generator=generator(seed, "validation split"))
     return dataset.subset(order[count:].sort().values), dataset.subset(order[:count].sort().values)
 
@@ -218,9 +218,6 @@ def held_out(asked: str, cache_dir: str | Path, trained: dict[str, Any], digit: 
 
 def main(argv: list[str] | None = None) -> None:
     """Fetch and decode both splits. Raises Exit(NO_DATA) if only the embedded digits can be had, unless asked for."""
-    from common.args import Parser
-    from common.flags import add_data_arguments
-
     parser = Parser("Fetch MNIST ahead of time and decode it.", "python -m common.data --cache-dir ./hf_cache")
     add_data_arguments(parser, auto="as hub (default)")
     args = parser.parse(argv)
@@ -235,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise
             way_out = "run this where there is internet; the 5,000 digits of --data embedded need none"
             raise Exit(end.code, f"{mnist.lacking(cache_dir)}; {way_out}") from None
-        where = "" if digits.source.endswith(".npz") else f" in {cache_dir.resolve()}"
+        where = "" if digits.source.lower().endswith(".npz") else f" in {cache_dir.resolve()}"
         which = f", {digits.held_out}" if is_own(digits.source) and split == "test" else ""
         print(f"{emoji.ok} {split}: {len(digits):,} {digits.noun} ({digits.source}{which}){where}")
 

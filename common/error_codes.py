@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from common import emoji
 from common.console import ConsoleGone, guarded
 
 OK = 0
@@ -50,7 +51,6 @@ class Exit(Exception):
 
 def run_main(main: Callable[[], None]) -> int:
     """Run a script's main; return its exit code, having shown an `Exit` that nobody showed yet."""
-    from common import emoji
     from common.ranks import identity
 
     code = OK
@@ -75,7 +75,6 @@ def run_main(main: Callable[[], None]) -> int:
 
 
 def _run(main: Callable[[], None]) -> int:
-    from common import emoji
     from common.ranks import identity
 
     try:

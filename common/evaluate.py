@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import ckpt, emoji, threads
 from common.args import Parser, flag_of, named_path, number
+from common.autoencoder import build_autoencoder, read_autoencoder
+from common.data import HF_MNIST
 from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress, sampling_options, wanted_labels
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE, Exit, run_main
@@ -68,8 +70,6 @@ def _reconstruct(
 ) -> tuple[torch.Tensor, list[int], float]:
     """(images, their labels, seconds): the reconstructions of `count` of the digits that set the floor."""
     import torch
-
-    from common.autoencoder import build_autoencoder, read_autoencoder
 
     autoencoder = build_autoencoder(read_autoencoder(read), device)
     images, labels = real[halves(real)[1][:count]]
@@ -164,7 +164,6 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
     import torch
 
     from common.classifier import fingerprint
-    from common.data import HF_MNIST
 
     path, trained, model, labels, digits, real, classifier, accuracy = subject
     device = get_device(args.device, identity())

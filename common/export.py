@@ -21,6 +21,7 @@ from common.modules import MODULE_FILES
 from common.ranks import identity
 from common.record import starts_in
 from common.run import require_checkpoint
+from common.scores import read_scores, scores_file
 
 KEPT = ("args", "epoch", "global_step", "batch", "exp_name", "timestamp", "train_loss", "val_loss", "best", "format")
 # flags that say where something lay or ran; nobody else has use for them
@@ -60,8 +61,6 @@ def _is_exported(path: Path) -> bool:
 
 def reduced(path: Path, state: ckpt.State) -> ckpt.State:
     """What is exported of the checkpoint's state in `path`. Raises Exit for weights that are no numbers."""
-    from common.scores import read_scores, scores_file
-
     commands = _commands(path.parent, ckpt.infer_model_from_checkpoint(state))
     kept = {key: state[key] for key in KEPT if key in state} | {"args": _without_places(state["args"])}
     kept["model"] = _in_half(ckpt.averaged_weights(state), path)

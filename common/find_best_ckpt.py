@@ -20,20 +20,10 @@ from common.files import atomic_write
 from common.flags import MNIST
 from common.inspect_ckpt import files_below
 from common.record import rows_in
-from common.scores import read_scores, scores_file
+from common.scores import ORDER, read_scores, scores_file
 
 _RISING = ("acc", "precision", "recall", "agreement", "confident", "tstr", "per_second")
-COMPARABLE = (
-    "epoch",
-    "global_step",
-    "fid",
-    "precision",
-    "recall",
-    "agreement",
-    "imbalance",
-    "confident",
-    "tstr",
-)  # between models of any kind
+COMPARABLE = ("epoch", "global_step", *ORDER, "tstr")  # between models of any kind
 _LOG_LINE = re.compile(r"\bepoch\W+(\d+)", re.IGNORECASE)
 _LOG_FIELD = re.compile(r"(\w+)[ =:]+(-?\d[\d.,]*(?:e[+-]?\d+)?)")
 
@@ -204,9 +194,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="let --copy-to overwrite")
     parser.add_argument("--print-path-only", action="store_true", help="print just the best one's path")
     args = parser.parse_args(argv)
-    if os.path.isfile(args.folder) and ckpt.is_ours(state := ckpt.peek(args.folder)[0]) and ckpt.EXPORTED in state:
-        raise Exit(BAD_CHECKPOINT, f"{args.folder} {ckpt.exported_text(state)}: give a folder of runs")
     if not os.path.isdir(args.folder):  # False also for names that are too long
+        with suppress(ckpt.UnreadableCheckpoint):
+            if ckpt.EXPORTED in (state := ckpt.peek_checkpoint(args.folder)):
+                raise Exit(BAD_CHECKPOINT, f"{args.folder} {ckpt.exported_text(state)}: give a folder of runs")
         why = "a file: give the folder of its run, or of runs" if os.path.isfile(args.folder) else "no such folder"
         raise Exit(BAD_CHECKPOINT, f"{args.folder}: {why}")
     mode = args.mode or default_mode(args.metric)

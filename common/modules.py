@@ -17,7 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from common import ckpt, console
 from common.args import flag_of
+from common.data import dataset_of
 from common.error_codes import MODEL_MISMATCH, NO_MODEL_SPECIFIED, USAGE, Exit
 from common.flags import OUR_NETWORK
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from common.ckpt import State
     from common.diffusion import Schedules
 
 ROOT = Path(__file__).parent.parent
@@ -117,19 +118,19 @@ def build_network(
         _try(net, shape, schedules, path)
     if recorded not in (None, network_digest(model, network)):
         changed = f"{_short(path)} has changed since this run was trained with it"
-        logging.getLogger("train").warning(f"{changed}: the weights may mean something else in it")
+        log = logging.getLogger("train")
+        (log.warning if log.handlers else console.warn)(f"{changed}: the weights may mean something else in it")
     return net
 
 
 def trained_network(
-    read: tuple[Path, State], build: Callable[..., nn.Module], device: torch.device | str
+    read: tuple[Path, ckpt.State], build: Callable[..., nn.Module], device: torch.device | str
 ) -> tuple[nn.Module, Schedules]:
     """The network of a diffusion checkpoint, with its averaged weights, for drawing; and its schedules.
 
     read: the checkpoint's (path, state); build(flags, schedules): the experiment's.
     Raises Exit(MODEL_MISMATCH) if the weights are another network's.
     """
-    from common import ckpt
     from common.diffusion import schedules_of
 
     path, state = read
@@ -140,15 +141,12 @@ def trained_network(
 
 
 def guiding_network(
-    source: str | Path, guided: State, build: Callable[..., nn.Module], device: torch.device | str
+    source: str | Path, guided: ckpt.State, build: Callable[..., nn.Module], device: torch.device | str
 ) -> nn.Module:
     """The network of the checkpoint at `source`, to guide that of the checkpoint `guided` (see `sampling.guided`).
 
     Raises Exit(MODEL_MISMATCH) if it knows another noise, other latents or data, or not all of the labels.
     """
-    from common import ckpt
-    from common.data import dataset_of
-
     path, state = ckpt.read_model(source, (ckpt.infer_model_from_checkpoint(guided),))
     if state["args"]["only_digit"] not in (None, guided["args"]["only_digit"]):
         raise Exit(MODEL_MISMATCH, f"{path} cannot guide: it has seen {state['args']['only_digit']}s only")

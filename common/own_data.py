@@ -18,6 +18,7 @@ from common.error_codes import NO_DATA, Exit
 from common.files import no_file
 from common.flags import HUB
 from common.rng import generator
+from common.slurm import lasting_cache
 
 if TYPE_CHECKING:
     import numpy
@@ -134,14 +135,16 @@ def _of_hub(name: str, cache_dir: Path, warn: Callable[[str], None]) -> dict[str
             raise Exit(NO_DATA, f"{HUB}{name} has no split of the name train, but {', '.join(found)}")
         arrays |= {f"{prefix}{part}": array for part, array in _decoded(found[split], name).items()}
     _check(arrays, f"{HUB}{name}")
-    cache.keep(path, arrays)
+    cache.keep(path, arrays, warn)
     return arrays
 
 
 def _splits_in_cache(name: str, cache_dir: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
     """{split: data set} as the `datasets` library left them, without asking the network; None if it did not."""
+    from datasets.naming import camelcase_to_snakecase
+
     owner, title = name.split("/")
-    short = _snake_case(title)
+    short = camelcase_to_snakecase(title)
     trains = cache.finished(cache_dir, f"{owner}___{short}/*/*/*/{short}-train.arrow")
     if not trains:
         return None
@@ -160,16 +163,10 @@ def _splits_in_cache(name: str, cache_dir: Path, warn: Callable[[str], None]) ->
         return None
 
 
-def _snake_case(title: str) -> str:
-    from datasets.naming import camelcase_to_snakecase
-
-    return camelcase_to_snakecase(title)
-
-
 def _downloaded(name: str, cache_dir: Path, again: bool) -> Any:
     """again: what is in the cache is no good."""
     if not cache.hub_answers():
-        fetch = f"python -m common.data --data {HUB}{name} --cache-dir {cache.lasting_cache(cache_dir).resolve()}"
+        fetch = f"python -m common.data --data {HUB}{name} --cache-dir {lasting_cache(cache_dir).resolve()}"
         raise Exit(
             NO_DATA,
             f"{name} is not in {cache_dir} and the Hugging Face hub cannot be reached; "

@@ -236,11 +236,11 @@ def _safetensors(path: Path) -> Safetensors:
     return content
 
 
-def tensors_in(value: Any, name: str = "") -> dict[str, Tensor]:
+def tensors_in(value: Any) -> dict[str, Tensor]:
     """All tensors within a read object, by their dotted names (a module's as its state_dict would call them)."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()  # a file may hold objects that contain themselves, or nest them thousands deep
-    waiting = [(value, name)]
+    waiting = [(value, "")]
     while waiting:
         value, name = waiting.pop()
         if isinstance(value, Tensor):

@@ -31,7 +31,8 @@ def progress(
 
     done: how many of the `total` units lie behind already. more(): what else a plain line tells.
     """
-    if sys.stderr.isatty() and identity().rank == 0:
+    first = identity().rank == 0  # of several processes one talks
+    if first and sys.stderr.isatty():
         from tqdm import tqdm
 
         with tqdm(total=total, initial=done, desc=title, unit=unit, leave=False) as bar:
@@ -42,7 +43,7 @@ def progress(
     def tick() -> None:
         nonlocal done, told
         done += 1
-        if time.monotonic() - told >= PLAIN_LINE_EVERY:
+        if first and time.monotonic() - told >= PLAIN_LINE_EVERY:
             told = time.monotonic()
             say(f"{title}: {unit} {done}/{total}{more()}")
 

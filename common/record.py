@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.args import Args
+from common.curves import draw_curves
 from common.events import Appended, Events
 from common.files import write_text
+from common.images import make_image_grid, save_image_grid
 from common.ranks import identity
 
 if TYPE_CHECKING:
@@ -174,8 +176,6 @@ class Record:
         self._drawn = False
         if cheaply and time.monotonic() - self._curves_at < 30 * self._curves_cost:
             return
-        from common.curves import draw_curves
-
         started = time.monotonic()
 
         def draw() -> None:
@@ -188,8 +188,6 @@ class Record:
 
     def images(self, images: torch.Tensor, epoch: int, step: int) -> None:
         """Write samples/{exp_name}/epoch_NNNNNN.png, and the grid to TensorBoard. images: (N, C, H, W) in [0, 1]."""
-        from common.images import make_image_grid, save_image_grid
-
         self._try("sample grid", lambda: save_image_grid(images, self.run.samples / f"epoch_{epoch:06d}.png"))
         self.events.image("samples", make_image_grid(images), step)
         self.flush()

@@ -7,11 +7,11 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -151,32 +151,12 @@ def open_run(
     return _resume(args, *found, warn) if found else Run(claimed[0], outdir, logdir, claimed[1])
 
 
-def recorded_runs(directories: Iterable[str | Path], warn: ckpt.Warn) -> list[tuple[Path, ckpt.State]]:
-    """(folder, state) of the runs in these folders, newest first by what they recorded, each by a glance.
-
-    A run of nothing but damaged checkpoints is named through `warn`. Raises UnreadableCheckpoint if a disk fails.
-    """
-    places = [Path(directory) for directory in directories]
-    folders = [place / name for place in places for name in ckpt.insist(place, partial(ckpt.names_in, place))]
-    runs = [(folder, state) for folder in folders if (state := glance(folder, warn))]
-    return sorted(runs, key=lambda run: (str(run[1].get("timestamp")), run[0].name), reverse=True)
-
-
-def glance(folder: Path, warn: ckpt.Warn) -> ckpt.State | None:
-    """What the newest readable checkpoint of a run records; where all are damaged, they are named through `warn`."""
-    damaged: list[str] = []
-    found = ckpt.newest_readable(folder, damaged.append, ckpt.peek_checkpoint)
-    for text in damaged if found is None else ():
-        warn(text)
-    return found and found[1]
-
-
 def require_checkpoint(path: str | None, types: tuple[str, ...]) -> None:
     """Raises Exit(USAGE) where no --ckpt was given, naming the run that the newest one of these `types` is."""
     if path is not None:
         return
     folders = ckpt.default_runs()
-    for run, state in recorded_runs(folders, lambda _: None):
+    for run, state in ckpt.recorded_runs(folders, lambda _: None):
         if state["args"].get("model") in types:
             raise Exit(USAGE, f"no --ckpt given; the newest run here would be --ckpt {bash_word(run)}")
     kinds, where = " or ".join(types), " or ".join(map(str, folders))
@@ -192,7 +172,7 @@ def find_run(
     further than this (epoch, global step).
     """
     passed_over = None
-    for folder, state in recorded_runs([checkpoints], warn):
+    for folder, state in ckpt.recorded_runs([checkpoints], warn):
         if state["args"].get("model") not in models or (state["epoch"], state["global_step"]) <= beyond:
             continue
         difference = args.difference(state["args"])

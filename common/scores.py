@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.data import held_out
 from common.error_codes import NO_DATA, Exit
+from common.rng import generator
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +30,6 @@ def halves(real: Any, split: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     In MNIST's own order the first half of the test digits is the cleaner one.
     """
     import torch
-
-    from common.rng import generator
 
     return torch.randperm(len(real), generator=generator(split, "evaluation halves")).tensor_split(2)
 
@@ -117,7 +116,6 @@ def train_on_synthetic(
 
     from common.classifier import judge, train_classifier
     from common.metrics import bootstrap
-    from common.rng import generator
 
     some = torch.randperm(len(learnable), generator=generator(0, "evaluation training digits"))[: len(images)]
     found: dict[str, float] = {}

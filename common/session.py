@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import ckpt, device, emoji, ranks, slurm, threads
 from common.args import AUTO, Args
+from common.data import HF_MNIST, make_mnist_loader
 from common.error_codes import (
     BAD_CHECKPOINT,
     MODEL_MISMATCH,
@@ -51,8 +52,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.utils.data import DataLoader
-
-    from common.data import HF_MNIST
 
 LOOK_EVERY = 50  # steps between looks at the loss on devices that should not wait for it; and TensorBoard's points
 
@@ -112,8 +111,6 @@ class Session:
 
         Raises Exit(NO_DATA) if they cannot be had, Exit(MODEL_MISMATCH) if they are not what the run began with.
         """
-        from common.data import HF_MNIST
-
         where, known = (self.args.cache_dir, self.args.only_digit, self.args.data), self.args.dataset
 
         def read() -> HF_MNIST:
@@ -143,8 +140,6 @@ class Session:
 
     def loader(self, dataset: Any, batch_size: int, *, shuffle: bool = True) -> DataLoader:
         """Batches of a data set on `data_device`: in random order, by the workers if there are any; or in its own."""
-        from common.data import make_mnist_loader
-
         how = {"seed": self.args.seed, "num_workers": self.workers if shuffle else 0, "device": self.data_device}
         return make_mnist_loader(dataset, batch_size, shuffle=shuffle, **how)
 

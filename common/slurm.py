@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from common.ranks import identity
 
@@ -70,6 +71,14 @@ def stop_requested() -> int:
     if _received is None and identity().size > 1 and os.getppid() != _parent:
         _on_signal(signal.SIGHUP, None)
     return _received or 0
+
+
+def lasting_cache(cache_dir: str | Path) -> Path:
+    """Where what is costly to get again belongs: `cache_dir`, but $SCRATCH/hf_cache for one that ends with its job."""
+    temporary, scratch = os.environ.get("SLURM_TMPDIR"), os.environ.get("SCRATCH")
+    if temporary and scratch and Path(cache_dir).resolve().is_relative_to(Path(temporary).resolve()):
+        return Path(scratch) / "hf_cache"  # which job.sh copies to $SLURM_TMPDIR
+    return Path(cache_dir)
 
 
 def report(what: str) -> None:

@@ -25,10 +25,9 @@ class TimeMLP(nn.Module):
     The closing SiLU lets a FiLM layer be one plain Linear of the result.
     """
 
-    def __init__(self, dim: int = TIME_DIM, sinusoids: int = SINUSOIDS) -> None:
+    def __init__(self, dim: int = TIME_DIM) -> None:
         super().__init__()
-        self.sinusoids = sinusoids
-        self.net = nn.Sequential(nn.Linear(sinusoids, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+        self.net = nn.Sequential(nn.Linear(SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        return self.net(sinusoidal_embedding(t, self.sinusoids))  # (B, dim)
+        return self.net(sinusoidal_embedding(t))  # (B, dim)

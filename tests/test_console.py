@@ -18,6 +18,7 @@ from helpers import AE, LATENT, REPO, environment, newest_state, only_run
 
 from common.error_codes import BAD_OUTPUT, STOPPED_EARLY, run_main
 from common.progress import progress
+from common.ranks import Identity
 from common.session import Session
 
 WARNING = "the console cannot be written to"
@@ -193,6 +194,17 @@ def finish_errors(process) -> str:
         return process.communicate(timeout=60)[1]
     finally:
         process.kill()
+
+
+def test_of_several_processes_one_talks_of_progress(monkeypatch):
+    monkeypatch.setattr("common.progress.PLAIN_LINE_EVERY", 0.0)
+    for rank, lines in ((0, 3), (1, 0)):
+        monkeypatch.setattr("common.progress.identity", lambda rank=rank: Identity(rank, 2, rank, 2))
+        said = []
+        with progress("drawing", 3, "step", said.append) as tick:
+            for _ in range(3):
+                tick()
+        assert len(said) == lines
 
 
 def test_a_bar_begins_where_the_work_does(monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CLOSED_PORT, LATENT, call, run
+from helpers import AE, CLOSED_PORT, LATENT, call, run
 
 from common import mnist
 from common.cache import hub_answers
@@ -153,6 +153,16 @@ def test_a_damaged_decoded_cache_is_made_anew(tmp_path, cache, test, damage):
 def test_the_decoded_cache_is_used(cache, monkeypatch):
     monkeypatch.setattr(mnist, "_embedded", lambda *_: pytest.fail("decoded again"))
     assert len(HF_MNIST("test", cache, source="embedded")) == 500
+
+
+def test_a_runs_log_tells_of_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "decoded").touch()
+    flags = ("--data", "embedded", "--only-digit", 3, "--epochs", 1, "--cache-dir", tmp_path / "cache")
+    result = call(AE, "train.py", "--model", "mlp", *flags, "--outdir", tmp_path)
+    assert result.code == 0, result.text
+    (log,) = (tmp_path / "logs").glob("*.log")
+    assert "cannot keep the decoded digits" in log.read_text()
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, capsys):

@@ -15,7 +15,7 @@ from forks import run
 from helpers import AE, LATENT, PIXEL, call
 from PIL import Image
 
-from common import curves, drawing, record, sampling
+from common import drawing, record, sampling
 from common.ckpt import read_checkpoint, save_checkpoint
 from common.curves import draw_curves
 from common.error_codes import BAD_CHECKPOINT, BAD_IMAGE, BAD_OUTPUT, MODEL_MISMATCH, OUT_OF_MEMORY, USAGE
@@ -513,7 +513,7 @@ def test_curves_cost_no_more_than_a_thirtieth_of_the_time(seconds, ae_run, tmp_p
         drawn.append(now)
 
     monkeypatch.setattr(record, "time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(curves, "draw_curves", draw)
+    monkeypatch.setattr(record, "draw_curves", draw)
     written = record.Record(Run(ae_run.name, tmp_path, tmp_path, None), pytest.fail)
     for _ in range(1000):
         now += 1

@@ -11,7 +11,6 @@ from PIL import Image
 from common import ckpt, load
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE
 from common.export import PLACES, reduced
-from common.run import recorded_runs
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +162,7 @@ def test_it_is_no_run_to_be_ranked(files, runs, copy_of):
     assert ranked.code == 0, ranked.text
     (line,) = [line for line in ranked.text.splitlines() if "mine.pt" in line]
     assert "passing over" in line
-    assert len(recorded_runs([trained.parent], pytest.fail)) == 1
+    assert len(ckpt.recorded_runs([trained.parent], pytest.fail)) == 1
     assert load(trained, "cpu").path.name == "checkpoint_epoch_000002.pt"
 
 

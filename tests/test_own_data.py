@@ -129,7 +129,7 @@ def test_the_page_looks_at_a_run_with_its_own_data(autoencoder, latent, file, tm
     with pytest.raises(Refused, match=r"fetch it with python -m common.data --data hub:a/shapes"):
         shelf.digits(opened)
     assert judge.labels_of(shelf, opened, own.images[:2]) is None
-    keep(own_data.hub_file("a/shapes", tmp_path), shapes(600))
+    keep(own_data.hub_file("a/shapes", tmp_path), shapes(600), pytest.fail)
     assert torch.equal(shelf.digits(opened).images, own.images)
 
 
@@ -445,7 +445,7 @@ def test_a_warm_cache_of_mnist_serves_nobody_elses_name(cache, tmp_path, monkeyp
     monkeypatch.setitem(mnist.COUNTS, "mnist-test", 500)
     monkeypatch.setitem(mnist.COUNTS, "mnist-train", 500)
     for split in ("train", "test"):
-        keep(decoded_path(tmp_path, f"mnist-{split}"), {"images": digits.images, "labels": digits.labels})
+        keep(decoded_path(tmp_path, f"mnist-{split}"), {"images": digits.images, "labels": digits.labels}, pytest.fail)
     assert len(HF_MNIST("test", tmp_path, source="hub")) == 500
     stored(tmp_path, "zoo", "shapes")
     assert len(HF_MNIST("test", tmp_path, source="hub:zoo/shapes")) == 30

@@ -397,7 +397,7 @@ def test_a_file_that_was_edited_is_said_and_goes_on(folder, write, flags, tmp_pa
     write(folder, "mine", text_of(LABELLED, folder).replace("SiLU", "ReLU"))
     for words in (draw, (*more, 3)):
         result = call(folder, *words)
-        assert (result.code, result.text.count(said)) == (OK, 1), result.text
+        assert (result.code, result.text.count(f"warning: {said}")) == (OK, 1), result.text
     assert said not in call(folder, *draw).text, "the newest epoch is of the file as it is"
 
 

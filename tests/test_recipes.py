@@ -368,8 +368,8 @@ def test_the_recall_of_drawings_that_come_class_by_class_is_that_of_all_of_them(
 
 def test_reconstructions_are_scored_on_the_digits_of_the_floor(monkeypatch):
     real = Digits(100)
-    monkeypatch.setattr("common.autoencoder.read_autoencoder", lambda path: path)
-    monkeypatch.setattr("common.autoencoder.build_autoencoder", lambda *_: lambda images: images)
+    monkeypatch.setattr("common.evaluate.read_autoencoder", lambda path: path)
+    monkeypatch.setattr("common.evaluate.build_autoencoder", lambda *_: lambda images: images)
     images, labels, _ = evaluate._reconstruct("x", real, 30, torch.device("cpu"))
     second = scores.halves(real)[1][:30]
     assert torch.equal(images, real[second][0])

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.device import get_device
+from common.drawing import draw_to_file, drawing_parser, wanted_labels
 from common.images import to_bytes
 from common.play import judge, wishes
 from common.play.runs import Opened, Shelf
@@ -81,8 +83,6 @@ def draw(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
 def _draw(shelf: Shelf, wish: Wish, opened: Opened, drawing: wishes.Drawing, send: Send) -> None:
     import torch
 
-    from common.drawing import wanted_labels
-
     run, steps = opened.diffusion, drawing.all_steps
     labels = None  # of a sketch nobody says what it is, unless digits are named
     if drawing.digits or drawing.sketch is None:
@@ -137,31 +137,20 @@ def _sketch(drawing: wishes.Drawing) -> dict[str, Any]:
     """What `Diffusion.draw` takes of a sketch."""
     if drawing.sketch is None:
         return {}
-    image = image_of(drawing.sketch.image)
+    image = judge.image_of(drawing.sketch.image)
     if drawing.sketch.finish:
         return {"from_image": image, "inpaint": image == 0, "resample": drawing.sketch.passes}
     return {"from_image": image, "strength": drawing.sketch.strength}
 
 
-def image_of(pixels: bytes) -> torch.Tensor:
-    """784 bytes -> (1, 1, 28, 28) in [0, 1], as infer.py reads a PNG."""
-    import torch
-
-    return torch.tensor(list(pixels), dtype=torch.float32).div_(255).view(1, 1, 28, 28)
-
-
 def _words(shelf: Shelf, opened: Opened, drawing: wishes.Drawing) -> list[str]:
     """The flags by which infer.py draws the same bits, on this machine."""
-    from common.device import get_device
-
     place = ["--threads", str(opened.threads), "--device", str(get_device(shelf.device))]
     return ["--ckpt", str(opened.run.path), *wishes.words_of(drawing), *place]
 
 
 def take(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
     """A drawing as one of the files that infer.py writes, by the function that writes them there."""
-    from common.drawing import draw_to_file, drawing_parser
-
     opened = shelf.open(asked.get("run"))
     run, drawing = opened.diffusion, _drawing(asked.get("drawing"), opened.diffusion.flags)
     if asked.get("form") not in [*FORMS]:  # a list: what was asked for may be anything

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from common.classifier import DigitClassifier
 
 
+def image_of(pixels: bytes) -> torch.Tensor:
+    """784 bytes -> (1, 1, 28, 28) in [0, 1], as infer.py reads a PNG."""
+    import torch
+
+    return torch.tensor(list(pixels), dtype=torch.float32).div_(255).view(1, 1, 28, 28)
+
+
 def _classifier(shelf: Shelf, opened: Opened) -> tuple[DigitClassifier, float] | None:
     """(the classifier of the run's data, its accuracy), if it is kept with the data."""
     from common.classifier import kept_classifier
@@ -55,7 +62,6 @@ def judge(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Any) -> None:
     "train": train it, and say how far that is.
     """
     from common import classifier
-    from common.play.drawings import image_of
 
     opened = shelf.open(asked.get("run"))
     image = image_of(wishes.pixels(asked, "image"))

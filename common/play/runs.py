@@ -21,7 +21,6 @@ from common.mnist import has_mnist
 from common.modules import MODULE_FILES, ROOT
 from common.own_data import hub_file
 from common.play.wishes import Refused
-from common.run import recorded_runs
 
 KEPT = 4  # networks in memory
 KINDS = {"ae-mlp": "autoencoder", "ae-conv": "autoencoder", "lddpm": "latent diffusion", "ddpm": "pixel diffusion"}
@@ -82,7 +81,7 @@ class Entry:
 
     def newest(self) -> int:
         """The epoch of its newest checkpoint."""
-        found = ckpt.run_checkpoints(self.source) if self.source.is_dir() else []
+        found = ckpt.run_checkpoints(self.source)  # none of a single file
         return found[0][0] if found else self.epoch
 
     def described(self, name: str) -> dict[str, Any]:
@@ -127,14 +126,14 @@ def find(named: list[str], warn: ckpt.Warn) -> list[Entry]:
         path = Path(name).expanduser().absolute()
         if name == "latest" and not path.exists():  # as everywhere
             path = ckpt.read_model(name, ckpt.MODEL_TYPES, warn)[0].parent.absolute()
-        runs = [] if ckpt.run_checkpoints(path) or not path.is_dir() else recorded_runs([path], warn)
+        runs = [] if ckpt.run_checkpoints(path) else ckpt.recorded_runs([path], warn)
         if runs:
             found += _listed(runs, warn)
         else:
             file, state = ckpt.open_checkpoint(path, warn, ckpt.peek_checkpoint)
             found.append(Entry(path if path.is_dir() else file, state))
     if not named:
-        found = _listed(recorded_runs(places(), warn), warn)
+        found = _listed(ckpt.recorded_runs(places(), warn), warn)
         for file in (ROOT / experiment / READY for experiment in EXPERIMENTS):
             with _passing_over(warn):
                 found += [Entry(file, ckpt.peek_checkpoint(file))] if file.is_file() else []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import ckpt
 from common.files import atomic_write
+from common.latents import PERPLEXITY, encode_digits, tsne_map, walks_between
 from common.play import wishes
 from common.play.drawings import TELL_EVERY, Send, bytes_of, threads_of
 from common.play.runs import Opened, Shelf
@@ -32,8 +33,6 @@ class Space:
     def __init__(self, shelf: Shelf, opened: Opened) -> None:
         import torch
 
-        from common.latents import encode_digits
-
         self.opened, self.digits = opened, shelf.digits(opened)
         self.digest = ckpt.weights_digest(opened.autoencoder.net.state_dict())
         latents, self.labels, self.images = encode_digits(
@@ -52,8 +51,6 @@ class Space:
             self._thread.start()
 
     def _compute(self) -> None:
-        from common.latents import PERPLEXITY, tsne_map
-
         try:
             points = tsne_map(self.latents.numpy(), min(PERPLEXITY, (len(self.latents) - 1) / 3))
             low, high = points.min(axis=0), points.max(axis=0)
@@ -123,8 +120,6 @@ def digit(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
 
 def walk(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
     """WALK images on the straight way between two digits of the map, and the latents at its ends."""
-    from common.latents import walks_between
-
     space = _space(shelf, asked)
     ends = [wishes.whole(asked, name, 0, len(space.labels) - 1) for name in ("from", "to")]
     autoencoder = space.opened.autoencoder
