@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from common.error_codes import MODEL_MISMATCH, Exit
+from common.flags import LEAST_LOG
 from common.progress import counted
 from common.schedules import SCHEDULES
 
@@ -54,7 +55,8 @@ def precompute_schedules(
 ) -> Schedules:
     """One of `common.schedules.SCHEDULES`: computed in float64, stored as float32.
 
-    Raises ValueError if there is none of that name, or it gives anything but T numbers between 0 and 1.
+    Raises ValueError if there is none of that name, it gives anything but T numbers between 0 and 1, its first step
+    adds no noise at all, or its steps leave nothing of the image.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"--schedule {schedule}: there is none in common/schedules.py, but {', '.join(SCHEDULES)}")
@@ -68,6 +70,10 @@ def precompute_schedules(
     beta = beta.double()
     alpha = 1 - beta
     alpha_bar = alpha.cumprod(0)
+    if alpha_bar[0] == 1:
+        raise ValueError(f"--schedule {schedule} begins with so little noise that it is none: {beta[0].item():g}")
+    if alpha_bar[-1].log() < 2 * LEAST_LOG:
+        raise ValueError(f"--schedule {schedule} leaves no trace of the image after {counted(T, 'step')}: less noise")
     exact = (beta, alpha, alpha_bar, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
     return Schedules(*(values.float().to(device) for values in exact))
 

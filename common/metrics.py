@@ -10,14 +10,16 @@ from sklearn.metrics import pairwise_distances_chunked
 from sklearn.neighbors import NearestNeighbors
 
 
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+def frechet_distance(first: np.ndarray, second: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Squared Fréchet distance of the Gaussians fitted to two feature sets (Heusel et al. 2017, section 3).
+
+    weights: how much each row of the first counts (None: all alike).
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)); the trace of the root is the sum of the roots of C1 C2's eigenvalues.
     """
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    means = first.mean(0) - second.mean(0)
-    one, two = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    means = np.average(first, axis=0, weights=weights) - second.mean(0)
+    one, two = np.cov(first, rowvar=False, aweights=weights), np.cov(second, rowvar=False)
     root_trace = np.sqrt(eigvals(one @ two).real.clip(min=0)).sum()
     return float(means @ means + np.trace(one) + np.trace(two) - 2 * root_trace)
 

@@ -48,7 +48,8 @@ def score(
     images (N, 1, 28, 28) in [0, 1]; wanted (N,) labels, None if none were asked for. real: held-out digits (HF_MNIST);
     one half is the reference, the other sets the floor, cut to N digits if it has more. The Fréchet distance depends
     on which half it is: it is the mean over so many `splits`, its floor over all groups of N in their other halves too
-    (one odd digit can double that of a group), and its "floor_error" the standard deviation over the splits.
+    (one odd digit can double that of a group), and its "floor_error" the standard deviation over the splits. A group's
+    classes count as much as among `wanted`: equal runs of each digit score otherwise than digits at random.
     """
     import numpy
     import torch
@@ -68,18 +69,19 @@ def score(
     found: dict[str, dict[str, float]] = {}
     for column, (features, probabilities, asked) in {"floor": spare, "value": drawn}.items():
         predicted = probabilities.argmax(1)
-        balance = (real_labels[first] if wanted is None else asked).numpy()
         size = min(len(features), half)  # precision and recall want sets of equal size
         some = features[rng.permutation(len(features))[:size]]  # not the first ones: drawings come digit by digit
         samples: dict[str, tuple[Callable[..., float], Any]] = {
             "fid": (lambda rows: frechet_distance(rows, reference), features),
             "precision": (lambda rows: rows.mean(), covered(reference[:size], some)),
             "recall": (lambda rows: rows.mean(), covered(some, reference[:size])),
-            "imbalance": (lambda rows, balance=balance: imbalance(rows, balance), predicted),
+            "imbalance": (lambda rows: imbalance(rows, real_labels[first].numpy()), predicted),
             "confident": (lambda rows: rows.mean(), probabilities.max(1) > 0.9),
         }
         if wanted is not None:
-            samples["agreement"] = (lambda rows: rows.mean(), predicted == asked.numpy())
+            pairs = numpy.stack([predicted, asked.numpy()], axis=1)
+            samples["imbalance"] = (lambda rows: imbalance(*rows.T), pairs)
+            samples["agreement"] = (lambda rows: (rows[:, 0] == rows[:, 1]).mean(), pairs)
         for name, (statistic, rows) in samples.items():
             entry = found.setdefault(name, {})
             entry[column] = float(statistic(rows))
@@ -88,10 +90,10 @@ def score(
     if splits > 1:
         fid, count = found["fid"], len(images)
         values = [frechet_distance(drawn[0], real_features[some]) for some, _ in parts]
-        floors = [
-            numpy.mean([frechet_distance(real_features[rows], real_features[some]) for rows in _groups(rest, count)])
-            for some, rest in parts
-        ]
+        floors = []
+        for some, rest in parts:
+            groups = [(real_features[rows], _balanced(real_labels[rows], wanted)) for rows in _groups(rest, count)]
+            floors.append(numpy.mean([frechet_distance(rows, real_features[some], counts) for rows, counts in groups]))
         fid |= {"value": float(numpy.mean(values)), "floor": float(numpy.mean(floors))}
         if errors:
             fid["floor_error"] = float(numpy.std(floors, ddof=1))
@@ -101,6 +103,19 @@ def score(
 def _groups(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     """`rows` in groups of `count`, the rest left out; all of them in one if there are not so many."""
     return rows[: len(rows) // count * count or None].split(count)
+
+
+def _balanced(labels: torch.Tensor, wanted: torch.Tensor | None) -> Any:
+    """(N,), or None: how much each row of `labels` must count for their classes to have the shares of `wanted`.
+
+    Digits that count so score as digits picked in these shares do, of which there may be too few.
+    """
+    if wanted is None:
+        return None
+    classes = int(max(labels.max(), wanted.max())) + 1
+    here, there = (rows.bincount(minlength=classes).double() for rows in (labels, wanted))
+    weights = (there / here)[labels].numpy()
+    return weights if (weights > 0).sum() > 1 else None
 
 
 def train_on_synthetic(

@@ -34,6 +34,12 @@ def test_frechet_distance_of_known_gaussians():
     assert metrics.frechet_distance(first, first + 3) == pytest.approx(5 * 9, rel=1e-6)
 
 
+def test_rows_that_count_more_are_as_if_repeated():
+    first, second, counts = RNG.normal(size=(4000, 5)), RNG.normal(size=(3000, 5)) + 2, RNG.integers(0, 4, 4000)
+    repeated = metrics.frechet_distance(first.repeat(counts, axis=0), second)
+    assert metrics.frechet_distance(first, second, counts) == pytest.approx(repeated, rel=1e-4)
+
+
 def test_the_manifold_against_a_plain_loop():
     support, queries = RNG.normal(size=(60, 4)), 2 * RNG.normal(size=(80, 4))
     radii = [sorted(np.linalg.norm(support - point, axis=1))[3] for point in support]
@@ -128,6 +134,24 @@ def test_what_real_digits_score_is_the_mean_over_all_groups_of_as_many(judged):
     everybody = score(test[torch.arange(len(test))][0], None, test, net, splits=1, errors=False)["fid"]
     first, second = halves(test)
     assert everybody["floor"] == pytest.approx(metrics.frechet_distance(everything[second], everything[first]))
+
+
+def test_real_digits_are_scored_in_the_shares_of_the_drawings(judged):
+    net, _, test = judged
+    digits = test[torch.arange(len(test))][0]
+    features = judge(net, digits)[0].numpy()
+    wanted = torch.arange(100) % 2 * 7  # zeros and sevens
+    found = score(digits[:100], wanted, test, net, splits=6, errors=False)["fid"]
+    picked = []
+    for split in range(6):
+        reference, spare = halves(test, split)
+        some = torch.cat([spare[test.labels[spare] == digit][:20] for digit in (0, 7)])
+        picked.append(metrics.frechet_distance(features[some], features[reference]))
+    assert found["floor"] == pytest.approx(np.mean(picked), rel=0.2)
+    assert found["floor"] > 5 * score(digits[:100], None, test, net, splits=6, errors=False)["fid"]["floor"]
+    as_wanted = judge(net, digits[:100])[1].argmax(1)
+    imbalance = score(digits[:100], as_wanted, test, net)["imbalance"]
+    assert (imbalance["value"], imbalance["error"]) == (0, 0)  # whichever of them are looked at
 
 
 def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
