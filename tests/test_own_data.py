@@ -125,6 +125,9 @@ def test_the_page_looks_at_a_run_with_its_own_data(autoencoder, latent, file, tm
     for look in (lambda: shelf.digits(opened), lambda: judge._classifier(shelf, opened)):
         with pytest.raises(Refused, match="has changed since"):
             look()
+    opened.run.flags["data"] = str(tmp_path / "gone.npz")
+    with pytest.raises(Refused, match=r"^gone\.npz, this run's data, is not where"):
+        shelf.digits(opened)
     opened.run.flags |= {"data": "hub:a/shapes", "dataset": own.fingerprint}
     with pytest.raises(Refused, match=r"fetch it with python -m common.data --data hub:a/shapes"):
         shelf.digits(opened)

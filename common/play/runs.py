@@ -201,7 +201,7 @@ class Shelf:
             run = load(entry.source, self.device)
         except (OSError, ValueError) as error:
             raise Refused(f"This run cannot be read: {error}") from None
-        entry.epoch, entry.flags = run.epoch, run.flags
+        entry.model, entry.epoch, entry.flags = run.model, run.epoch, run.flags
         opened = self._opened[name] = (stamp, Opened(run, self._threads(run), entry))
         self._opened.move_to_end(name)
         while len(self._opened) > KEPT:
@@ -231,9 +231,13 @@ class Shelf:
     def digits(self, opened: Opened) -> Any:
         """The test digits that the run's autoencoder is looked at with: HF_MNIST, from where its training had them.
 
-        Raises Refused if they have changed since.
+        Raises Refused if they have changed since, or their file is gone.
         """
         cache, source = self.data_of(opened)
+        if is_own(source) and not source.startswith(HUB) and not Path(source).exists():
+            raise Refused(
+                f"{Path(source).name}, this run's data, is not where its training read it: put it back there."
+            )
         flags = opened.run.flags
         try:
             return held_out(source, cache, flags, flags.get("only_digit"))

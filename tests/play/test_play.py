@@ -73,7 +73,7 @@ def test_it_finds_the_runs_that_the_trainers_leave_newest_first(server, elsewher
     assert urlopen(elsewhere.address).status == 200
 
 
-def test_an_exported_file_can_be_played_with(latent_run, tmp_path, monkeypatch):
+def test_an_exported_file_can_be_played_with(latent_run, pixel_run, tmp_path, monkeypatch):
     file = tmp_path / "mnist_latent_diffusion" / "pretrained.pt"
     file.parent.mkdir()
     assert call(LATENT, "infer.py", "--ckpt", latent_run, "--export", file).code == 0
@@ -83,6 +83,9 @@ def test_an_exported_file_can_be_played_with(latent_run, tmp_path, monkeypatch):
         shelf = Shelf(entries, "cpu", 1, None)
         assert [run["id"] for run in shelf.described()] == ["pretrained"]
         assert torch.equal(shelf.open("pretrained").diffusion.draw(3, count=2), load(file, "cpu").draw(3, count=2))
+    shutil.copy(ckpt.run_checkpoints(pixel_run)[0][1], file)  # of another kind
+    shelf.open("pretrained")
+    assert shelf.described()[0]["model"] == "ddpm"
     file.write_bytes(b"damaged")
     warned = []
     monkeypatch.setenv("SCRATCH", str(latent_run.parent.parent))
