@@ -14,8 +14,8 @@ export class Paper {
     this.canvas = byId("paper");
     this.cursor = { x: 14, y: 14, down: false };
     this.canvas.onpointerdown = (event) => this.begin(event);
-    this.canvas.onpointermove = (event) => this.last && this.move(event);
-    this.canvas.onpointerup = this.canvas.onpointercancel = () => this.end();
+    this.canvas.onpointermove = (event) => this.follows(event) && this.move(event);
+    this.canvas.onpointerup = this.canvas.onpointercancel = (event) => this.follows(event) && this.end();
     this.canvas.onkeydown = (event) => this.key(event);
     this.canvas.onblur = () => (byId("cursor").hidden = true);
     byId("pen").onclick = () => this.take(false);
@@ -60,11 +60,17 @@ export class Paper {
   }
 
   begin(event) {
-    if (event.button) return;
+    if (event.button || this.last) return;
+    this.pointer = event.pointerId;
     this.canvas.setPointerCapture(event.pointerId);
     this.remember();
     this.last = this.place(event);
     this.stroke(this.last, this.last);
+  }
+
+  // Is it the pointer that began the stroke? A second finger, or the palm, draws nothing.
+  follows(event) {
+    return this.last && event.pointerId === this.pointer;
   }
 
   move(event) {
@@ -77,7 +83,6 @@ export class Paper {
   }
 
   end() {
-    if (!this.last) return;
     this.last = null;
     this.changed(true);
   }
