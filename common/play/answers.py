@@ -59,7 +59,6 @@ def _never(_shelf: Shelf, _asked: dict[str, Any]) -> bool:
 
 ANSWERS = {
     "draw": Answer(drawings.draw, drawings.is_short),
-    "sketch": Answer(drawings.draw, drawings.is_short),
     "judge": Answer(judge.judge, lambda _shelf, asked: asked.get("train") is not True),
     "take": Answer(drawings.take, _never),
     "map": Answer(space.map_digits, _never),

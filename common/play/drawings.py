@@ -54,10 +54,13 @@ def _drawing(wish: Any, flags: dict[str, Any]) -> wishes.Drawing:
 
 
 def sides_of(asked: dict[str, Any], flags: dict[str, Any]) -> list[wishes.Drawing]:
-    """The one or two drawings that a wish asks of a run with these flags, checked. Raises Refused."""
+    """The drawings that a wish asks of a run with these flags, checked: one or two. Raises Refused.
+
+    An empty list is a wish for none, which ends an older one.
+    """
     sides = asked.get("drawings")
-    if not isinstance(sides, list) or not 1 <= len(sides) <= wishes.MOST_SIDES:
-        raise Refused("A wish has one or two drawings.")
+    if not isinstance(sides, list) or len(sides) > wishes.MOST_SIDES:
+        raise Refused("A wish has a list of one or two drawings.")
     return [_drawing(side, flags) for side in sides]
 
 

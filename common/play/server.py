@@ -36,7 +36,6 @@ TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".s
 MOST_TABS = 64
 MOST_UNSENT = 8 * 2**20  # bytes for a tab that takes its answers slowly, before it gets no more work done
 PING_EVERY = 20  # seconds
-ONE_AT_A_TIME = {"draw": "drawing", "sketch": "drawing"}  # of these a tab has one at a time together
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -169,7 +168,7 @@ class Tab(WebSocketHandler):
                 self._post(packed({"id": number, "do": asked["do"], **header}) + pixels)
 
             wish = Wish(
-                key=(self, ONE_AT_A_TIME.get(asked["do"], asked["do"])),
+                key=(self, asked["do"]),
                 run=lambda wish: answer(self.shelf, wish, asked, send),
                 fail=lambda sentence: send(error=sentence, last=True),
                 short=is_short(self.shelf, asked),

@@ -291,8 +291,10 @@ def test_a_newer_wish_cancels_and_a_closed_tab_stops_its_work(server, runs):
     began = time.monotonic()
     _, answers = talk(server, slow)
     whole = time.monotonic() - began
-    _, answers = talk(server, slow, slow, slow, quick)
-    assert [header["id"] for header, _ in answers if "last" in header] == [3]  # the others never end
+    for newest in (quick, slow | {"drawings": []}):
+        _, answers = talk(server, slow, slow, slow, newest)
+        assert [header["id"] for header, _ in answers if "last" in header] == [3]  # the others never end
+        assert "error" not in answers[-1][0]
     talk(server, slow, slow, until=0)  # leaves at once
     began = time.monotonic()
     talk(server, quick)
@@ -392,11 +394,11 @@ def test_a_sketch_is_what_load_makes_of_it(server, runs):
         how = {"count": 4, "seed": 7, "sampler": "ddim", "from_image": image}
         for digits, told in (([], {}), ([3], {"labels": 3, "guidance": 2.0})):  # who is told no digit is not guided
             drawings = [asked | {"digits": digits}]
-            _, answers = talk(server, {"do": "sketch", "run": runs[kind].name, "drawings": drawings})
+            _, answers = talk(server, {"do": "draw", "run": runs[kind].name, "drawings": drawings})
             mine = load(runs[kind], "cpu").draw(**told, **how, strength=0.5, steps=10)  # half of T = 20 are left
             assert last_pictures(answers) == to_bytes(mine).numpy().tobytes()
     _, answers = talk(
-        server, {"do": "sketch", "run": runs["ddpm"].name, "drawings": [asked | {"finish": True, "passes": 2}]}
+        server, {"do": "draw", "run": runs["ddpm"].name, "drawings": [asked | {"finish": True, "passes": 2}]}
     )
     mine = load(runs["ddpm"], "cpu").draw(**told, **how, inpaint=image == 0, resample=2, steps=20)
     assert last_pictures(answers) == to_bytes(mine).numpy().tobytes()
@@ -404,7 +406,7 @@ def test_a_sketch_is_what_load_makes_of_it(server, runs):
     assert (drawn[:, sketch > 0] == 200).all()
     assert (drawn[:, sketch == 0] > 0).any()
     _, answers = talk(
-        server, {"do": "sketch", "run": runs["lddpm"].name, "drawings": [asked | {"finish": True, "passes": 1}]}
+        server, {"do": "draw", "run": runs["lddpm"].name, "drawings": [asked | {"finish": True, "passes": 1}]}
     )
     assert "only a model of pixels" in answers[-1][0]["error"]
 
@@ -533,7 +535,7 @@ WRONG = [
     ({"do": "__class__"}, "nothing of this name"),
     ({"do": "draw", "run": "../../etc"}, "not in the server's list"),
     ({"do": "draw", "run": ["x"]}, "not in the server's list"),
-    ({"do": "draw", "drawings": []}, "one or two"),
+    ({"do": "draw", "drawings": [settings()] * 3}, "one or two"),
     ({"do": "draw", "drawings": [1]}, "object"),
     ({"do": "draw", "drawings": [settings(count=10**9)]}, "Count"),
     ({"do": "draw", "drawings": [settings(count=0)]}, "Count"),

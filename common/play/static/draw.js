@@ -2,7 +2,7 @@
 
 import { paint, SIZE, size } from "./grid.js";
 import { set, state } from "./state.js";
-import { button, byId, copied, element, say, take } from "./page.js";
+import { button, byId, copied, element, say, take, WAITING } from "./page.js";
 
 export const COUNTS = [1, 4, 9, 16, 25, 36, 49, 64, 81, 100, 144];
 const STEPS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500, 750, 1000];
@@ -13,7 +13,7 @@ const ANY = "any";
 export class Draw {
   constructor(link) {
     this.link = link;
-    this.sides = [0, 1].map((number) => new Side(number, () => this.changed(number)));
+    this.sides = [0, 1].map((number) => new Side(number, () => this.ask()));
     for (const count of COUNTS) byId("count").append(new Option(count, count));
     byId("count").onchange = (event) => this.change({ count: event.target.value });
     byId("seed").oninput = (event) => event.target.validity.valid && event.target.value !== "" && this.change({ seed: Number(event.target.value) });
@@ -28,7 +28,7 @@ export class Draw {
     };
   }
 
-  // A run was chosen, or the address was changed: show its settings, and draw.
+  // The tab is shown, of this run: show the settings, which may have changed meanwhile, and draw what is not there.
   open(run) {
     this.run = run;
     const latent = run.model === "lddpm";
@@ -40,7 +40,7 @@ export class Draw {
     }
     set({ run: run.id });
     this.fill();
-    this.ask([0, 1]);
+    this.ask();
   }
 
   fill() {
@@ -61,28 +61,27 @@ export class Draw {
   compare(wanted) {
     set({ compare: wanted ? 1 : 0, ...(wanted && { bdigits: state.digits, bsampler: state.sampler, bsteps: state.steps }) });
     this.fill();
-    this.ask(wanted ? [1] : []);
+    this.ask();
   }
 
   change(settings) {
     set(settings);
     this.fill();
-    this.ask([0, 1]);
+    this.ask();
   }
 
-  changed(number) {
-    this.ask([number]);
-  }
-
-  // Ask for these sides, and for those that are not finished yet.
-  ask(numbers) {
-    const wanted = this.sides.filter((side) => (side.number === 0 || state.compare) && (numbers.includes(side.number) || !side.done));
-    if (!wanted.length) return;
+  // Ask for the sides that are set anew, and those that are not finished; not again for what is on its way.
+  ask() {
+    const sides = this.sides.filter((side) => side.number === 0 || state.compare);
+    const anew = sides.filter((side) => side.isAnew());
+    const wanted = sides.filter((side) => !side.done);
+    if (!wanted.length || (!anew.length && this.link.awaits(this.wish))) return;
     this.pause();
     byId("moment").value = END;
     for (const side of wanted) side.begin();
     const drawings = wanted.map((side) => side.settings());
-    this.link.ask("draw", { run: this.run.id, drawings }, (header, pixels) => this.receive(header, pixels));
+    const receive = (header, pixels) => this.receive(header, pixels);
+    this.wish = this.link.ask("draw", { run: this.run.id, drawings }, receive, () => say("draw-said", WAITING));
   }
 
   receive(header, pixels) {
@@ -178,7 +177,7 @@ class Side {
   }
 
   choose(digit) {
-    const chosen = new Set(this.get("digits"));
+    const chosen = new Set(this.chosen);
     if (digit === ANY) chosen.clear();
     else if (!chosen.delete(digit)) chosen.add(digit);
     this.set("digits", [...chosen].sort().join(""));
@@ -194,12 +193,20 @@ class Side {
     this.changed();
   }
 
+  // The digits that the run can draw. None: a network without labels.
+  get able() {
+    return this.run.digits.map(String);
+  }
+
+  // Those of the chosen digits that the run can draw, or all of these; another run may draw more.
+  get chosen() {
+    const kept = this.able.filter((digit) => this.get("digits").includes(digit));
+    return this.get("digits") === "" ? "" : (kept.length ? kept : this.able).join("");
+  }
+
   fill(run) {
     this.run = run;
     const T = run.T;
-    const able = run.digits.map(String); // none: a network without labels
-    const kept = able.filter((digit) => this.get("digits").includes(digit));
-    if (this.get("digits") !== "") state[`${this.prefix}digits`] = (kept.length ? kept : able).join("");
     this.choices = stepsUpTo(T, Number(this.get("steps")));
     state[`${this.prefix}steps`] = String(Math.min(T, Number(this.get("steps"))));
     this.steps.max = this.choices.length - 1;
@@ -208,7 +215,7 @@ class Side {
     this.guidance.value = this.get("guidance");
     this.sampler.value = this.get("sampler");
     for (const name of ["guidance", "steps"]) this.fieldset.querySelector(`[data-of=${name}]`).textContent = this.get(name);
-    const chosen = this.get("digits");
+    const { able, chosen } = this;
     for (const choice of this.digits) {
       const digit = choice.textContent;
       choice.setAttribute("aria-pressed", digit === ANY ? chosen === "" : chosen.includes(digit));
@@ -220,13 +227,20 @@ class Side {
 
   settings() {
     return {
-      side: this.number, digits: [...this.get("digits")].map(Number), count: Number(state.count), seed: state.seed,
+      side: this.number, digits: [...this.chosen].map(Number), count: Number(state.count), seed: state.seed,
       guidance: this.get("guidance"), sampler: this.get("sampler"), steps: Number(this.get("steps")),
     };
   }
 
+  // Is it set otherwise than at the last call? Then it is not done.
+  isAnew() {
+    const asked = JSON.stringify([this.run.id, this.settings()]);
+    const anew = asked !== this.asked;
+    Object.assign(this, { asked, done: this.done && !anew });
+    return anew;
+  }
+
   begin() {
-    this.done = false;
     this.fresh = true; // the old picture stays until the first new one
   }
 

@@ -15,7 +15,9 @@ export class Look {
     setInterval(() => !byId("look").hidden && !document.hidden && this.run && this.ask(), AGAIN);
   }
 
+  // The tab is shown, of this run.
   open(run) {
+    if (run.id === this.run?.id) return;
     this.run = run;
     this.pictures = [];
     this.losses = [];

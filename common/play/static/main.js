@@ -19,7 +19,6 @@ const TABS = Object.keys(NEEDS);
 let runs = [];
 const link = new Link(hello, lost);
 const panels = { draw: new Draw(link), sketch: new Sketch(link), space: new Space(link), look: new Look(link) };
-let opened = {}; // by tab, the run that it shows
 
 function hello(header) {
   runs = header.runs;
@@ -58,10 +57,7 @@ function show() {
   const missing = state.run && state.run !== run.id ? "The run of this link is not in the server's list: this is another." : "";
   byId("unfit").textContent = fits ? missing : NEEDS[state.tab][1];
   byId("unfit").hidden = !byId("unfit").textContent;
-  if (fits && opened[state.tab] !== run.id) {
-    opened[state.tab] = run.id;
-    panels[state.tab].open(run);
-  }
+  if (fits) panels[state.tab].open(run);
 }
 
 byId("run").onchange = (event) => {
@@ -83,8 +79,7 @@ for (const tab of TABS) {
   };
 }
 
+for (const form of document.forms) form.onsubmit = (event) => event.preventDefault(); // Enter in a box
+
 readAddress();
-onAddress(() => {
-  opened = {};
-  show();
-});
+onAddress(show);

@@ -32,6 +32,8 @@ export function save(name, bytes) {
   setTimeout(() => URL.revokeObjectURL(address), 10000);
 }
 
+export const WAITING = "Waiting for the server\u2026";
+
 // Ask for a file, one at a time: the buttons of all wait. fault(text): what went wrong
 export function take(link, button, wish, fault) {
   const buttons = document.querySelectorAll("[data-form], [data-sketch]");
@@ -44,7 +46,7 @@ export function take(link, button, wish, fault) {
     if (!header.last) return;
     button.textContent = name;
     for (const each of buttons) each.disabled = false;
-  });
+  }, () => (button.textContent = "waiting\u2026"));
 }
 
 // A word now and then, not for every part of an answer.

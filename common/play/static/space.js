@@ -22,10 +22,13 @@ export class Space {
     this.map.onclick = () => this.choose();
     this.map.onkeydown = (event) => this.key(event);
     byId("place").oninput = () => this.walkTo(Number(byId("place").value) / 100);
-    byId("centre").onclick = () => this.decode([...this.space.mean]);
+    byId("centre").onclick = () => this.space && this.decode([...this.space.mean]);
   }
 
+  // The tab is shown, of this run.
   open(run) {
+    if (run.id === this.run?.id) return;
+    this.link.drop("digit", "walk", "decode"); // of another run
     Object.assign(this, { run, space: null, ends: [], pointed: null, latents: null });
     for (const id of ["original", "again", "walk", "decoded"]) clear(byId(id));
     size(byId("walk"), WALK, WALK);
