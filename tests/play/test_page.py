@@ -224,6 +224,116 @@ def test_a_sketch_by_mouse_finger_and_keys_is_what_its_command_draws(visit, runs
     says(again, "#judge-said", "no classifier yet")
 
 
+HOLD = """() => {
+    window.wishes = [];
+    WebSocket.prototype.send = function (text) { window.socket = this; wishes.push(JSON.parse(text)); };
+}"""
+ANSWER = """header => {
+    const { id } = wishes.findLast(wish => wish.do === header.do);
+    const text = new TextEncoder().encode(JSON.stringify({ id, last: true, ...header }));
+    const data = new Uint8Array(4 + text.length);
+    data.set([text.length & 255, text.length >> 8]);
+    data.set(text, 4);
+    socket.onmessage({ data: data.buffer });
+}"""  # to the newest wish of its kind
+WORD = base64.urlsafe_b64encode(bytes([0] * 300 + [255] * 30 + [0] * 454)).decode().rstrip("=")
+
+
+def wishes(page, kind: str, count: int) -> list[dict]:
+    """The page's wishes of this kind since HOLD kept them from the server, once there are so many."""
+    page.wait_for_function("([kind, n]) => wishes.filter(wish => wish.do === kind).length >= n", arg=[kind, count])
+    found = [wish for wish in page.evaluate("() => wishes") if wish["do"] == kind]
+    assert len(found) == count
+    return [{name: value for name, value in wish.items() if name != "id"} for wish in found]
+
+
+def test_a_tab_that_is_returned_to_shows_the_settings_and_draws_what_is_not_there(visit, runs):
+    page = visit(f"#run={runs['lddpm'].name}&count=4&steps=5&seed=7&digits=357&sketch={WORD}")
+    says(page, "#draw-said", "4 digits")
+    sent = []
+    page.on("websocket", lambda one: one.on("framesent", lambda text: sent.append(text)))
+    page.reload()
+    says(page, "#draw-said", "4 digits")
+    assert len(sent) == 1
+    page.click("#tab-sketch")
+    says(page, "#sketch-said", "16 images in")
+    page.click("#sother")
+    page.click("#tab-draw")
+    seed = page.input_value("#seed")
+    assert f"seed={seed}&" in page.url
+    page.wait_for_function(
+        "seed => document.querySelector('#commands code').textContent.includes(`--seed ${seed} `)", arg=seed
+    )
+    page.evaluate(HOLD)
+    page.click("#other")
+    says(page, "#draw-said", "Waiting for the server")
+    page.click("#tab-look")
+    page.click("#tab-draw")
+    assert wishes(page, "draw", 1)[0]["drawings"][0]["digits"] == [3]  # which the run draws
+    assert "digits=357" in page.url  # another run may draw these
+    for tab in ("sketch", "draw", "sketch"):  # each in the place of the one before
+        page.click(f"#tab-{tab}")
+    first, other, *again = wishes(page, "draw", 4)
+    assert again == [first, other]
+    page.click("#tab-space")
+    page.click("#centre")  # before there is a map
+    page.click("#tab-look")
+    for model in ("ddpm", "lddpm"):
+        page.select_option("#run", runs[model].name)
+    page.click("#tab-draw")
+    usual = {"count": 64, "sampler": "dpm", "steps": 8}
+    assert wishes(page, "draw", 5)[-1]["drawings"][0].items() >= usual.items()
+
+
+def test_an_empty_paper_ends_its_drawing_and_the_classifier_sees_what_is_on_it(visit, runs):
+    page = visit(f"#tab=sketch&run={runs['ddpm'].name}&scount=4&sketch={WORD}")
+    says(page, "#sketch-said", "4 images in")
+    says(page, "#judge-said", "no classifier yet")
+    page.evaluate(HOLD)
+    page.click("#sother")
+    page.click("#wipe")
+    assert wishes(page, "draw", 2)[-1]["drawings"] == []
+    says(page, "#sketch-said", "Draw something first")
+    assert not canvas(page, "#denoised").any()
+    assert page.inner_text("#scommand") == ""
+    page.click("[data-sketch=png]")
+    wishes(page, "take", 0)
+    wishes(page, "judge", 1)
+    page.click("#teach")
+    wishes(page, "judge", 2)
+    page.click("#undo")
+    page.wait_for_timeout(200)  # that another question would take
+    page.evaluate(ANSWER, {"do": "judge", "probabilities": [1] + [0] * 9})
+    assert any(wishes(page, "judge", 3)[-1]["image"])
+    page.evaluate(ANSWER, {"do": "judge", "probabilities": [0] * 9 + [1]})
+    says(page, "#judge-said", "A 9, it says")
+    page.click("#wipe")
+    wishes(page, "judge", 4)
+    page.evaluate(ANSWER, {"do": "judge", "error": "There is nothing on the canvas yet."})
+    says(page, "#judge-said", "nothing on the canvas")
+    assert page.locator("#bars i").last.evaluate("bar => bar.style.height") == "0%"
+
+
+def test_a_second_finger_draws_nothing(visit, runs):
+    page = visit(f"#tab=sketch&run={runs['ddpm'].name}&scount=1")
+    says(page, "#sketch-said", "Draw something")
+    box = page.locator("#paper").bounding_box()
+    at = lambda x, y, finger: {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"], "id": finger}  # noqa: E731
+    hand = page.context.new_cdp_session(page)
+    for kind, *fingers in (
+        ("touchStart", at(0.2, 0.2, 0)),
+        ("touchStart", at(0.2, 0.2, 0), at(0.8, 0.8, 1)),
+        ("touchMove", at(0.4, 0.2, 0), at(0.8, 0.7, 1)),
+        ("touchMove", at(0.6, 0.2, 0)),  # the other is lifted
+        ("touchEnd",),
+    ):
+        hand.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+    says(page, "#sketch-said", "1 image in")
+    drawn = canvas(page, "#paper")
+    assert (drawn[5, 6:16] > 0).all()
+    assert not drawn[9:].any()
+
+
 def test_a_sketch_stands_beside_its_noised_self(visit, runs):
     page = visit(f"#tab=sketch&run={runs['ddpm'].name}&mode=noise&strength=0.5&ssteps=20&scount=1&ssampler=ddim")
     says(page, "#sketch-said", "Draw something")
@@ -380,11 +490,13 @@ def test_every_tab_under_the_pages_own_policy_is_silent(visit, runs):
             )
             says(page, f"#{tab}" if fits else "#unfit", ".")
             assert page.locator(f"#{tab}").is_visible() == fits
+            if fits and tab == "draw":
+                page.press("#seed", "Enter")
         page.keyboard.press("ArrowRight")  # from the last tab to the first
         says(page, "[role=tab][aria-selected=true]", "Draw")
 
 
-@pytest.mark.parametrize("width", [360, pytest.param(1024, marks=pytest.mark.slow), 1920])
+@pytest.mark.parametrize("width", [320, pytest.param(1024, marks=pytest.mark.slow), 1920])
 def test_it_fits_and_everything_has_a_name(visit, runs, width):
     page = visit(f"#run={runs['lddpm'].name}&compare=1&count=4&steps=3", width=width)
     for tab in ("draw", "sketch", "space", "look"):
