@@ -108,7 +108,7 @@ class Args(argparse.Namespace):
         for name, value in (unknown | recorded).items():
             kind, today, origin = self.kind(name), getattr(self, name, AUTO), self.origin.get(name, "default")
             explicit = origin not in ("default", "environment", "checkpoint") and AUTO not in (today, value)
-            if kind == "place":
+            if kind == "place" or (kind == "books" and value == AUTO):  # --threads, before the first step
                 continue
             if explicit and today != value and kind != "input":
                 flag = flag_of(name)

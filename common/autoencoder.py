@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,7 @@ def choose_autoencoder(args: Args) -> None:
     """
     if "autoencoder" in args.inputs:
         return
-    warn = logging.getLogger("train").warning
+    warn = args.inputs.setdefault("warn", cache(logging.getLogger("train").warning))  # it may be tried twice
     if args.ae_ckpt:
         args.ae_ckpt = str(Path(args.ae_ckpt).absolute())
         return _take(args, read_autoencoder(args.ae_ckpt, warn), "--ae-ckpt")

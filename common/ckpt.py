@@ -42,7 +42,7 @@ EXPORTED = "exported"  # the key of files that infer.py --export wrote
 RUNS = "checkpoints"  # the folder that runs' folders lie in
 TIMESTAMP = re.compile(r"-\d{8}-\d{6}$")  # of a run's name
 MODEL_TYPES = ("ae-mlp", "ae-conv", "lddpm", "ddpm")
-_SHORT = {"mlp": "ae-mlp", "conv": "ae-conv"}  # as a checkpoint may say it
+_SHORT = {"mlp": "ae-mlp", "conv": "ae-conv"}  # as a checkpoint may say it too
 
 State = dict[str, Any]
 Warn = Callable[[str], None]
@@ -235,12 +235,18 @@ def _checked(path: str | Path, state: Any) -> State:
         raise UnreadableCheckpoint(path, "a PyTorch file, but not a checkpoint of this project")
     if not is_ours(state):
         raise UnreadableCheckpoint(path, f"has format {state['format']}, this version reads {FORMAT}")
-    flags = state["args"]
-    if (model := str(flags.get("model"))) in _SHORT:
-        state["args"] = flags | {"model": _SHORT[model]}
-    elif model == "ddpm":  # saved before there was such a part, or such a choice
-        state["args"] = {"fine_ch": 0, "dense_dim": 0, "attention": True} | flags
+    for holder in (state, state.get("ae_ckpt_data")):
+        if isinstance(holder, dict) and isinstance(flags := holder.get("args"), dict):
+            holder["args"] = in_full(flags)
+    if state["args"].get("model") == "ddpm":  # saved before there was such a part, or such a choice
+        state["args"] = {"fine_ch": 0, "dense_dim": 0, "attention": True} | state["args"]
     return state
+
+
+def in_full(flags: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's flags, with model types by their full names."""
+    said = {name: str(flags.get(name)) for name in ("model", "ae_model")}
+    return flags | {name: _SHORT[model] for name, model in said.items() if model in _SHORT}
 
 
 def names_in(folder: str | Path) -> list[str]:
@@ -442,11 +448,10 @@ def infer_model_from_checkpoint(source: str | Path | State) -> str:
     The short forms "mlp" and "conv" are understood too. Raises UnreadableCheckpoint if none of them is recorded.
     """
     state = source if isinstance(source, dict) else open_checkpoint(source, read=peek_checkpoint)[1]
-    recorded = str(state["args"].get("model"))
-    model = _SHORT.get(recorded, recorded)
+    model = str(in_full(state["args"]).get("model"))
     if model not in MODEL_TYPES:
         raise UnreadableCheckpoint(
-            source if not isinstance(source, dict) else state["exp_name"], f"unknown model type {recorded!r}"
+            source if not isinstance(source, dict) else state["exp_name"], f"unknown model type {model!r}"
         )
     return model
 

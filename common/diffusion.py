@@ -70,7 +70,7 @@ def precompute_schedules(
     beta = beta.double()
     alpha = 1 - beta
     alpha_bar = alpha.cumprod(0)
-    if alpha_bar[0] == 1:
+    if 1 - beta[0].float().double() == 1:
         raise ValueError(f"--schedule {schedule} begins with so little noise that it is none: {beta[0].item():g}")
     if alpha_bar[-1].log() < 2 * LEAST_LOG:
         raise ValueError(f"--schedule {schedule} leaves no trace of the image after {counted(T, 'step')}: less noise")

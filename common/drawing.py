@@ -6,10 +6,11 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import ckpt, emoji, threads
+from common import ckpt, console, emoji, threads
 from common.args import Args, Parser, flag_of, number
 from common.autoencoder import AUTOENCODERS
 from common.device import get_device, memory_in_one_line
@@ -97,11 +98,12 @@ def what_to_draw_with(args: Any, model: str) -> tuple[Path, dict[str, Any]]:
     the newest may be another by the time that the others look.
     """
     require_checkpoint(args.ckpt, (model,))
-    path, state = ckpt.read_model(args.ckpt, (model,))
+    warn = cache(console.warn)  # two flags may mean one run
+    path, state = ckpt.read_model(args.ckpt, (model,), warn)
     args.ckpt = ckpt.very_file(path)
     for name, types in (("guide", (model,)), ("ae_ckpt", AUTOENCODERS)):
         if getattr(args, name, None) is not None:
-            setattr(args, name, ckpt.very_file(ckpt.read_model(getattr(args, name), types)[0]))
+            setattr(args, name, ckpt.very_file(ckpt.read_model(getattr(args, name), types, warn)[0]))
     return path, state
 
 

@@ -10,10 +10,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Collection
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common import ckpt, emoji, threads
+from common import ckpt, console, emoji, threads
 from common.args import Parser, flag_of, named_path, number
 from common.autoencoder import build_autoencoder, read_autoencoder
 from common.data import HF_MNIST
@@ -136,7 +137,8 @@ def _prepare(args: Any, typed: Collection[str], poll: Callable[[], object]) -> S
     typed: the flags that the user gave.
     """
     require_checkpoint(args.ckpt, ckpt.MODEL_TYPES)
-    path, state = ckpt.read_model(args.ckpt, ckpt.MODEL_TYPES)
+    warn = cache(console.warn)  # two flags may mean one run
+    path, state = ckpt.read_model(args.ckpt, ckpt.MODEL_TYPES, warn)
     path = path.resolve()
     model, labels = ckpt.infer_model_from_checkpoint(state), None
     target = check_output(args.json or scores_file(path), ".json")
@@ -147,7 +149,7 @@ def _prepare(args: Any, typed: Collection[str], poll: Callable[[], object]) -> S
         labels = wanted_labels(args.digit, args.n, args.seed, state["args"])
         args.ckpt = str(path)  # for the other processes
         if args.guide is not None:
-            args.guide = ckpt.very_file(ckpt.read_model(args.guide, (model,))[0])
+            args.guide = ckpt.very_file(ckpt.read_model(args.guide, (model,), warn)[0])
             guiding_network(args.guide, state, module_of(model).build, "cpu")  # does it fit?
     elif useless := [flag_of(name) for name in ("tstr", *SAMPLING) if name in typed]:
         # --tstr: what it reconstructs are the very digits that a classifier would be tested on

@@ -152,7 +152,7 @@ def rank(folder: Path, metric: str, mode: str, warn: ckpt.Warn) -> tuple[list[Fo
         if metric in figures and math.isnan(value):
             warn(f"passing over {path}: its {metric} is NaN")
         elif metric in figures:
-            flags = _plain(state.get("args")) if ckpt.is_ours(state, None) else {}
+            flags = ckpt.in_full(_plain(state.get("args"))) if ckpt.is_ours(state, None) else {}
             learned = {name: flags.get(name, before) for name, before in DECIDES.items()}
             epoch = state.get("epoch")
             epoch = epoch if isinstance(epoch, int) else -1

@@ -195,7 +195,7 @@ def load(
             if guide is not None:
                 raise ValueError(f"{read[0]} holds an autoencoder: it draws nothing that could be guided")
             return _autoencoder(*read, where)
-        guide = None if guide is None else _path(guide)
+        guide = None if guide is None else ckpt.very_file(ckpt.read_model(_path(guide), (model,), say)[0])
         inner = _autoencoder(read[0], read[1]["ae_ckpt_data"], where) if model == "lddpm" else None
         return Diffusion(*read, module_of(model).load_for_drawing(read, where, guide=guide)[0], inner)
 

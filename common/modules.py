@@ -22,6 +22,7 @@ from common.args import flag_of
 from common.data import dataset_of
 from common.error_codes import MODEL_MISMATCH, NO_MODEL_SPECIFIED, USAGE, Exit
 from common.flags import OUR_NETWORK
+from common.ranks import identity
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +117,7 @@ def build_network(
             raise _wrong(f"{_short(path)}: its {NETWORKS[model]} is no torch.nn.Module")
         net.to(schedules.beta.device)
         _try(net, shape, schedules, path)
-    if recorded not in (None, network_digest(model, network)):
+    if recorded not in (None, network_digest(model, network)) and not identity().rank:
         changed = f"{_short(path)} has changed since this run was trained with it"
         log = logging.getLogger("train")
         (log.warning if log.handlers else console.warn)(f"{changed}: the weights may mean something else in it")

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.args import Args
+from common.args import AUTO, Args
 from common.curves import draw_curves
 from common.events import Appended, Events
 from common.files import write_text
@@ -107,10 +107,13 @@ class Record:
             "git_commit": git_commit(),
             "resumed_from": str(self.run.source) if self.run.source else None,
         }
-        for name in ("device", "threads", "torch"):
-            before = starts[-1].get(name) if starts and self.run.source else None
-            if before not in (None, now[name]):
-                self.warn(f"{name} was {before} and is now {now[name]}: results may differ in their last bits")
+        if self.run.state:
+            before = {**(starts or [{}])[-1], "threads": self.run.state["args"].get("threads")}
+            for name in ("device", "threads", "torch"):
+                if before.get(name) not in (None, AUTO, now[name]):
+                    self.warn(
+                        f"{name} was {before[name]} and is now {now[name]}: results may differ in their last bits"
+                    )
         self._now_and_before = [*starts, now]
         self.amend(args)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import AE, LATENT, PIXEL, call, make_run, state_of
 
-from common import ckpt
+from common import ckpt, load
 from common.error_codes import BAD_CHECKPOINT, NO_AE_CHECKPOINT, OK, Exit
 
 
@@ -171,6 +171,20 @@ def test_the_functions_name_what_they_pass_over(read, tmp_path, capsys):
     assert capsys.readouterr().err.count(f"passing over {run}/checkpoint_epoch_000003.pt") == 1
 
 
+def test_a_run_that_is_named_twice_is_passed_over_once(latent_run, copy_of, tmp_path, cache, recwarn):
+    run = copy_of(latent_run)
+    (run / "checkpoint_epoch_000002.pt").write_bytes(b"")
+    twice = ("--ckpt", run, "--guide", run, "--data", "embedded", "--cache-dir", cache)
+    drawn = call(LATENT, "infer.py", *twice[:4], "--n", 2, "--steps", 2, "--output", tmp_path / "x.png")
+    scored = call("common", "evaluate.py", *twice, "--n", 200, "--steps", 2)
+    for result in (drawn, scored):
+        assert (result.code, result.text.count("passing over")) == (OK, 1), result.text
+    load(run, "cpu", guide=run)
+    assert {str(warning.message) for warning in recwarn} == {
+        f"passing over {run}/checkpoint_epoch_000002.pt: the file is empty"
+    }
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     path = make_run(tmp_path / "run", [1]) / "latest.pt"
     with pytest.raises(ckpt.UnreadableCheckpoint, match="does not fit"):
@@ -187,6 +201,10 @@ def test_a_run_that_says_its_model_in_short_is_found_and_resumed(ae_run, copy_of
         result = call(AE, *script, "--cache-dir", cache)
         assert result.code == OK, result.text
     assert ckpt.peek_checkpoint(folder / "latest.pt")["args"]["model"] == "ae-mlp"
+    inside = {"args": {"model": "conv"}}
+    ckpt.save_checkpoint(folder / "x.pt", state_of(1, args={"model": "lddpm", "ae_model": "conv"}, ae_ckpt_data=inside))
+    state = ckpt.peek_checkpoint(folder / "x.pt")
+    assert state["args"]["ae_model"] == state["ae_ckpt_data"]["args"]["model"] == "ae-conv"
 
 
 def test_short_model_names_are_understood():
@@ -213,9 +231,10 @@ TOOLS = {
 }
 
 
-@pytest.mark.parametrize("tool", [*TOOLS, "exports", "guides"])
+@pytest.mark.parametrize("tool", [*TOOLS, "exports", "guides", "perhaps trains on its latents"])
 def test_every_tool_names_the_damaged_checkpoints_of_a_run(tool, latent_run, tmp_path):
     more = {
+        "perhaps trains on its latents": (*TOOLS["trains on its latents"], "--auto-resume"),
         "exports": (LATENT, "infer.py", "--ckpt", "{ckpt}", "--export", "{out}.pt"),
         "guides": (LATENT, "infer.py", "--ckpt", "{good}", "--guide", "{ckpt}", "--output", "{picture}"),
     }

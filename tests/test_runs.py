@@ -278,9 +278,9 @@ def test_figures_that_are_no_numbers_are_null(recorded, monkeypatch):
 @pytest.mark.parametrize("changed", [{}, {"torch": "1.13.1"}, {"device": "cuda:0"}, {"threads": 8}])
 def test_a_resume_says_what_changed_about_the_machine(changed, recorded):
     kept, told = recorded
-    kept.run.source = kept.run.checkpoints / "checkpoint_epoch_000001.pt"
     now = {"torch": str(torch.__version__), "device": "cpu", "threads": 1}
-    (kept.run.checkpoints / "config.json").write_text(json.dumps({"starts": [now | changed]}))
+    kept.run.state = {"args": now | changed}
+    (kept.run.checkpoints / "config.json").write_text(json.dumps({"starts": [now | changed | {"threads": 5}]}))
     kept.start(argparse.Namespace(threads=1, origin={}, flags=dict), torch.device("cpu"))
     last = "results may differ in their last bits"
     assert told == [f"{name} was {value} and is now {now[name]}: {last}" for name, value in changed.items()]

@@ -194,6 +194,19 @@ def test_a_run_saved_before_the_number_was_recorded_keeps_that_of_its_last_start
     assert newest_state(folder)["args"]["threads"] == 1
 
 
+@pytest.mark.usefixtures("nobody_asked")
+def test_a_run_stopped_before_its_first_step_takes_the_number_that_is_typed(ae_run, copy_of, tiny):
+    folder = copy_of(ae_run)
+    for _, path in ckpt.run_checkpoints(folder):
+        state = ckpt.read_checkpoint(path)
+        state["args"]["threads"] = AUTO
+        ckpt.save_checkpoint(path, state)
+    result = call(AE, "train.py", "--resume", folder, "--epochs", 3, *tiny, "--threads", 2)
+    assert result.code == 0, result.text
+    assert "in a trial" not in result.text
+    assert newest_state(folder)["args"]["threads"] == 2
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_machine_that_became_busy_is_told_once_what_one_thread_would_bring(count, cores, tiny, tmp_path, monkeypatch):
     """And the weights are those of a run that never looked. A run of one thread has nothing to gain."""

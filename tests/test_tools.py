@@ -277,7 +277,7 @@ def test_losses_of_runs_that_learned_other_things_are_told_apart(tree, tmp_path,
         save(tmp_path / "more" / name, 1, args={"model": "ddpm", **flags})
     warned = best(tmp_path / "more", capsys=capsys)[2]
     assert "val_loss of runs that differ in --only-digit, --min-snr-gamma do not compare" in warned
-    for model in ("ae-mlp", "ae-conv"):  # both rebuild the same digits
+    for model in ("ae-mlp", "ae-conv", "mlp"):  # all rebuild the same digits
         save(tmp_path / "autoencoders" / model, 1, args={"model": model})
     assert best(tmp_path / "autoencoders", capsys=capsys)[2] == ""
     save(tmp_path / "autoencoders" / "threes", 1, args={"model": "ae-conv", "only_digit": 3})
