@@ -6,7 +6,8 @@ What a network learns is a function of the images that it has seen, not of the c
 measured first, with the machine idle and all its threads; then it trains on as many images as that makes in so many
 minutes, which may happen beside other work (--images-per-second gives the rates of an earlier measurement). Everybody
 has the same digits, noise, EMA, warm-up and clipping, a cosine to 0 at the end of the minutes, and the learning rate
-and batch size that suited it best on fives; everybody draws with the same sampler from the same noise.
+and batch size that suited it best on fives (for all digits see `contestant`); everybody draws with the same sampler
+from the same noise.
 """
 
 from __future__ import annotations
@@ -63,14 +64,14 @@ class Contestant(NamedTuple):
     make: Callable[[], nn.Module]
     lr: float = 2e-3
     batch: int = 32
-    min_snr_gamma: float = 0.0  # for all digits 1 is better
+    min_snr_gamma: float = 0.0
 
 
 NETWORKS = {
-    "ours": Contestant(ours, batch=64, min_snr_gamma=1.0),  # for all digits 128 is better
+    "ours": Contestant(ours, batch=64, min_snr_gamma=1.0),
     "ours-quick": Contestant(lambda: ours(16, fine=0, attention=False), batch=128, min_snr_gamma=1.0),
     "ours-32": Contestant(lambda: ours(32), batch=128),
-    "ours-without-dense": Contestant(lambda: ours(dense=0), batch=64),  # for all digits 128 is better
+    "ours-without-dense": Contestant(lambda: ours(dense=0), batch=64),
     "ours-16-without-dense": Contestant(lambda: ours(16, dense=0), batch=64),
     "ours-32-without-dense": Contestant(lambda: ours(32, dense=0), batch=128),
     "ours-24-coarse": Contestant(lambda: ours(24, fine=0, dense=0), batch=64),
@@ -80,6 +81,14 @@ NETWORKS = {
     "lucidrains-32": Contestant(lambda: lucidrains(32), 1e-3),
     "lucidrains-16": Contestant(lambda: lucidrains(16), 1e-3),
 }
+
+
+def contestant(name: str, digit: int | None) -> Contestant:
+    """The network of that name, with what suits it for one digit, or for all of them (None)."""
+    one = NETWORKS[name]
+    if digit is None:  # gamma 1 suited everybody, and batches of 128 ours
+        one = one._replace(min_snr_gamma=1.0, batch=128 if name.startswith("ours") else one.batch)
+    return one
 
 
 class Training:
@@ -219,9 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=number(int, 1), help="to train and draw with (default: all cores)")
     parser.add_argument("--lr", type=number(float, 0), help="instead of each network's own")
     parser.add_argument("--batch", type=number(int, 1), help="instead of each network's own")
-    parser.add_argument(
-        "--min-snr-gamma", type=number(float, 0), help="instead of each network's own; for all digits 1"
-    )
+    parser.add_argument("--min-snr-gamma", type=number(float, 0), help="instead of each network's own")
     add_data_arguments(parser)
     parser.add_argument("--device", default="cpu", help="to train and draw with; rates are the CPU's (default: cpu)")
     args = parser.parse_args(argv)
@@ -229,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = False  # a GPU computes as exactly as the CPUs that the minutes are of
     threads.use(args.threads or threads.available())
     digits, _ = split_train_val(HF_MNIST("train", args.cache_dir, args.digit, "hub"), 42)
-    rates = args.images_per_second or [images_per_second(NETWORKS[name], digits) for name in args.networks]
+    contestants = [contestant(name, args.digit) for name in args.networks]
+    rates = args.images_per_second or [images_per_second(one, digits) for one in contestants]
     if len(rates) != len(args.networks):
         parser.error("--images-per-second needs a rate for each of --networks")
     judge = Judge(args.cache_dir, args.digit, args.n)
@@ -238,8 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for minutes in args.minutes:
-        for name, rate in zip(args.networks, rates, strict=True):
-            one = NETWORKS[name]
+        for name, one, rate in zip(args.networks, contestants, rates, strict=True):
             one = one._replace(lr=args.lr or one.lr, batch=args.batch or one.batch)
             if args.min_snr_gamma is not None:
                 one = one._replace(min_snr_gamma=args.min_snr_gamma)

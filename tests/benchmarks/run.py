@@ -3,8 +3,8 @@
     python tests/benchmarks/run.py --cache-dir mnist_latent_diffusion/hf_cache [--full] [--json figures.json]
 
 Needs full MNIST in the cache folder and an otherwise idle machine, and installs tests/requirements.txt if the peers'
-libraries are missing. The short mode takes nearly five minutes on two cores and trains too little for the quality
-figures to mean much; --full takes 70 minutes with --pixel-seconds 100, over two hours without. "reference"
+libraries are missing. The short mode takes some eight minutes on two cores and trains too little for the quality
+figures to mean much; --full takes 70 minutes with --pixel-seconds 100, about three hours without. "reference"
 figures come from two cores where a 2048 x 2048 float32 matrix product ran at 47 GFLOP/s; "at 47" scales ours to it.
 """
 
