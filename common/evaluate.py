@@ -181,7 +181,8 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
     wanted = labels or (digits * len(images) if digits else None)
     # reconstructions are of one half's digits, and not to be compared with those very digits
     splits = 1 if model.startswith("ae-") else SPLITS
-    figures = score(images, None if wanted is None else torch.tensor(wanted), real, classifier, splits=splits)
+    asked = None if wanted is None else torch.tensor(wanted)
+    figures = score(images, asked, real, classifier, splits=splits, chosen=bool(args.digit))
     if args.tstr:
         learnable = of_digits(HF_MNIST("train", args.cache_dir, source=real.source), args.digit or digits)
         figures["tstr"] = train_on_synthetic(images, torch.tensor(labels), real, learnable, _say)

@@ -42,7 +42,17 @@ def imbalance(predicted: np.ndarray, wanted: np.ndarray, classes: int = 10) -> f
     return float(abs(shares[0] - shares[1]).sum() / 2)
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], sample: np.ndarray, repeats: int = 50) -> float:
-    """Standard error of `statistic(sample)` by resampling the sample's rows `repeats` times, from a fixed seed."""
-    picks = np.random.default_rng(0).integers(0, len(sample), (repeats, len(sample)))
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], sample: np.ndarray, repeats: int = 50, strata: np.ndarray | None = None
+) -> float:
+    """Standard error of `statistic(sample)` by resampling the sample's rows `repeats` times, from a fixed seed.
+
+    strata: (N,), if the number of rows of each of its values was chosen and not chance: a row is then replaced by one
+    of its own stratum.
+    """
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, len(sample), (repeats, len(sample)))
+    for stratum in () if strata is None else np.unique(strata):
+        own = np.flatnonzero(strata == stratum)
+        picks[:, own] = rng.choice(own, (repeats, len(own)))
     return float(np.std([statistic(sample[rows]) for rows in picks], ddof=1))

@@ -42,6 +42,7 @@ def score(
     *,
     errors: bool = True,
     splits: int = SPLITS,
+    chosen: bool = False,
 ) -> dict[str, dict[str, float]]:
     """{figure: {"value", "error", "floor" (what real digits score), "floor_error"}}; errors by bootstrap.
 
@@ -49,7 +50,8 @@ def score(
     one half is the reference, the other sets the floor, cut to N digits if it has more. The Fréchet distance depends
     on which half it is: it is the mean over so many `splits`, its floor over all groups of N in their other halves too
     (one odd digit can double that of a group), and its "floor_error" the standard deviation over the splits. A group's
-    classes count as much as among `wanted`: equal runs of each digit score otherwise than digits at random.
+    classes count as much as among `wanted`: equal runs of each digit score otherwise than digits at random. chosen: how
+    many there are of each label was not chance, and is no part of the distance's error.
     """
     import numpy
     import torch
@@ -86,7 +88,9 @@ def score(
             entry = found.setdefault(name, {})
             entry[column] = float(statistic(rows))
             if errors:
-                entry["error" if column == "value" else "floor_error"] = bootstrap(statistic, rows)
+                strata = asked.numpy() if chosen and (name, column) == ("fid", "value") else None
+                error = bootstrap(statistic, rows, strata=strata)
+                entry["error" if column == "value" else "floor_error"] = error
     if splits > 1:
         fid, count = found["fid"], len(images)
         values = [frechet_distance(drawn[0], real_features[some]) for some, _ in parts]

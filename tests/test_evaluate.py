@@ -58,6 +58,13 @@ def test_imbalance_and_bootstrap():
     assert error == metrics.bootstrap(lambda rows: rows.mean(), coins, repeats=400)  # a fixed seed
 
 
+def test_what_was_chosen_is_no_part_of_an_error():
+    strata = np.arange(1000) % 4
+    sample = 10 * strata + RNG.normal(size=1000)
+    errors = [metrics.bootstrap(np.mean, sample, repeats=400, strata=given) for given in (strata, None)]
+    assert errors == pytest.approx([1 / 1000**0.5, (125 + 1) ** 0.5 / 1000**0.5], rel=0.15)
+
+
 def test_the_classifier_reads_digits_and_is_kept(judged, cache):
     net, accuracy, test = judged
     assert accuracy > 0.97
@@ -149,12 +156,16 @@ def test_real_digits_are_scored_in_the_shares_of_the_drawings(judged):
         picked.append(metrics.frechet_distance(features[some], features[reference]))
     assert found["floor"] == pytest.approx(np.mean(picked), rel=0.2)
     assert found["floor"] > 5 * score(digits[:100], None, test, net, splits=6, errors=False)["fid"]["floor"]
+    errors = [score(digits, test.labels, test, net, splits=2, chosen=it)["fid"]["error"] for it in (True, False)]
+    assert errors[0] < 0.7 * errors[1]
     as_wanted = judge(net, digits[:100])[1].argmax(1)
     imbalance = score(digits[:100], as_wanted, test, net)["imbalance"]
     assert (imbalance["value"], imbalance["error"]) == (0, 0)  # whichever of them are looked at
 
 
-def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
+def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged, monkeypatch):
+    chosen = []
+    monkeypatch.setattr("common.scores.score", lambda *a, **how: chosen.append(how["chosen"]) or score(*a, **how))
     folder = copy_of(latent_run)
     flags = ("--n", 200, "--data", "embedded", "--cache-dir", cache)
     plain = call("common", "evaluate.py", "--ckpt", folder, *flags)
@@ -175,6 +186,7 @@ def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged):
     more = json.loads((folder / "checkpoint_epoch_000002.scores.json").read_text())
     assert more["details_unlabelled"]["settings"]["kind"] == "without labels"
     assert "agreement_unlabelled" in more  # the run has seen only one digit
+    assert chosen == [False, True, False]  # only --digit says how many there are to be of each
     assert {name: value for name, value in more.items() if not name.endswith("_unlabelled")} == written
     few = [line for line in plain.text.splitlines() if "of only 25" in line]
     assert [line.split()[0] for line in few] == ["fid", "imbalance"]
