@@ -48,7 +48,8 @@ def describe(data: dict[str, Any]) -> str:
     """An autoencoder (from `read_autoencoder`) in a line: file, epoch n of N, validation loss, digits."""
     flags, loss = data["args"], data["val_loss"]
     only, mnist = flags.get("only_digit"), dataset_of(flags) == MNIST
-    digits = "all digits" if mnist else f"all classes of {flags['data']}"
+    few = flags.get("data") == "embedded"
+    digits = f"all {'embedded ' * few}digits" if mnist else f"all classes of {flags['data']}"
     if only is not None:
         digits = f"only {only}s" if mnist else f"only class {only} of {flags['data']}"
     error = "in mid-epoch" if loss is None else f"val_loss {loss:.6f}"
@@ -75,7 +76,8 @@ def find_autoencoder(
 ) -> dict[str, Any] | None:
     """The autoencoder to take from `folders` (of runs, or a run's own) where none is named; None if there is none.
 
-    Finished runs before unfinished ones; conv before mlp; the newest first. digit: it must have seen that digit; None:
+    Finished runs before unfinished ones, then those of full MNIST before the embedded digits'; conv before mlp; the
+    newest first. digit: it must have seen that digit; None:
     all of them; AUTO: those of all digits come first. dataset: what it must have learned from (`dataset_of`). The
     result is as from `read_autoencoder`.
     """
@@ -88,7 +90,8 @@ def find_autoencoder(
             fits = model in AUTOENCODERS and dataset_of(state["args"]) == dataset
             if fits and (digit == AUTO or seen in (None, digit)):
                 few = digit == AUTO and seen is not None
-                found.append(((not is_finished(state), few, AUTOENCODERS.index(model)), run))
+                embedded = state["args"].get("data") == "embedded"
+                found.append(((not is_finished(state), few, embedded, AUTOENCODERS.index(model)), run))
     for _, run in sorted(found, key=lambda entry: entry[0]):  # stable: of equals the first folder's newest
         if readable := ckpt.newest_readable(run, warn):
             return _reduced(*readable)
@@ -109,8 +112,9 @@ def read_named_autoencoder(args: Args) -> None:
     except Exit as error:
         if error.code not in (BAD_CHECKPOINT, NO_AE_CHECKPOINT) or not (args.resume or args.auto_resume):
             raise
-        if args.ae_ckpt:
-            args.kinds["ae_ckpt"] = "shape"  # the path is all that still tells which autoencoder is meant
+        for name in ("ae_ckpt", "ae_ckpt_dir"):
+            if getattr(args, name):
+                args.kinds[name] = "shape"  # the path is all that still tells which autoencoder is meant
 
 
 def choose_autoencoder(args: Args) -> None:

@@ -91,7 +91,9 @@ def pictures_in(dataset: Any, column: str) -> numpy.ndarray:
     from PIL import Image
 
     pictures = dataset.data.column(column).to_pylist()
-    return numpy.stack([numpy.asarray(Image.open(io.BytesIO(picture["bytes"]))) for picture in pictures])
+    images = [Image.open(io.BytesIO(picture["bytes"])) for picture in pictures]
+    # of a palette's pictures the pixels are only its indices
+    return numpy.stack([numpy.asarray(image.convert("RGB") if image.mode == "P" else image) for image in images])
 
 
 def hub_answers() -> bool:

@@ -219,7 +219,9 @@ def _evaluate(args: Any, subject: Subject, world: World) -> None:
     judged |= {"dataset": real.fingerprint, "held_out": real.held_out}
     found = {f"{name}{suffix}": row["value"] for name, row in figures.items()} | {f"details{suffix}": details | judged}
     with alone_in(target.parent):  # another may have scored another way of drawing meanwhile
-        known = read_scores(target, trained) | {"timestamp": trained["timestamp"]} | found
+        before = read_scores(target, trained)  # of other ways of drawing; of this one nothing stays
+        known = {name: value for name, value in before.items() if name not in {f"{it}{suffix}" for it in MEANING}}
+        known |= {"timestamp": trained["timestamp"]} | found
         try:
             write_text(target, json.dumps(known, indent=1) + "\n")
         except OSError as error:

@@ -18,7 +18,7 @@ from common.args import Parser, flag_of, named_path, number
 from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, Exit, run_main
 from common.files import atomic_write
 from common.flags import MNIST
-from common.inspect_ckpt import files_below
+from common.inspect_ckpt import files_below, verify
 from common.record import rows_in
 from common.scores import ORDER, read_scores, scores_file
 
@@ -177,6 +177,7 @@ def _copy(source: Path, target: Path, force: bool) -> None:
         raise Exit(BAD_CHECKPOINT, f"cannot copy {source}: {why}") from None
     try:
         with file:
+            verify(source)
             atomic_write(target, lambda out: shutil.copyfileobj(file, out))
     except OSError as error:
         raise Exit(BAD_OUTPUT, f"cannot write {target}: {error.strerror or error}") from None

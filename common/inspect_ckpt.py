@@ -205,7 +205,7 @@ def _places(path: Path) -> list[Path]:
     return runs + others
 
 
-def _verify(path: Path) -> bool:
+def verify(path: Path) -> bool:
     """Are the file's checksums right? False if it has none. Raises UnreadableCheckpoint if one is wrong."""
     if not zipfile.is_zipfile(path):
         return False
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 with odd_values(place):
                     path, info = ckpt.open_checkpoint(place, fail, describe)
-                    info |= {"verified": args.verify and _verify(path)}
+                    info |= {"verified": args.verify and verify(path)}
                     plain = _cleaned(info, text=False)
                     shown = json.dumps(plain, default=repr) if args.json else _text(info, args.verify)
             except Exit as error:

@@ -214,7 +214,10 @@ def resume_target(
     if source.parent.parent.name != ckpt.RUNS:
         source = source.resolve()  # through a symlink to the run's folder
     if newest and source in [path for _, path in ckpt.insist(source, lambda: ckpt.run_checkpoints(source.parent))]:
-        return ckpt.newest_readable(source.parent, warn) or (source, state)
+        newer = ckpt.newest_readable(source.parent, warn)
+        if newer and newer[0] != source:
+            warn(f"its run is further, {newer[0].name}: going on with that, not {source.name}, as --auto-resume asks")
+        return newer or (source, state)
     return source, state
 
 

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import AE, LATENT, call, inside, newest_state, only_run, recipe
+from helpers import AE, LATENT, call, inside, make_run, newest_state, only_run, recipe
 
-from common.autoencoder import find_autoencoder
-from common.error_codes import MODEL_MISMATCH
+from common.args import AUTO
+from common.autoencoder import describe, find_autoencoder
+from common.error_codes import MODEL_MISMATCH, NO_AE_CHECKPOINT
 
 
 def gather(*runs, into):
@@ -102,3 +103,18 @@ def test_the_denoisers_shape_is_fixed_too(latent_run, flag):
 def test_another_autoencoder_does_not_slip_in(latent_run, conv_run):
     result = call(LATENT, "train.py", "--resume", latent_run, "--epochs", 9, "--ae-ckpt", conv_run)
     assert (result.code, len(result.errors)) == (MODEL_MISMATCH, 1), result.text
+
+
+def test_full_mnists_autoencoder_comes_before_the_embedded_digits(tmp_path):
+    for name, model, data in (("a", "ae-mlp", "hub"), ("b", "ae-conv", "embedded")):
+        make_run(tmp_path / name, [1], args={"model": model, "data": data, "epochs": 1, "latent_dim": 16})
+    found = find_autoencoder([tmp_path], AUTO, pytest.fail)
+    assert found["args"]["data"] == "hub"
+    assert "all embedded digits" in describe(found | {"args": {"model": "ae-conv", "data": "embedded"}})
+
+
+def test_a_folder_without_an_autoencoder_is_no_other_runs(latent_run, copy_of, tiny, tmp_path):
+    outdir = copy_of(latent_run).parent.parent
+    flags = ("--T", 20, "--hidden-dim", 16, *tiny, "--epochs", 3, "--outdir", outdir, "--ae-ckpt-dir", tmp_path)
+    result = call(LATENT, "train.py", *flags, "--auto-resume")
+    assert result.code == NO_AE_CHECKPOINT, result.text

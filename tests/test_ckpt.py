@@ -378,3 +378,11 @@ def test_the_other_kind_of_model_is_refused(ae_run, latent_run, tiny, tmp_path):
         result = call(folder, script, *args)
         assert (result.code, len(result.errors)) == (MODEL_MISMATCH, 1), (args, result.text)
     assert newest_state(latent_run)["epoch"] == 2
+
+
+def test_that_a_job_goes_on_and_not_back_is_said(tmp_path):
+    run, warned = make_run(tmp_path / "run"), []
+    for named, lines in (("checkpoint_epoch_000001.pt", 1), ("checkpoint_epoch_000003.pt", 0), ("latest.pt", 0)):
+        found = ckpt.resolve_resume_path(str(run / named), True, tmp_path, "run", warned.append)
+        assert (found.name, len(warned)) == ("checkpoint_epoch_000003.pt", lines), warned
+        warned.clear()

@@ -171,7 +171,7 @@ def test_the_functions_name_what_they_pass_over(read, tmp_path, capsys):
     assert capsys.readouterr().err.count(f"passing over {run}/checkpoint_epoch_000003.pt") == 1
 
 
-def test_a_run_that_is_named_twice_is_passed_over_once(latent_run, copy_of, tmp_path, cache, recwarn):
+def test_a_run_that_is_named_twice_is_passed_over_once(latent_run, copy_of, tmp_path, cache, recwarn, capsys):
     run = copy_of(latent_run)
     (run / "checkpoint_epoch_000002.pt").write_bytes(b"")
     twice = ("--ckpt", run, "--guide", run, "--data", "embedded", "--cache-dir", cache)
@@ -179,7 +179,9 @@ def test_a_run_that_is_named_twice_is_passed_over_once(latent_run, copy_of, tmp_
     scored = call("common", "evaluate.py", *twice, "--n", 200, "--steps", 2)
     for result in (drawn, scored):
         assert (result.code, result.text.count("passing over")) == (OK, 1), result.text
+    capsys.readouterr()
     load(run, "cpu", guide=run)
+    assert capsys.readouterr().err == ""
     assert {str(warning.message) for warning in recwarn} == {
         f"passing over {run}/checkpoint_epoch_000002.pt: the file is empty"
     }

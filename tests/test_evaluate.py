@@ -168,6 +168,8 @@ def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged, monkeyp
     monkeypatch.setattr("common.scores.score", lambda *a, **how: chosen.append(how["chosen"]) or score(*a, **how))
     folder = copy_of(latent_run)
     flags = ("--n", 200, "--data", "embedded", "--cache-dir", cache)
+    earlier = {"timestamp": ckpt.peek_checkpoint(folder / "latest.pt")["timestamp"], "tstr": 0.5, "details": {}}
+    (folder / "checkpoint_epoch_000002.scores.json").write_text(json.dumps(earlier))
     plain = call("common", "evaluate.py", "--ckpt", folder, *flags)
     assert plain.code == 0, plain.text
     assert "not Inception figures" in plain.text
@@ -175,6 +177,7 @@ def test_scoring_a_latent_checkpoint(latent_run, copy_of, cache, judged, monkeyp
     assert labelled.code == 0, labelled.text
     written = json.loads((folder / "checkpoint_epoch_000002.scores.json").read_text())
     assert {"fid", "precision", "recall", "agreement", "fid_labelled", "agreement_labelled"} <= written.keys()
+    assert "tstr" not in written  # of other settings
     settings = written["details"]["settings"]  # in which scores that compare are equal
     assert settings.keys() == {"n", *evaluate.SAMPLING, "kind", "only_digit", "splits"}
     assert (settings["n"], settings["only_digit"], settings["splits"]) == (200, 3, SPLITS)

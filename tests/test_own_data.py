@@ -1,17 +1,20 @@
 """Data other than MNIST, FILE.npz and hub:OWNER/NAME, through the real scripts: what they are is their content."""
 
+import io
 import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import AE, LATENT, PIXEL, SMALL, assert_same_training, call, newest_state, only_run
+from PIL import Image
 
 from common import ckpt, classifier, data, load, mnist, own_data
-from common.cache import decoded_path, keep
+from common.cache import decoded_path, keep, pictures_in
 from common.data import HF_MNIST
 from common.error_codes import (
     BAD_CHECKPOINT,
@@ -536,3 +539,12 @@ def test_an_autoencoder_of_nan_shows_nothing(autoencoder, file, quick, copy_of, 
         result = call(AE, script, "--ckpt", path, *quick[-2:], "--output", tmp_path / "x.png", *flags)
         assert (result.code, len(result.errors)) == (BAD_CHECKPOINT, 1), result.text
         assert not list(tmp_path.glob("x.png"))
+
+
+def test_a_palettes_indices_are_not_taken_for_grey():
+    content = io.BytesIO()
+    Image.fromarray(np.full((28, 28, 3), 200, np.uint8)).quantize(4).save(content, "PNG")
+    rows = SimpleNamespace(to_pylist=lambda: [{"bytes": content.getvalue()}])
+    found = pictures_in(SimpleNamespace(data=SimpleNamespace(column=lambda _: rows)), "image")
+    assert found.shape == (1, 28, 28, 3)  # which is refused as any coloured picture
+    assert (found == 200).all()

@@ -377,3 +377,13 @@ def test_wrong_input_of_the_tools(tmp_path, capsys):
         find_best_ckpt.main([str(bad)])
     result = finish(start(".", "-m common.inspect_ckpt", tmp_path / "nothing"))
     assert (result.code, len(result.text.splitlines())) == (BAD_CHECKPOINT, 1), result.text
+
+
+def test_what_is_damaged_is_not_copied_as_the_best(tree, tmp_path, capsys):
+    path = tree / "a" / "checkpoint_epoch_000002.pt"
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.ones(3).numpy().tobytes())] ^= 16
+    path.write_bytes(content)
+    code, _, said = best(tree, "--copy-to", tmp_path / "kept.pt", capsys=capsys)
+    assert (code, (tmp_path / "kept.pt").exists()) == (BAD_CHECKPOINT, False)
+    assert "damaged" in said

@@ -283,6 +283,12 @@ def test_a_tab_that_is_returned_to_shows_the_settings_and_draws_what_is_not_ther
     page.click("#tab-draw")
     usual = {"count": 64, "sampler": "dpm", "steps": 8}
     assert wishes(page, "draw", 5)[-1]["drawings"][0].items() >= usual.items()
+    page.check("#compare")
+    page.uncheck("#compare")
+    page.locator(".side[data-side='0'] [name=guidance]").fill("2")
+    page.check("#compare")
+    sides = ["".join("AB"[side["side"]] for side in wish["drawings"]) for wish in wishes(page, "draw", 8)[5:]]
+    assert sides == ["AB", "A", "AB"]
 
 
 def test_an_empty_paper_ends_its_drawing_and_the_classifier_sees_what_is_on_it(visit, runs):
@@ -312,6 +318,7 @@ def test_an_empty_paper_ends_its_drawing_and_the_classifier_sees_what_is_on_it(v
     page.evaluate(ANSWER, {"do": "judge", "error": "There is nothing on the canvas yet."})
     says(page, "#judge-said", "nothing on the canvas")
     assert page.locator("#bars i").last.evaluate("bar => bar.style.height") == "0%"
+    assert page.locator("#teach").is_hidden()  # there is one now
 
 
 def test_a_second_finger_draws_nothing(visit, runs):

@@ -75,13 +75,22 @@ export class Draw {
     const sides = this.sides.filter((side) => side.number === 0 || state.compare);
     const anew = sides.filter((side) => side.isAnew());
     const wanted = sides.filter((side) => !side.done);
-    if (!wanted.length || (!anew.length && this.link.awaits(this.wish))) return;
+    const coming = this.link.awaits(this.wish) ? this.wished.filter((side) => !side.done) : [];
+    if (!wanted.length && coming.length) this.stop();
+    if (!anew.length && wanted.every((side) => coming.includes(side))) return;
+    this.wished = wanted;
     this.pause();
     byId("moment").value = END;
     for (const side of wanted) side.begin();
     const drawings = wanted.map((side) => side.settings());
     const receive = (header, pixels) => this.receive(header, pixels);
     this.wish = this.link.ask("draw", { run: this.run.id, drawings }, receive, () => say("draw-said", WAITING));
+  }
+
+  // What is on its way is not shown any more.
+  stop() {
+    this.link.ask("draw", { run: this.run.id, drawings: [] }, () => {}); // in its place
+    say("draw-said", this.said);
   }
 
   receive(header, pixels) {
@@ -92,7 +101,8 @@ export class Draw {
     if ("progress" in header) say("draw-said", `step ${header.progress} of ${header.steps}`);
     if (header.left === 0) {
       this.run.epoch = header.epoch;
-      say("draw-said", `${counted(header.count, "digit")} in ${header.seconds.toFixed(2)} s, epoch ${header.epoch}`);
+      this.said = `${counted(header.count, "digit")} in ${header.seconds.toFixed(2)} s, epoch ${header.epoch}`;
+      say("draw-said", this.said);
     }
     this.show();
   }

@@ -167,8 +167,9 @@ export class Sketch {
       if (this.again) return this.judge(); // of another sketch or run
       this.bars.forEach((bar, digit) => (bar.style.height = `${100 * (header.probabilities?.[digit] ?? 0)}%`));
       byId("bars").setAttribute("aria-label", "Nothing yet");
-      if (header.error) return say("judge-said", header.error, header.error !== "There is nothing on the canvas yet.");
-      byId("teach").hidden = !header.missing;
+      const empty = header.error === "There is nothing on the canvas yet.";
+      if (!header.error || empty) byId("teach").hidden = !header.missing;
+      if (header.error) return say("judge-said", header.error, !empty);
       if (header.missing) return say("judge-said", "There is no classifier yet for this data. To train it takes about half a minute, once.");
       const best = header.probabilities.indexOf(Math.max(...header.probabilities));
       const said = `A ${best}, it says, by ${(100 * header.probabilities[best]).toFixed(0)} %.`;
