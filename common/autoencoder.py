@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +123,13 @@ def choose_autoencoder(args: Args) -> None:
     """
     if "autoencoder" in args.inputs:
         return
-    warn = args.inputs.setdefault("warn", cache(logging.getLogger("train").warning))  # it may be tried twice
+    said = args.inputs.setdefault("said", set())  # where this is tried a second time, nothing is said twice
+
+    def warn(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            logging.getLogger("train").warning(text)
+
     if args.ae_ckpt:
         args.ae_ckpt = str(Path(args.ae_ckpt).absolute())
         return _take(args, read_autoencoder(args.ae_ckpt, warn), "--ae-ckpt")
