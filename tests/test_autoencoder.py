@@ -115,6 +115,8 @@ def test_full_mnists_autoencoder_comes_before_the_embedded_digits(tmp_path):
 
 def test_a_folder_without_an_autoencoder_is_no_other_runs(latent_run, copy_of, tiny, tmp_path):
     outdir = copy_of(latent_run).parent.parent
-    flags = ("--T", 20, "--hidden-dim", 16, *tiny, "--epochs", 3, "--outdir", outdir, "--ae-ckpt-dir", tmp_path)
-    result = call(LATENT, "train.py", *flags, "--auto-resume")
+    flags = ("--T", 20, "--hidden-dim", 16, "--amp", *tiny, "--epochs", 3, "--outdir", outdir, "--auto-resume")
+    result = call(LATENT, "train.py", *flags, "--ae-ckpt-dir", tmp_path)
     assert result.code == NO_AE_CHECKPOINT, result.text
+    assert "Passed over" in result.text  # by that flag alone: without it these are the run's
+    assert call(LATENT, "train.py", *flags).code == 0
