@@ -76,9 +76,8 @@ def find_autoencoder(
     """The autoencoder to take from `folders` (of runs, or a run's own) where none is named; None if there is none.
 
     Finished runs before unfinished ones, then those of full MNIST before the embedded digits'; conv before mlp; the
-    newest first. digit: it must have seen that digit; None:
-    all of them; AUTO: those of all digits come first. dataset: what it must have learned from (`dataset_of`). The
-    result is as from `read_autoencoder`.
+    newest first. digit: it must have seen that digit; None: all of them; AUTO: those of all digits come first. dataset:
+    what it must have learned from (`dataset_of`). The result is as from `read_autoencoder`.
     """
     found = []
     for folder in folders:

@@ -186,7 +186,8 @@ def find_run(
 
 
 def _said(args: Args, folder: Path, difference: Difference) -> str:
-    recorded, today = ("all" if value is None else value for value in difference[1:])
+    nothing = "all" if difference.name.endswith("only_digit") else "none"
+    recorded, today = (nothing if value is None else value for value in difference[1:])
     name = flag_of(difference.name) if difference.name in args.kinds else difference.name
     return (
         f"Passed over {folder.name}, the newest, which has {name} {recorded}, not {today}; "

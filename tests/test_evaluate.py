@@ -15,7 +15,7 @@ from forks import run
 from helpers import AE, LATENT, PIXEL, REPO, SMALL, call, newest_state, only_run
 from scipy.linalg import sqrtm
 
-from common import ckpt, classifier, evaluate, metrics, mnist
+from common import ckpt, classifier, evaluate, metrics, mnist, scores
 from common.classifier import VERSION, fingerprint, judge, load_classifier, train_classifier
 from common.data import HF_MNIST
 from common.error_codes import BAD_OUTPUT, MODEL_MISMATCH, NO_DATA, USAGE, Exit
@@ -158,6 +158,7 @@ def test_real_digits_are_scored_in_the_shares_of_the_drawings(judged):
     assert found["floor"] > 5 * score(digits[:100], None, test, net, splits=6, errors=False)["fid"]["floor"]
     errors = [score(digits, test.labels, test, net, splits=2, chosen=it)["fid"]["error"] for it in (True, False)]
     assert errors[0] < 0.7 * errors[1]
+    assert scores._balanced(torch.tensor([0, 1, 1]), torch.tensor([0, 0])) is None  # a single row has no covariance
     as_wanted = judge(net, digits[:100])[1].argmax(1)
     imbalance = score(digits[:100], as_wanted, test, net)["imbalance"]
     assert (imbalance["value"], imbalance["error"]) == (0, 0)  # whichever of them are looked at

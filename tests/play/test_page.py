@@ -265,6 +265,11 @@ def test_a_tab_that_is_returned_to_shows_the_settings_and_draws_what_is_not_ther
         "seed => document.querySelector('#commands code').textContent.includes(`--seed ${seed} `)", arg=seed
     )
     page.evaluate(HOLD)
+    for compare in (True, False):  # what is on its way for a setting that is hidden again ends
+        page.set_checked("#compare", compare)
+    assert [len(wish["drawings"]) for wish in wishes(page, "draw", 2)] == [1, 0]
+    says(page, "#draw-said", "4 digits")
+    page.evaluate(HOLD)
     page.click("#other")
     says(page, "#draw-said", "Waiting for the server")
     page.click("#tab-look")
