@@ -333,11 +333,24 @@ def check_sampling(args: argparse.Namespace, trained: dict[str, Any], strength: 
             raise Exit(USAGE, f"--guidance-interval {low:g} {high:g}: the first must be below the second")
         if args.guidance == 1:
             raise Exit(USAGE, "--guidance-interval says where guidance acts: give a --guidance SCALE other than 1 too")
+        _check_interval(args, trained, timesteps)
     if args.guide_scale is not None and args.guide is None:
         raise Exit(USAGE, "--guide-scale says how far to move away from a guide: give --guide PATH too")
     args.guide_scale = DEFAULT_GUIDE_SCALE if args.guide_scale is None else args.guide_scale
     if complaint := why_not_drawn(args.digit or [], trained, "--digit"):
         raise Exit(MODEL_MISMATCH, complaint)
+
+
+def _check_interval(args: argparse.Namespace, trained: dict[str, Any], timesteps: int) -> None:
+    from common.diffusion import schedules_of  # which loads torch: not for --help
+    from common.sampling import reverse_steps, within
+
+    schedules = schedules_of(trained)
+    plan = reverse_steps(schedules.first(timesteps), args.steps, args.sampler)
+    try:
+        within(schedules, plan, args.guidance_interval)
+    except ValueError as error:
+        raise Exit(USAGE, str(error)) from None
 
 
 def why_not_drawn(labels: Sequence[int], trained: dict[str, Any], asked: str) -> str:

@@ -52,7 +52,8 @@ class Loaded:
 class Diffusion(Loaded):
     """A trained diffusion model, of pixels or of latents; `autoencoder` is the one of its latents, else None.
 
-    `drawer` is what `load_for_drawing` of its experiment returns: see `common.sampling.draw`.
+    `guide` is the file of the checkpoint that guides it, or None. `drawer` is what `load_for_drawing` of its experiment
+    returns: see `common.sampling.draw`.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class Diffusion(Loaded):
         state: ckpt.State,
         draw: Callable[..., torch.Tensor],
         autoencoder: Autoencoder | None = None,
+        guide: str | None = None,
     ) -> None:
         super().__init__(path, state)
-        self.drawer, self.autoencoder = draw, autoencoder
+        self.drawer, self.autoencoder, self.guide = draw, autoencoder, guide
 
     def draw(
         self,
@@ -72,7 +74,7 @@ class Diffusion(Loaded):
         count: int | None = None,
         guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
-        guide_scale: float = DEFAULT_GUIDE_SCALE,
+        guide_scale: float | None = None,
         seed: int = 42,
         sampler: str = "ddpm",
         steps: int | None = None,
@@ -87,9 +89,9 @@ class Diffusion(Loaded):
 
         labels: the digit of each image, as a list, an array or a tensor (N,) of 0 to 9; one number means `count` images
         (default: 16) of it, None `count` images of digits drawn from the training data's class shares. guidance: as
-        --guidance (default: as infer.py's); guidance_interval, and guide_scale of a model that was loaded with a guide:
-        as the flags of these names. sampler, steps: see `common.sampling.reverse_steps`; callback: see
-        `common.sampling.sample`; watch: see `common.sampling.draw`. The same seed draws the same images.
+        --guidance (default: as infer.py's), of the labels that it draws; guidance_interval, and guide_scale of a model
+        that was loaded with a guide: as the flags of these names. sampler, steps: see `common.sampling.reverse_steps`;
+        callback: see `common.sampling.sample`; watch: see `common.sampling.draw`. The same seed draws the same images.
 
         from_image: an image (28, 28) to begin with, or several (K, 1, 28, 28), each for an equal run of those drawn;
         without labels the network is then not told any, but for one that learned a single digit. strength: how much of
@@ -106,8 +108,9 @@ class Diffusion(Loaded):
         asked, count = count, 16 if count is None else int(count)
         if not isinstance(seed, Integral):
             raise ValueError(f"seed must be a whole number, not {seed!r}")
+        labelled = self.flags.get("labelled", True)
         if guidance is None:
-            guidance = 1.0 if labels is None else DEFAULT_GUIDANCE
+            guidance = DEFAULT_GUIDANCE if labels is not None and labelled else 1.0
         only = self.flags["only_digit"]
         if labels is None:
             labels = wanted_labels(None if from_image is None or only is not None else [], count, seed, self.flags)
@@ -119,17 +122,29 @@ class Diffusion(Loaded):
                 raise ValueError(f"these are {len(labels)} labels, one for each image: count cannot be {asked}")
             if complaint := why_not_drawn(labels, self.flags, "labels"):
                 raise ValueError(complaint)
-        for name, scale in (("guidance", guidance), ("guide_scale", guide_scale)):
+        guided_by = DEFAULT_GUIDE_SCALE if guide_scale is None else guide_scale
+        for name, scale in (("guidance", guidance), ("guide_scale", guided_by)):
             if not isinstance(scale, Real) or not 0 <= scale <= LARGEST_GUIDANCE:
                 raise ValueError(f"{name} must be a number from 0 to {LARGEST_GUIDANCE:g}, not {scale}")
-        how = {"guidance": guidance, "guidance_interval": guidance_interval, "guide_scale": guide_scale}
+        if guide_scale is not None and self.guide is None:
+            raise ValueError("guide_scale says how far to move away from a guide: load the run with one")
+        if guidance != 1 and (labels is None or not labelled):
+            raise ValueError(f"guidance {guidance} has an effect only on labels, and none are drawn")
+        if guidance == 1 and guidance_interval is not None:
+            raise ValueError("guidance_interval says where guidance acts: give a guidance other than 1 too")
+        how = {"guidance": guidance, "guidance_interval": guidance_interval, "guide_scale": guided_by}
         how |= {"seed": seed, "sampler": sampler, "steps": steps}
         how |= {"callback": callback, "watch": watch}
         if from_image is not None and strength is None:
             strength = DEFAULT_STRENGTH[self.model] if inpaint is None else 1.0
         how |= {"from_image": from_image, "strength": 1.0 if strength is None else strength, "inpaint": inpaint}
         how["resample"] = (1 if inpaint is None else DEFAULT_RESAMPLE) if resample is None else resample
-        return self.drawer(labels=labels, count=count, **how).cpu()
+        images = self.drawer(labels=labels, count=count, **how).cpu()
+        if not images.isfinite().all():
+            raise ValueError(
+                "the images are not finite numbers: give a smaller guidance, or load an earlier checkpoint"
+            )
+        return images
 
 
 class Autoencoder(Loaded):
@@ -197,7 +212,7 @@ def load(
             return _autoencoder(*read, where)
         guide = None if guide is None else ckpt.very_file(ckpt.read_model(_path(guide), (model,), say)[0])
         inner = _autoencoder(read[0], read[1]["ae_ckpt_data"], where) if model == "lddpm" else None
-        return Diffusion(*read, module_of(model).load_for_drawing(read, where, guide=guide)[0], inner)
+        return Diffusion(*read, module_of(model).load_for_drawing(read, where, guide=guide)[0], inner, guide)
 
 
 def _autoencoder(path: Path, state: ckpt.State, where: torch.device) -> Autoencoder:

@@ -146,7 +146,8 @@ def guiding_network(
 ) -> nn.Module:
     """The network of the checkpoint at `source`, to guide that of the checkpoint `guided` (see `sampling.guided`).
 
-    Raises Exit(MODEL_MISMATCH) if it knows another noise, other latents or data, or not all of the labels.
+    Raises Exit(MODEL_MISMATCH) if it knows another noise, other latents or data, or not all of the labels, Exit(USAGE)
+    if it is that network.
     """
     path, state = ckpt.read_model(source, (ckpt.infer_model_from_checkpoint(guided),))
     if state["args"]["only_digit"] not in (None, guided["args"]["only_digit"]):
@@ -161,7 +162,10 @@ def guiding_network(
         raise Exit(MODEL_MISMATCH, f"{path} cannot guide: its latents are those of another autoencoder")
     if dataset_of(guided["args"]) != dataset_of(state["args"]):
         raise Exit(MODEL_MISMATCH, f"{path} cannot guide: it has learned from other data")
-    if _apart(ckpt.averaged_weights(guided), ckpt.averaged_weights(state)):
+    weights, own = ckpt.averaged_weights(guided), ckpt.averaged_weights(state)
+    if weights.keys() == own.keys() and all(weight.equal(own[name]) for name, weight in weights.items()):
+        raise Exit(USAGE, f"{path} cannot guide: it is what is to be guided; name a weaker one, such as an early epoch")
+    if _apart(weights, own):
         raise Exit(MODEL_MISMATCH, f"{path} cannot guide: it standardises latents by those of other digits")
     return trained_network((path, state), build, device)[0]
 

@@ -23,8 +23,8 @@ from common.error_codes import NO_DEVICE, RANK_FAILED, USAGE, Exit
 if TYPE_CHECKING:
     import torch
 
-_SECONDS = os.environ.get("DDPM_RANK_PATIENCE", "")
-PATIENCE = int(_SECONDS) if _SECONDS.isdecimal() and int(_SECONDS) else 300  # seconds to wait for another process
+PATIENCE = 300  # seconds to wait for another process
+MOST_PATIENCE = 10**6
 
 OF_A_MACHINE = ("cache_dir", "debug", "device", "logdir", "num_workers", "threads")  # flags that may differ
 
@@ -66,6 +66,16 @@ def _number(name: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
+def patience() -> int:
+    """Seconds to wait for another process: $DDPM_RANK_PATIENCE, else PATIENCE. Raises Exit(USAGE) if it is none."""
+    name = "DDPM_RANK_PATIENCE"
+    seconds = _number(name) if os.environ.get(name) else PATIENCE
+    if seconds is None or not 0 < seconds <= MOST_PATIENCE:
+        said = os.environ[name]
+        raise Exit(USAGE, f"${name} is {said!r}, which is no whole number of seconds from 1 to {MOST_PATIENCE:,}")
+    return seconds
+
+
 def _per_node(text: str) -> list[int]:
     """Slurm's short form, "2(x3),1" -> [2, 2, 2, 1]."""
     pairs = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
@@ -104,6 +114,9 @@ def joined(flags: dict[str, Any], where: torch.device | None = None) -> Iterator
     if me.rank >= me.size:
         raise Exit(RANK_FAILED, f"RANK is {me.rank} and WORLD_SIZE {me.size}: ranks count from 0")
     if me.size == 1:
+        if _number("RANK") is not None and (size := _number("WORLD_SIZE") or 1) > 1:
+            why = f"WORLD_SIZE is {size}, but MASTER_ADDR and MASTER_PORT do not say where the processes meet"
+            raise Exit(RANK_FAILED, f"{why}: set both, as torchrun does, or unset RANK and WORLD_SIZE to start alone")
         yield World(me)
         return
     from torch import distributed
@@ -117,13 +130,13 @@ def joined(flags: dict[str, Any], where: torch.device | None = None) -> Iterator
         host, port = _meeting_point()
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    patience = timedelta(seconds=PATIENCE)
+    limit = timedelta(seconds=patience())
     with _in_touch(f"the {me.size} processes of this run do not find each other at {place}"):
-        store = next(distributed.rendezvous("env://", me.rank, me.size, timeout=patience))[0]
+        store = next(distributed.rendezvous("env://", me.rank, me.size, timeout=limit))[0]
         if me.size == me.local_size:  # torchrun starts processes again beside a store that still knows the dead ones
             store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # decisions are words between hosts; only gradients need to go from device to device
-        distributed.init_process_group("gloo", store=store, rank=me.rank, world_size=me.size, timeout=patience)
+        distributed.init_process_group("gloo", store=store, rank=me.rank, world_size=me.size, timeout=limit)
     world = World(me)
     try:
         world.compare_flags(flags)
@@ -148,7 +161,7 @@ def _in_touch(what: str) -> Iterator[None]:
         reason = "does not answer" if "imed out" in str(error) or "imeout" in str(error) else "is gone"
         raise Exit(
             RANK_FAILED,
-            f"{what}: one {reason} ({PATIENCE} s are waited). What was saved is safe; go on with --auto-resume",
+            f"{what}: one {reason} ({patience()} s are waited). What was saved is safe; go on with --auto-resume",
         ) from None
 
 
@@ -184,7 +197,7 @@ class World:
             few = f"{self.size} processes have {len(set(chips))} CUDA device(s)"
             raise Exit(NO_DEVICE, f"{few}: start one for each, or give --device cpu", everywhere=True)
         with _in_touch("another process of this run"):
-            self._gradients = distributed.new_group(backend="nccl", timeout=timedelta(seconds=PATIENCE))
+            self._gradients = distributed.new_group(backend="nccl", timeout=timedelta(seconds=patience()))
 
     def mine(self, shards: int) -> range:
         """Which of so many shards this process computes."""

@@ -231,8 +231,13 @@ def guided(
     return predict_guided
 
 
-def _within(schedules: Schedules, interval: tuple[float, float] | None) -> Callable[[int], bool]:
-    """Is the half log-SNR of timestep t within the interval, or is there none?"""
+def within(
+    schedules: Schedules, plan: list[ReverseStep], interval: tuple[float, float] | None
+) -> Callable[[int], bool]:
+    """Is the half log-SNR of timestep t within the interval, or is there none?
+
+    Raises ValueError for what is no interval, or has no timestep of the plan in it.
+    """
     if interval is None:
         return lambda t: True
     try:
@@ -242,6 +247,10 @@ def _within(schedules: Schedules, interval: tuple[float, float] | None) -> Calla
     if not low < high:
         raise ValueError(f"guidance_interval must be two numbers, the second the larger, not {interval!r}")
     snr = half_log_snr(schedules.exact_alpha_bar).tolist()
+    drawn = [snr[step.t] for step in plan]
+    if not any(low <= level <= high for level in drawn):
+        reach = f"where half the log-SNR is from {min(drawn):.2f} to {max(drawn):.2f}"
+        raise ValueError(f"the guidance interval {low:g} to {high:g} has none of the timesteps that are drawn, {reach}")
     return lambda t: low <= snr[t] <= high
 
 
@@ -363,7 +372,7 @@ def draw(
     plan = resampled(reverse_steps(schedules.first(timesteps), steps, sampler), resample)
     mine = torch.arange(len(labels)).split(PART)[world.rank :: world.size]  # this process's groups of rows
     predictor, labels = _in_parts(predictor_of(net)), torch.tensor(labels, device=device)
-    how = {"acts": _within(schedules, guidance_interval), "guide_scale": guide_scale}
+    how = {"acts": within(schedules, plan, guidance_interval), "guide_scale": guide_scale}
     how["guide"] = None if guide is None else _in_parts(predictor_of(guide))
     predictors = [guided(predictor, labels[rows.to(device)], null_label, guidance, **how) for rows in mine]
     moments: dict[int, list[torch.Tensor]] = {left: [] for left in frames or ()}

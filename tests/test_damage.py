@@ -10,7 +10,7 @@ import torch
 from helpers import AE, LATENT, PIXEL, call, make_run, state_of
 
 from common import ckpt, load
-from common.error_codes import BAD_CHECKPOINT, NO_AE_CHECKPOINT, OK, Exit
+from common.error_codes import BAD_CHECKPOINT, NO_AE_CHECKPOINT, OK, USAGE, Exit
 
 
 def flip(path, offset: int) -> None:
@@ -178,9 +178,10 @@ def test_a_run_that_is_named_twice_is_passed_over_once(latent_run, copy_of, tmp_
     drawn = call(LATENT, "infer.py", *twice[:4], "--n", 2, "--steps", 2, "--output", tmp_path / "x.png")
     scored = call("common", "evaluate.py", *twice, "--n", 200, "--steps", 2)
     for result in (drawn, scored):
-        assert (result.code, result.text.count("passing over")) == (OK, 1), result.text
+        assert (result.code, result.text.count("passing over")) == (USAGE, 1), result.text
     capsys.readouterr()
-    load(run, "cpu", guide=run)
+    with pytest.raises(ValueError, match="it is what is to be guided"):
+        load(run, "cpu", guide=run)
     assert capsys.readouterr().err == ""
     assert {str(warning.message) for warning in recwarn} == {
         f"passing over {run}/checkpoint_epoch_000002.pt: the file is empty"

@@ -296,6 +296,8 @@ def test_without_a_digit_the_network_is_not_told_one(folder, runs, digit, tmp_pa
     guided = call(folder, "infer.py", "--ckpt", path, "--from-image", digit[0], "--guidance", 2, *files)
     assert (guided.code, len(guided.errors)) == (USAGE, 1), guided.text
     assert "--digit" in guided.errors[0]
+    with pytest.raises(ValueError, match="an effect only on labels"):
+        load(path, "cpu").draw(from_image=image, guidance=2)
 
 
 def test_each_of_several_images_gets_an_equal_run(runs, tmp_path):

@@ -172,6 +172,8 @@ def test_a_network_without_labels_draws_without(folder, write, flags, tiny, tmp_
     assert loaded.draw(count=2, steps=2).shape == (2, 1, 28, 28)
     with pytest.raises(ValueError, match="takes no labels"):
         loaded.draw([3])
+    with pytest.raises(ValueError, match="an effect only on labels"):
+        loaded.draw(guidance=2)
 
 
 def test_of_the_only_digit_a_network_without_labels_can_be_asked(write, flags, tmp_path):
@@ -183,6 +185,8 @@ def test_of_the_only_digit_a_network_without_labels_can_be_asked(write, flags, t
         assert call(PIXEL, "infer.py", *draw, *more).code == code
         pictures.add((tmp_path / "a.png").read_bytes())
     assert len(pictures) == 1
+    loaded = load(draw[1], "cpu")
+    assert torch.equal(loaded.draw([3, 3]), loaded.draw(count=2))
     # and by the page, whose link may have a guidance
     shelf, said = Shelf(find([str(draw[1])], print), "cpu", 1, None), []
     (described,) = shelf.described()

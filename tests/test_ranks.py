@@ -692,6 +692,31 @@ def test_what_is_wrong_with_the_launchers_variables_is_one_line(size, port, said
     assert caught.value.code == RANK_FAILED
 
 
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_processes_that_are_not_told_where_they_meet_do_not_train_alone_each(missing, monkeypatch):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv(missing)
+    with pytest.raises(Exit, match="MASTER_ADDR and MASTER_PORT do not say where") as caught, ranks.joined({}):
+        pass
+    assert caught.value.code == RANK_FAILED
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with ranks.joined({}) as world:
+        assert world.size == 1
+
+
+@pytest.mark.parametrize("said", ["0", "five", "-1", "1.5", "99999999999999"])
+def test_a_patience_that_is_no_number_of_seconds_is_one_line(said, monkeypatch):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("DDPM_RANK_PATIENCE", said)
+    with pytest.raises(Exit, match=f"DDPM_RANK_PATIENCE is '{said}'") as caught, ranks.joined({}):
+        pass
+    assert caught.value.code == USAGE
+    monkeypatch.setenv("DDPM_RANK_PATIENCE", "")
+    assert ranks.patience() == ranks.PATIENCE
+
+
 def test_slurms_processes_meet_though_variables_are_missing_or_nonsense(monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NUM_NODES"):
         monkeypatch.setenv(name, "")

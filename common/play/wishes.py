@@ -123,6 +123,7 @@ def drawing(wish: Any, T: int, labelled: bool = True) -> Drawing:
     if sketch is not None:
         steps = min(steps, timesteps_left(sketch.strength, T))
         guidance = guidance if named else 1.0  # nobody said what is in the picture
+    guidance = guidance if labelled else 1.0
     asked = Drawing(
         side=whole(wish, "side", 0, MOST_SIDES - 1),
         digits=named,
