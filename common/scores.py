@@ -182,13 +182,16 @@ def epoch_scorer(
 ) -> Callable[[], dict[str, Any]]:
     """For a trainer's --eval-every: a function that scores an epoch, {figure + suffix: value, "classifier": which}.
 
-    It gives {} in the epochs between, and without --eval-every. shown: by suffix, what to score: a function that
-    returns (images, wanted labels), as `score` takes them.
+    It gives {} in the epochs between, and where --eval-every is not given or too large. shown: by suffix, what to
+    score: a function that returns (images, wanted labels), as `score` takes them.
 
     The digits and the classifier are fetched here, before training begins: Exit(NO_DATA) if they cannot be had.
     """
     args = session.args
     if not args.eval_every:
+        return dict
+    if args.eval_every > args.epochs:
+        session.log.warning(f"--eval-every {args.eval_every} is more than --epochs {args.epochs}: nothing is scored")
         return dict
     from common.classifier import fingerprint
 

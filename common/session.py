@@ -85,6 +85,8 @@ class Session:
         log_args_rich(log, args)
         if args.amp and where.type != "cuda":
             log.warning(f"--amp needs CUDA; training on {where} in float32")
+        if args.given("samples_per_epoch") and not args.generate_images:
+            log.warning("--samples-per-epoch says how --generate-images is to look, which is off: no grid is written")
 
     # --- set-up ---
 

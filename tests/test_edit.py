@@ -375,6 +375,8 @@ def files(digit, right_half, tmp_path, monkeypatch):
     np.savez(tmp_path / "objects.npz", images=np.array([{}], dtype=object))
     np.savez(tmp_path / "complex.npz", images=np.zeros((2, 28, 28), dtype=complex))
     Image.fromarray(np.full((28, 28), np.nan, dtype=np.float32)).save(tmp_path / "nan.tif")
+    Image.fromarray(np.full((28, 28), 2**31 - 1, dtype=np.int32)).save(tmp_path / "bits.tif")
+    Image.fromarray(np.full((28, 28), -1, dtype=np.float32)).save(tmp_path / "minus.tif")
     np.savez(tmp_path / "twenty.npz", images=np.zeros((20, 28, 28)))
     np.savez(tmp_path / "two.npz", images=np.ones((2, 28, 28)))
     return tmp_path
@@ -407,6 +409,8 @@ FROM = ("--from-image", "digit.png")
         (("--from-image", "objects.npz"), BAD_IMAGE, "objects.npz cannot be read"),
         (("--from-image", "complex.npz"), BAD_IMAGE, "of type complex128"),
         (("--from-image", "nan.tif"), BAD_IMAGE, "not all of its numbers are finite"),
+        (("--from-image", "bits.tif"), BAD_IMAGE, "from 2.14748e+09 to 2.14748e+09: save it with 8 or 16 bits"),
+        (("--from-image", "minus.tif"), BAD_IMAGE, "from -1 to -1: save it with 8 or 16 bits"),
         (("--from-image", "twenty.npz"), USAGE, "--num-images 16 is less than one of each of the 20"),
         ((*FROM, "--inpaint", "wide.png"), BAD_IMAGE, "wide.png is 30 x 28 pixels"),
         ((*FROM, "--inpaint", "black.png"), BAD_IMAGE, "black.png has nothing white"),

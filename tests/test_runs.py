@@ -554,6 +554,14 @@ def test_a_picture_too_large_for_the_memory_costs_no_epoch(train, tmp_path, monk
     assert [row["epoch"] for row in metrics(only_run(tmp_path / "out"))] == [1, 2]
 
 
+def test_a_flag_that_cannot_have_an_effect_is_said(train):
+    wasted = ("--samples-per-epoch says how --generate-images is to look", "--eval-every 3 is more than --epochs 2")
+    result = train("--samples-per-epoch", 4, "--eval-every", 3)
+    assert [result.text.count(text) for text in wasted] == [1, 1], result.text
+    result = train("--samples-per-epoch", 4, "--generate-images")
+    assert [result.text.count(text) for text in wasted] == [0, 0], result.text
+
+
 def test_config_names_the_digits_that_were_used(ae_run, latent_run):
     for folder in (ae_run, latent_run):
         assert json.loads((folder / "config.json").read_text())["flags"]["data"]["value"] == "embedded"

@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     from common.play.server import serve
 
     shelf = Shelf(find(args.runs, warn), args.device, args.threads, args.cache_dir)
+    if args.cache_dir and not os.path.isdir(args.cache_dir):
+        warn(f"--cache-dir {args.cache_dir}: there is no such folder; digits are looked for where the runs had them")
     if args.host not in LOOPBACK:
         warn(f"--host {args.host}: whoever can reach this address can use the page; nothing asks for a password")
 

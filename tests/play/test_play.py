@@ -29,6 +29,7 @@ from common.images import to_bytes
 from common.play import answers as answers_module
 from common.play import drawings, judge, wishes
 from common.play import runs as play_runs
+from common.play.__main__ import main
 from common.play.runs import Shelf, find
 from common.play.server import MOST_TABS, Tab, is_own_name, names_of, packed
 from common.play.space import Space
@@ -71,6 +72,16 @@ def test_it_finds_the_runs_that_the_trainers_leave_newest_first(server, elsewher
     assert {run["id"] for run in talk(elsewhere, until=0)[0]["runs"]} >= {"of-a-job", "of-a-trainer"}
     assert sum("nothing asks for a password" in line for line in elsewhere.said) == 1
     assert urlopen(elsewhere.address).status == 200
+
+
+def test_a_cache_that_is_not_there_is_said(ae_run, tmp_path, monkeypatch, capsys):
+    async def served(*_):
+        pass
+
+    monkeypatch.setattr("common.play.server.serve", served)
+    for folder, times in ((tmp_path / "nowhere", 1), (tmp_path, 0)):
+        main([str(ae_run), "--cache-dir", str(folder)])
+        assert capsys.readouterr().err.count(f"--cache-dir {folder}: there is no such folder") == times
 
 
 def test_an_exported_file_can_be_played_with(latent_run, pixel_run, tmp_path, monkeypatch):
