@@ -72,16 +72,14 @@ def save_checkpoint(path: str | Path, state: State) -> None:
 
 
 def save_checkpoint_and_link_latest(folder: str | Path, state: State) -> Path:
-    """Save `state` as `folder`/checkpoint_epoch_NNNNNN.pt and point latest.pt (and best.pt, if it is) to it.
+    """Save `state` as `folder`/checkpoint_epoch_NNNNNN.pt, and point latest.pt to it, best.pt to its best.
 
     Returns the file's path. Raises OSError like `save_checkpoint`.
     """
     path = Path(folder) / NAME.format(epoch=state["epoch"])
     save_checkpoint(path, state)
     with contextlib.suppress(OSError):  # saved is saved; the next save links anew
-        link(path, LATEST)
-        if is_complete(state) and (state.get("best") or {}).get("epoch") == state["epoch"]:
-            link(path, BEST)
+        relink(folder, state)
     return path
 
 
@@ -129,7 +127,7 @@ def _is_there(path: Path) -> bool:
 
 
 def relink(folder: str | Path, state: State) -> None:
-    """Point latest.pt and best.pt to what `state`, the checkpoint just resumed from, knows as newest and best.
+    """Point latest.pt and best.pt to what `state`, the checkpoint just saved or resumed from, knows as newest and best.
 
     If that best could not be saved when its epoch ended, best.pt stays with the last that could.
     """

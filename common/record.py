@@ -36,7 +36,7 @@ CONFIG, METRICS = "config.json", "metrics.jsonl"
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """A run folder's config.json, {} if there is none that can be read."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         config = json.loads((folder / CONFIG).read_text())
         return config if isinstance(config, dict) else {}
     return {}
@@ -96,6 +96,11 @@ class Record:
         import torch
 
         starts = starts_in(self.run.checkpoints)
+        config = self.run.checkpoints / CONFIG
+        if config.is_file() and not _read_config(config.parent):
+            kept = config.with_name(f"{CONFIG}.unreadable")
+            self._try(CONFIG, lambda: os.replace(config, kept))
+            self.warn(f"{config} cannot be read, and says nothing of earlier starts: kept as {kept.name}")
         now = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,

@@ -251,6 +251,21 @@ def test_the_best_that_was_saved_stays_when_a_better_one_could_not_be(tmp_path):
     assert (tmp_path / "best.pt").resolve().name == "checkpoint_epoch_000002.pt"
 
 
+def test_a_link_that_could_not_be_made_is_made_by_the_next_save(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EDQUOT, "no inode left")
+
+    best = {"epoch": 2, "val_loss": 0.1}
+    ckpt.save_checkpoint_and_link_latest(tmp_path, state_of(1, best={"epoch": 1, "val_loss": 0.2}))
+    with monkeypatch.context() as patch:
+        patch.setattr(ckpt, "link", fails)
+        ckpt.save_checkpoint_and_link_latest(tmp_path, state_of(2, best=best))
+    assert os.readlink(tmp_path / "best.pt") == "checkpoint_epoch_000001.pt"
+    ckpt.save_checkpoint_and_link_latest(tmp_path, state_of(3, best=best))
+    assert os.readlink(tmp_path / "best.pt") == "checkpoint_epoch_000002.pt"
+    assert os.readlink(tmp_path / "latest.pt") == "checkpoint_epoch_000003.pt"
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_file_server_that_fails_for_a_moment_takes_no_link_away(known, tmp_path, monkeypatch):
     """`Path.exists` and `is_file` call that a no, from Python 3.14 on."""
@@ -355,9 +370,10 @@ def test_a_file_that_is_pruned_between_two_looks_at_it_is_looked_for_again(tmp_p
             os.unlink(path)
         return found
 
-    monkeypatch.setattr(os, "stat", look_and_prune)
     for read in (ckpt.read_checkpoint, ckpt.peek_checkpoint):
-        assert ckpt.open_checkpoint(run, pytest.fail, read)[0].name == "checkpoint_epoch_000003.pt"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "stat", look_and_prune)
+            assert ckpt.open_checkpoint(run, pytest.fail, read)[0].name == "checkpoint_epoch_000003.pt"
         assert pruned.pop()
         make_run(run, [2])
         (run / "checkpoint_epoch_000003.pt").unlink()
