@@ -177,7 +177,7 @@ def take(shelf: Shelf, wish: Wish, asked: dict[str, Any], send: Send) -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             draw_to_file(args, lambda _device: (watched, state))
         name = FORMS[asked["form"]]
-        send(Path(names[name]).read_bytes(), name=name, last=True)
+        send(Path(names[name]).read_bytes(), name=name, epoch=run.epoch, last=True)
 
 
 def _sketch_files(drawing: wishes.Drawing) -> dict[str, bytes]:

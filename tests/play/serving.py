@@ -6,13 +6,17 @@ import re
 import signal
 import struct
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from forks import start
 from helpers import finish
 from tornado.httpclient import HTTPRequest
 from tornado.websocket import websocket_connect
+
+from common import ckpt
 
 PLAY = "-m common.play"
 
@@ -46,6 +50,22 @@ class Server:
         """Megabytes; 0 where the system does not tell."""
         status = Path(f"/proc/{self.process.pid}/status")
         return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) // 1024 if status.is_file() else 0
+
+
+@contextmanager
+def one_epoch_more(folder: Path) -> Iterator[None]:
+    """A run of two epochs has a third, of other weights, as if it were in training."""
+    state = ckpt.read_checkpoint(folder / ckpt.NAME.format(epoch=2))
+    state["epoch"] = state["args"]["epochs"] = 3
+    for value in state["ema"].values():
+        if value.is_floating_point():
+            value.mul_(1.5)
+    later = folder / ckpt.NAME.format(epoch=3)
+    ckpt.save_checkpoint(later, state)
+    try:
+        yield
+    finally:
+        later.unlink()
 
 
 def settings(**changed) -> dict:

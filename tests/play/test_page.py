@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import REPO, environment
 from PIL import Image
-from serving import Server, talk
+from serving import Server, one_epoch_more, talk
 
 from common import ckpt, load, picture
 from common.images import to_bytes
@@ -462,6 +462,28 @@ def test_files_are_made_one_at_a_time(visit, runs):
         able = page.evaluate(f"() => {{ {buttons}[0].click(); return {buttons}.filter(one => !one.disabled).length; }}")
     assert (able, download.value.suggested_filename[-4:]) == (0, ".png")
     page.wait_for_function(f"() => {buttons}.every(one => !one.disabled)")
+
+
+def test_what_stands_side_by_side_and_what_is_taken_is_of_one_epoch(visit, runs):
+    """Of a run in training, which has a newer one now and then."""
+    page = visit(f"#run={runs['lddpm'].name}&compare=1&count=4&digits=3&bdigits=3&steps=3&bsteps=4")
+
+    def of_epoch(epoch: int, commands: str = "#commands code") -> None:
+        every = f"name => [...document.querySelectorAll('{commands}')].every(one => one.textContent.includes(name))"
+        page.wait_for_function(every, arg=ckpt.NAME.format(epoch=epoch))
+
+    of_epoch(2)
+    with one_epoch_more(runs["lddpm"]):
+        page.locator(".side[data-side='1'] [name=guidance]").fill("2")  # A is drawn anew too
+        of_epoch(3)
+    taken(page, "[data-form=png]")
+    of_epoch(2)
+    page.click("#tab-sketch")
+    page.locator("#paper").click()
+    of_epoch(2, "#scommand")
+    with one_epoch_more(runs["lddpm"]):
+        taken(page, "[data-sketch=png]")
+        of_epoch(3, "#scommand")
 
 
 def test_two_tabs_do_not_disturb_each_other(visit, runs):

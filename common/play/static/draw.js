@@ -24,7 +24,7 @@ export class Draw {
     byId("link").onclick = () => copied(byId("link"), location.href);
     for (const one of document.querySelectorAll("[data-form]")) one.onclick = () => {
       const wish = { run: this.run.id, form: one.dataset.form, drawing: this.sides[0].settings() };
-      take(this.link, one, wish, (text) => say("draw-said", text, true));
+      take(this.link, one, wish, (epoch) => this.ask(epoch), (text) => say("draw-said", text, true));
     };
   }
 
@@ -70,9 +70,21 @@ export class Draw {
     this.ask();
   }
 
-  // Ask for the sides that are set anew, and those that are not finished; not again for what is on its way.
-  ask() {
-    const sides = this.sides.filter((side) => side.number === 0 || state.compare);
+  // The sides that are shown.
+  get shown() {
+    return this.sides.filter((side) => side.number === 0 || state.compare);
+  }
+
+  // Of how many epochs of a run in training are they, and a file that was taken?
+  epochs(...taken) {
+    return new Set([...this.shown.filter((side) => side.done).map((side) => side.epoch), ...taken]).size;
+  }
+
+  // Ask for the sides that are set anew, and those that are not finished, or all where they are of several epochs; not
+  // again for what is on its way.
+  ask(...taken) {
+    const sides = this.shown;
+    if (this.epochs(...taken) > 1) for (const side of sides) side.done = false;
     const anew = sides.filter((side) => side.isAnew());
     const wanted = sides.filter((side) => !side.done);
     const coming = this.link.awaits(this.wish) ? this.wished.filter((side) => !side.done) : [];
@@ -95,7 +107,7 @@ export class Draw {
 
   receive(header, pixels) {
     if (header.error) return say("draw-said", header.error, true);
-    if (header.last) return;
+    if (header.last) return this.epochs() > 1 && this.ask();
     const side = this.sides[header.side];
     side.receive(header, pixels);
     if ("progress" in header) say("draw-said", `step ${header.progress} of ${header.steps}`);
@@ -260,7 +272,10 @@ class Side {
       this.fresh = false;
       this.frames.push({ ...header, pixels });
     }
-    if (header.left === 0) this.code.textContent = header.command;
+    if (header.left === 0) {
+      this.epoch = header.epoch;
+      this.code.textContent = header.command;
+    }
     if (header.done) this.done = true;
   }
 

@@ -34,8 +34,8 @@ export function save(name, bytes) {
 
 export const WAITING = "Waiting for the server\u2026";
 
-// Ask for a file, one at a time: the buttons of all wait. fault(text): what went wrong
-export function take(link, button, wish, fault) {
+// Ask for a file, one at a time: the buttons of all wait. taken(epoch): of which the file is; fault(text): what went wrong
+export function take(link, button, wish, taken, fault) {
   const buttons = document.querySelectorAll("[data-form], [data-sketch]");
   const name = button.textContent;
   for (const each of buttons) each.disabled = true;
@@ -46,6 +46,7 @@ export function take(link, button, wish, fault) {
     if (!header.last) return;
     button.textContent = name;
     for (const each of buttons) each.disabled = false;
+    if (!header.error) taken(header.epoch);
   }, () => (button.textContent = "waiting\u2026"));
 }
 

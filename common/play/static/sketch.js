@@ -38,7 +38,7 @@ export class Sketch {
     for (const one of document.querySelectorAll("[data-sketch]")) one.onclick = () => {
       if (this.paper.empty) return say("sketch-said", EMPTY);
       const wish = { run: this.run.id, form: one.dataset.sketch, drawing: this.settings() };
-      take(this.link, one, wish, (text) => say("sketch-said", text, true));
+      take(this.link, one, wish, (epoch) => this.taken(epoch), (text) => say("sketch-said", text, true));
     };
     this.bars = [...Array(10).keys()].map((digit) => {
       const bar = element("i");
@@ -129,6 +129,13 @@ export class Sketch {
     this.wish = this.link.ask("draw", wish, receive, () => say("sketch-said", WAITING));
   }
 
+  // A file was taken, of this epoch: of a run in training, the drawing may be of an older one.
+  taken(epoch) {
+    if (!this.done || this.epoch === epoch) return;
+    this.done = false;
+    this.ask();
+  }
+
   // The paper is empty: there is nothing to draw, nor to take away.
   stop() {
     if (this.link.awaits(this.wish)) this.link.ask("draw", { run: this.run.id, drawings: [] }, () => {}); // in its place
@@ -150,6 +157,7 @@ export class Sketch {
       this.seen = { most: Math.max(most, header.left), least: Math.min(least, header.left) };
     }
     if (header.left === 0) {
+      this.epoch = header.epoch;
       byId("scommand").textContent = header.command;
       say("sketch-said", `${counted(Number(state.scount), "image")} in ${header.seconds.toFixed(2)} s, epoch ${header.epoch}. ${readings(header.seen)}`);
     }
