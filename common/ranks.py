@@ -13,18 +13,23 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from common import emoji
 from common.error_codes import NO_DEVICE, RANK_FAILED, USAGE, Exit
+from common.network import interface_to_others
 
 if TYPE_CHECKING:
     import torch
 
 PATIENCE = 300  # seconds to wait for another process
 MOST_PATIENCE = 10**6
+INTERFACE = "GLOO_SOCKET_IFNAME"  # torch's variable: by which network interface processes speak
 
 OF_A_MACHINE = ("cache_dir", "debug", "device", "logdir", "num_workers", "threads")  # flags that may differ
 
@@ -131,10 +136,14 @@ def joined(flags: dict[str, Any], where: torch.device | None = None) -> Iterator
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     limit = timedelta(seconds=patience())
-    with _in_touch(f"the {me.size} processes of this run do not find each other at {place}"):
+    apart = "" if me.size == me.local_size else f" (${INTERFACE} names the network between their machines)"
+    with _found(f"the {me.size} processes of this run do not find each other at {place}{apart}"):
         store = next(distributed.rendezvous("env://", me.rank, me.size, timeout=limit))[0]
         if me.size == me.local_size:  # torchrun starts processes again beside a store that still knows the dead ones
             store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        elif not os.environ.get(INTERFACE):
+            found = interface_to_others(store, me.rank, me.size, os.environ["MASTER_ADDR"])
+            os.environ |= {INTERFACE: found} if found else {}
         # decisions are words between hosts; only gradients need to go from device to device
         distributed.init_process_group("gloo", store=store, rank=me.rank, world_size=me.size, timeout=limit)
     world = World(me)
@@ -153,16 +162,35 @@ def joined(flags: dict[str, Any], where: torch.device | None = None) -> Iterator
 
 
 @contextmanager
+def _found(what: str) -> Iterator[None]:
+    """`_in_touch` for the beginning, in which gloo waits without end for one that cannot reach this process."""
+
+    def give_up() -> None:
+        print(f"{emoji.error} {_lost(what, 'does not answer')}", file=sys.stderr, flush=True)
+        os._exit(RANK_FAILED)
+
+    timer = threading.Timer(2 * patience(), give_up)  # once to meet, once to connect
+    timer.daemon = True
+    timer.start()
+    try:
+        with _in_touch(what):
+            yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
 def _in_touch(what: str) -> Iterator[None]:
     """What torch.distributed raises when a process is gone, or does not answer, becomes Exit(RANK_FAILED)."""
     try:
         yield
     except RuntimeError as error:
         reason = "does not answer" if "imed out" in str(error) or "imeout" in str(error) else "is gone"
-        raise Exit(
-            RANK_FAILED,
-            f"{what}: one {reason} ({patience()} s are waited). What was saved is safe; go on with --auto-resume",
-        ) from None
+        raise Exit(RANK_FAILED, _lost(what, reason)) from None
+
+
+def _lost(what: str, reason: str) -> str:
+    return f"{what}: one {reason} ({patience()} s are waited). What was saved is safe; go on with --auto-resume"
 
 
 class World:

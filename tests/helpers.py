@@ -20,6 +20,8 @@ from common import ckpt
 from common.error_codes import run_main
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from nbformat import NotebookNode
 
 REPO = Path(__file__).resolve().parent.parent
@@ -53,13 +55,18 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def start(
-    folder: str, script: str, *args: object, env: dict[str, str] | None = None, group: bool = False
+    folder: str,
+    script: str,
+    *args: object,
+    env: dict[str, str] | None = None,
+    group: bool = False,
+    under: Sequence[str] = (),
 ) -> subprocess.Popen:
     """Start `python script args` from inside `folder`, as a user does; `-m common.x` as script starts a tool.
 
-    group: as the leader of a process group of its own.
+    group: as the leader of a process group of its own. under: a command that runs commands.
     """
-    command = [sys.executable, *script.split(), *map(str, args)]
+    command = [*under, sys.executable, *script.split(), *map(str, args)]
     return subprocess.Popen(
         command,
         cwd=REPO / folder,

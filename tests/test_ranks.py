@@ -463,6 +463,27 @@ def test_one_that_never_came_is_not_waited_for_for_ever(flags, tmp_path):
     assert not list(tmp_path.rglob("*lddpm*"))
 
 
+NEVER_CONNECTED = """
+import sys, time
+sys.path.insert(0, ".")
+import torch.distributed
+import train
+from common.error_codes import run_main
+torch.distributed.init_process_group = lambda *_, **__: time.sleep(100)
+sys.exit(run_main(lambda: train.main(sys.argv[1:])))
+"""
+
+
+def test_one_that_cannot_be_reached_is_not_waited_for_for_ever(flags, tmp_path):
+    """gloo waits without end for another's connection that a firewall keeps away."""
+    given = flags(LATENT, "--outdir", tmp_path)
+    apart = {"DDPM_RANK_PATIENCE": "2", "LOCAL_WORLD_SIZE": "1"}
+    results = Launched(LATENT, 2, NEVER_CONNECTED, *given, script="-c", **apart).finish()
+    assert [(result.code, len(result.errors)) for result in results] == [(RANK_FAILED, 1)] * 2, results
+    for word in ("do not find each other", "GLOO_SOCKET_IFNAME", "2 s are waited"):
+        assert word in results[0].errors[0]
+
+
 def test_a_full_disk_ends_all_of_them_with_the_same_code(flags, disk):
     outdir = disk("600k")
     results = Launched(AE, 2, *flags(AE, "--latent-dim", 64, "--outdir", outdir)).finish()
