@@ -694,7 +694,7 @@ def test_processes_score_together_as_one_does(latent_run, cache, tmp_path):
 @pytest.mark.usefixtures("judged")
 def test_what_the_first_one_alone_finds_wrong_ends_all_alike(latent_run, cache, tmp_path):
     """Also where it is found by code that all run together elsewhere."""
-    state = newest_state(latent_run)
+    state = ckpt.read_checkpoint(latent_run / "checkpoint_epoch_000001.pt")
     ckpt.save_checkpoint(tmp_path / "guide.pt", state | {"args": state["args"] | {"network": "missing"}})
     flags = ("--ckpt", latent_run, "--guide", tmp_path / "guide.pt", "--data", "embedded", "--cache-dir", cache)
     results = Launched(".", 2, *flags, "--device", "cpu", script="-m common.evaluate").finish()
