@@ -26,20 +26,24 @@ def ip(*words) -> None:
 
 @pytest.fixture
 def machines():
-    """machines(hosts) -> the commands under which a process runs on machine 1 or 2, 10.83.0.1 or .2."""
+    """machines(hosts, hidden) -> the commands under which a process runs on machine 1 or 2, 10.83.0.1 or .2.
+
+    hidden: a folder that only the first one has.
+    """
     if not (shutil.which("ip") and shutil.which("unshare") and os.geteuid() == 0):
         pytest.skip("network namespaces need root, and Linux's ip and unshare")
     names = [f"ddpm-{os.getpid()}-{own}" for own in (1, 2)]
     folders = [f"/etc/netns/{name}" for name in names]
 
-    def machines(hosts: str) -> list[list[str]]:
+    def machines(hosts: str, hidden: str = "") -> list[list[str]]:
         for own, folder in enumerate(folders, 1):
             os.makedirs(folder, exist_ok=True)
             with open(f"{folder}/hosts", "w") as file:  # which ip netns exec shows as /etc/hosts
                 file.write(hosts.format(own=own, other=3 - own))
-        inside = [f'hostname machine{own}; exec "$@"' for own in (1, 2)]
+        hide = ["", f"mount -t tmpfs none {hidden} && " if hidden else ""]
+        inside = [f'{hide[own]}hostname machine{own + 1} && exec "$@"' for own in (0, 1)]
         return [
-            ["ip", "netns", "exec", name, "unshare", "-u", "bash", "-c", line, "-"]
+            ["ip", "netns", "exec", name, "unshare", "-um", "bash", "-c", line, "-"]
             for name, line in zip(names, inside, strict=True)
         ]
 
@@ -74,8 +78,12 @@ def launch(on: list[list[str]], master: str, *flags, **env) -> list[subprocess.P
 
 @pytest.mark.parametrize(("hosts", "master"), [("as Debian installs it", "machine1"), ("no names", "10.83.0.1")])
 def test_processes_of_two_machines_find_each_other(hosts, master, machines, tiny_latent, tmp_path):
-    """gloo takes the interface of the machine's name: loopback, where the other cannot reach it."""
-    processes = launch(machines(NAMES[hosts]), master, *tiny_latent, "--epochs", 1, "--outdir", tmp_path)
+    """gloo takes the interface of the machine's name: loopback, where the other cannot reach it.
+
+    Nor do they need to share a disk: only the first one has the data, the autoencoder, and the output folder.
+    """
+    hidden = os.path.commonpath([tmp_path, tiny_latent[tiny_latent.index("--ae-ckpt") + 1]])
+    processes = launch(machines(NAMES[hosts], hidden), master, *tiny_latent, "--epochs", 1, "--outdir", tmp_path)
     results = [finish(process) for process in processes]
     assert [result.code for result in results] == [0, 0], results
     (begun,) = json.loads((only_run(tmp_path) / "config.json").read_text())["starts"]
