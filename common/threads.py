@@ -20,6 +20,7 @@ from functools import cache
 from typing import Any
 
 from common.args import AUTO
+from common.console import warn
 from common.ranks import identity
 
 TRIAL_SECONDS = 0.12  # for each number of threads
@@ -98,7 +99,12 @@ def settle(asked: int | str, otherwise: Callable[[], int]) -> None:
     import torch
 
     wanted = prepare() if asked == AUTO else int(asked)
+    if asked != AUTO and wanted > available() and not identity().rank:
+        _warn_once(f"--threads {asked} is more than there are cores to use: {available()} compute")
     torch.set_num_threads(min(wanted or otherwise(), available()))
+
+
+_warn_once = cache(warn)
 
 
 def recorded(flags: dict[str, Any]) -> int:
