@@ -12,11 +12,14 @@ its first steps, and what comes before them (encoding digits, say) uses one thre
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from common.args import AUTO
@@ -31,15 +34,28 @@ SLOW = 2.5  # times as long as they took before
 
 @cache
 def available() -> int:
-    """The number of cores that this process may use: Slurm's share, or its part of the affinity mask.
+    """The number of cores that this process may use: Slurm's share, or its part of the affinity mask, or of the limit.
 
     Asked before torch is imported: where OMP_PROC_BIND is set, its OpenMP then ties this thread to a single core.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(cores, _limit(Path("/sys/fs/cgroup")))
     share = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if share.isdecimal() and int(share):
         return min(cores, int(share))
     return max(1, cores // identity().local_size)
+
+
+def _limit(groups: Path) -> float:
+    """As many cores' time a container may take (docker --cpus, Kubernetes' limits), rounded up; inf without a limit.
+
+    More threads than that, each stopped for most of the time, would wait for one another.
+    """
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # control groups of version 2, 1
+        with suppress(OSError, ValueError):
+            quota, period = " ".join((groups / name).read_text() for name in names).split()
+            return max(1, math.ceil(int(quota) / int(period))) if quota not in ("max", "-1") else math.inf
+    return math.inf
 
 
 def prepare() -> int | None:

@@ -177,6 +177,7 @@ def test_processes_share_the_cores_of_their_machine(monkeypatch):
     from common import threads
 
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(threads, "_limit", lambda _groups: 8)
     monkeypatch.setattr(threads, "identity", lambda: ranks.Identity(0, 4, 0, 4))
     assert threads.available.__wrapped__() == 2
 

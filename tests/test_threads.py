@@ -1,6 +1,7 @@
 """The number of threads: measured at a run's first step, recorded, kept; and what a busy machine is told."""
 
 import json
+import math
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -56,8 +57,36 @@ def test_no_tool_takes_more_threads_than_there_are_cores(cores, capsys):
         assert capsys.readouterr().err.count("--threads 3 is more than there are cores to use: 1 compute") == said
 
 
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"cpu.max": "400000 100000\n"}, 4),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "20000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({"cpu.max": "", "cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({}, math.inf),
+    ],
+)
+def test_a_containers_limit_counts_as_so_many_cores(files, limit, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert threads._limit(tmp_path) == limit
+
+
+def test_no_more_cores_than_the_limit_are_used(monkeypatch):
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for limit, cores in ((3, 3), (math.inf, 8)):
+        monkeypatch.setattr(threads, "_limit", lambda _groups, limit=limit: limit)
+        assert threads.available.__wrapped__() == cores
+
+
 @pytest.mark.parametrize(("share", "cores"), [("3", 3), ("4096", 8), ("0", 8), ("many", 8), ("", 8)])
 def test_the_cores_are_slurms_share_of_those_that_are_there(share, cores, monkeypatch):
+    monkeypatch.setattr(threads, "_limit", lambda _groups: math.inf)
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", share)
     assert threads.available.__wrapped__() == cores
