@@ -31,6 +31,7 @@ RUN_LOCKED = 13
 OUT_OF_MEMORY = 14
 RANK_FAILED = 15
 BAD_IMAGE = 16
+NOT_INSTALLED = 17
 INTERRUPTED = 130  # what shells use for a second Ctrl-C
 
 
@@ -87,6 +88,13 @@ def _run(main: Callable[[], None]) -> int:
         return end.code
     except SystemExit as end:  # argparse's, after --help, whose words are still to be written
         return end.code or OK
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package in ("common", *sys.stdlib_module_names):
+            raise
+        cure = "activate the environment that README.md makes, or pip install -r requirements.txt"
+        print(f"{emoji.error} {package} is not installed in {sys.executable}: {cure}", file=sys.stderr)
+        return NOT_INSTALLED
     except KeyboardInterrupt:
         print(f"{emoji.error} interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -31,6 +31,7 @@ from common.error_codes import (
     NO_AE_CHECKPOINT,
     NO_DEVICE,
     NO_MODEL_SPECIFIED,
+    NOT_INSTALLED,
     USAGE,
     Exit,
     run_main,
@@ -154,6 +155,36 @@ def test_wrong_input(folder, script, flags, code, named, tmp_path, ae_run, laten
 def test_wrong_input_in_a_real_process(folder, flags, code, tmp_path):
     result = run(folder, "train.py", *flags, "--outdir", tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
     assert (result.code, len(result.text.splitlines()), len(result.errors)) == (code, 1, 1), result.text
+
+
+@pytest.mark.parametrize(
+    ("folder", "script", "flags", "package"),
+    [
+        (AE, "train.py", "--model mlp --outdir {tmp}", "torch"),
+        (LATENT, "infer.py", "--ckpt {latent}", "torch"),
+        ("common", "evaluate.py", "--ckpt {latent}", "torch"),
+        ("common", "play/__main__.py", "{latent}", "tornado"),
+    ],
+)
+def test_a_package_that_is_missing_is_one_line(folder, script, flags, package, latent_run, tmp_path, monkeypatch):
+    """As where nobody activated the environment."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tornado" or name == "common.play.server"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    result = call(folder, script, *flags.format(tmp=tmp_path, latent=latent_run).split())
+    assert (result.code, len(result.text.splitlines())) == (NOT_INSTALLED, 1), result.text
+    assert result.errors[0].startswith(f"error: {package} is not installed in {sys.executable}: activate")
+    assert not list(tmp_path.rglob("*.log"))
+
+
+@pytest.mark.parametrize(
+    "other", ["sys.version_info, sys.version = (3, 10, 4), '3.10.4 (main)'", "sys.platform = 'win32'"]
+)
+def test_an_old_python_or_windows_is_one_line(other):
+    code = f"import sys; sys.path.insert(0, '..'); {other}; import common.args"  # as every script begins
+    result = run(AE, "-c", code)
+    assert (result.code, len(result.text.splitlines())) == (NOT_INSTALLED, 1), result.text
+    assert "Python 3.11 or newer is needed, on Linux or macOS" in result.text
 
 
 def test_exit_codes_are_small_distinct_and_listed():
