@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import io
 import os
@@ -134,10 +135,20 @@ def relink(folder: str | Path, state: State) -> None:
     best = (state.get("best") or {}).get("epoch")
     for name, epoch in ((LATEST, state["epoch"]), (BEST, best)):
         path, target = Path(folder) / name, Path(folder) / NAME.format(epoch=epoch or 0)
-        if _is_there(target) and (name == LATEST or _holds_an_epoch(target)):
-            link(target, name)
-        elif best is None or not _is_there(path):
+        if _is_there(target):
+            if _leads_to(path, target):
+                continue
+            if name == LATEST or _holds_an_epoch(target):
+                link(target, name)
+                continue
+        if best is None or not _is_there(path):
             path.unlink(missing_ok=True)  # a dangling symlink
+
+
+def _leads_to(path: Path, target: Path) -> bool:
+    if path.is_symlink():
+        return os.readlink(path) == target.name
+    return path.is_file() and filecmp.cmp(path, target, shallow=False)  # where there are no symlinks
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -184,10 +184,11 @@ def _picture(path: Path, mask: bool) -> tuple[torch.Tensor, tuple[int, int]]:
             values = numpy.asarray(picture, dtype=numpy.float64)
             if not numpy.isfinite(values).all():
                 raise ValueError("not all of its numbers are finite")
-            if values.min() < 0 or values.max() > 65535:
-                raise ValueError(f"its greys are from {values.min():g} to {values.max():g}: save it with 8 or 16 bits")
-            white = next((most for most in (1, 255) if values.max() <= most), 65535)  # the file does not tell
-            picture = Image.fromarray((values * (255 / white)).round().astype(numpy.uint8))
+            little = 1.01  # by which a picture that was enlarged or smoothed may overshoot
+            white = next((most for most in (1, 255) if values.max() <= little * most), 65535)  # the file does not tell
+            if values.min() < (1 - little) * white or values.max() > little * white:
+                raise ValueError(f"its greys are from {values.min():g} to {values.max():g}; up to 65535 can be read")
+            picture = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(numpy.uint8))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             ink = numpy.asarray(picture.convert("L"), dtype=float)

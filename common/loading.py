@@ -141,9 +141,8 @@ class Diffusion(Loaded):
         how["resample"] = (1 if inpaint is None else DEFAULT_RESAMPLE) if resample is None else resample
         images = self.drawer(labels=labels, count=count, **how).cpu()
         if not images.isfinite().all():
-            raise ValueError(
-                "the images are not finite numbers: give a smaller guidance, or load an earlier checkpoint"
-            )
+            smaller = "a smaller guidance or guide_scale, or " if guidance > 1 or self.guide else ""
+            raise ValueError(f"the images are not finite numbers: choose {smaller}an earlier checkpoint")
         return images
 
 

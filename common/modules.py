@@ -163,7 +163,8 @@ def guiding_network(
     if dataset_of(guided["args"]) != dataset_of(state["args"]):
         raise Exit(MODEL_MISMATCH, f"{path} cannot guide: it has learned from other data")
     weights, own = ckpt.averaged_weights(guided), ckpt.averaged_weights(state)
-    if weights.keys() == own.keys() and all(weight.equal(own[name]) for name, weight in weights.items()):
+    tensors = {name: value for name, value in weights.items() if hasattr(value, "equal")}  # beside a net's extra state
+    if weights.keys() == own.keys() and all(value.equal(own[name]) for name, value in tensors.items()):
         raise Exit(USAGE, f"{path} cannot guide: it is what is to be guided; name a weaker one, such as an early epoch")
     if _apart(weights, own):
         raise Exit(MODEL_MISMATCH, f"{path} cannot guide: it standardises latents by those of other digits")

@@ -10,6 +10,7 @@ import fcntl
 import socket
 import struct
 import sys
+from array import array
 from contextlib import suppress
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-_SIOCGIFADDR = 0x8915  # of Linux: an interface's IPv4 address
+_SIOCGIFCONF = 0x8912  # of Linux: all IPv4 addresses
+_NAME, _ADDRESS, _LENGTH = slice(16), slice(20, 24), 40  # in its struct ifreq, with 64 bits
 
 
 def interface_to_others(store: Store, rank: int, size: int, master: str) -> str | None:
@@ -47,12 +49,13 @@ def _is_near(address: str) -> bool:
 
 
 def _interface_of(address: str) -> str | None:
-    if sys.platform != "linux":
+    if sys.platform != "linux" or sys.maxsize < 2**32:
         return None
+    table = array("B", bytes(1000 * _LENGTH))
+    start, room = table.buffer_info()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # it has none
-                told = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()))
-                if socket.inet_ntoa(told[20:24]) == address:
-                    return name
+        length, _ = struct.unpack("iL", fcntl.ioctl(asking, _SIOCGIFCONF, struct.pack("iL", room, start)))
+    for row in (table[place : place + _LENGTH].tobytes() for place in range(0, length, _LENGTH)):
+        if socket.inet_ntoa(row[_ADDRESS]) == address:
+            return row[_NAME].split(b"\0")[0].decode().split(":")[0]  # eth0:1 is another address of eth0
     return None

@@ -119,9 +119,7 @@ def joined(flags: dict[str, Any], where: torch.device | None = None) -> Iterator
     if me.rank >= me.size:
         raise Exit(RANK_FAILED, f"RANK is {me.rank} and WORLD_SIZE {me.size}: ranks count from 0")
     if me.size == 1:
-        if _number("RANK") is not None and (size := _number("WORLD_SIZE") or 1) > 1:
-            why = f"WORLD_SIZE is {size}, but MASTER_ADDR and MASTER_PORT do not say where the processes meet"
-            raise Exit(RANK_FAILED, f"{why}: set both, as torchrun does, or unset RANK and WORLD_SIZE to start alone")
+        _refuse_half_a_launcher()
         yield World(me)
         return
     from torch import distributed
@@ -141,9 +139,8 @@ def joined(flags: dict[str, Any], where: torch.device | None = None) -> Iterator
         store = next(distributed.rendezvous("env://", me.rank, me.size, timeout=limit))[0]
         if me.size == me.local_size:  # torchrun starts processes again beside a store that still knows the dead ones
             store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        elif not os.environ.get(INTERFACE):
-            found = interface_to_others(store, me.rank, me.size, os.environ["MASTER_ADDR"])
-            os.environ |= {INTERFACE: found} if found else {}
+        elif found := interface_to_others(store, me.rank, me.size, os.environ["MASTER_ADDR"]):
+            os.environ[INTERFACE] = os.environ.get(INTERFACE) or found
         # decisions are words between hosts; only gradients need to go from device to device
         distributed.init_process_group("gloo", store=store, rank=me.rank, world_size=me.size, timeout=limit)
     world = World(me)
@@ -161,15 +158,35 @@ def joined(flags: dict[str, Any], where: torch.device | None = None) -> Iterator
         distributed.destroy_process_group()
 
 
+def _refuse_half_a_launcher() -> None:
+    """Raises Exit(RANK_FAILED) where torchrun's variables speak of others but do not tell all: each would train alone.
+
+    RANK by itself may be another program's.
+    """
+    said = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    of_others = said["WORLD_SIZE"] or (said["RANK"] and said["MASTER_ADDR"])
+    if of_others and said["WORLD_SIZE"] != "1":
+        told = " ".join(f"{name}={value}" for name, value in said.items())
+        raise Exit(
+            RANK_FAILED,
+            f"{told}: the variables of a launcher, but not all of them, or not as numbers. Set them all, as torchrun "
+            "does, or unset RANK and WORLD_SIZE to start alone",
+        )
+
+
 @contextmanager
 def _found(what: str) -> Iterator[None]:
     """`_in_touch` for the beginning, in which gloo waits without end for one that cannot reach this process."""
 
+    seconds = 2 * patience()  # once to meet, once to connect
+
     def give_up() -> None:
-        print(f"{emoji.error} {_lost(what, 'does not answer')}", file=sys.stderr, flush=True)
+        rank = identity().rank
+        who = f"process {rank}: " if rank else ""
+        print(f"{emoji.error} {who}{_lost(what, 'does not answer', seconds)}", file=sys.stderr, flush=True)
         os._exit(RANK_FAILED)
 
-    timer = threading.Timer(2 * patience(), give_up)  # once to meet, once to connect
+    timer = threading.Timer(seconds, give_up)
     timer.daemon = True
     timer.start()
     try:
@@ -186,11 +203,11 @@ def _in_touch(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = "does not answer" if "imed out" in str(error) or "imeout" in str(error) else "is gone"
-        raise Exit(RANK_FAILED, _lost(what, reason)) from None
+        raise Exit(RANK_FAILED, _lost(what, reason, patience())) from None
 
 
-def _lost(what: str, reason: str) -> str:
-    return f"{what}: one {reason} ({patience()} s are waited). What was saved is safe; go on with --auto-resume"
+def _lost(what: str, reason: str, seconds: int) -> str:
+    return f"{what}: one {reason} ({seconds} s are waited). What was saved is safe; go on with --auto-resume"
 
 
 class World:

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -98,9 +99,9 @@ class Record:
         starts = starts_in(self.run.checkpoints)
         config = self.run.checkpoints / CONFIG
         if config.is_file() and not _read_config(config.parent):
-            kept = config.with_name(f"{CONFIG}.unreadable")
+            kept = config.with_name(f"{CONFIG}.aside-{uuid.uuid4().hex[:8]}")
             self._try(CONFIG, lambda: os.replace(config, kept))
-            self.warn(f"{config} cannot be read, and says nothing of earlier starts: kept as {kept.name}")
+            self.warn(f"{config} does not tell of the run's earlier starts: set aside as {kept.name}")
         now = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,

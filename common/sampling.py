@@ -249,7 +249,7 @@ def within(
     snr = half_log_snr(schedules.exact_alpha_bar).tolist()
     drawn = [snr[step.t] for step in plan]
     if not any(low <= level <= high for level in drawn):
-        reach = f"where half the log-SNR is from {min(drawn):.2f} to {max(drawn):.2f}"
+        reach = f"where half the log-SNR is from {min(drawn):.4f} to {max(drawn):.4f}"
         raise ValueError(f"the guidance interval {low:g} to {high:g} has none of the timesteps that are drawn, {reach}")
     return lambda t: low <= snr[t] <= high
 

@@ -266,6 +266,19 @@ def test_a_link_that_could_not_be_made_is_made_by_the_next_save(tmp_path, monkey
     assert os.readlink(tmp_path / "latest.pt") == "checkpoint_epoch_000003.pt"
 
 
+def test_without_symlinks_the_best_is_copied_once(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no symlinks on this file system")
+
+    copied, copy = [], files.shutil.copyfile
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(files.shutil, "copyfile", lambda a, b: copied.append(Path(a).name) or copy(a, b))
+    for epoch in (1, 2, 3):
+        ckpt.save_checkpoint_and_link_latest(tmp_path, state_of(epoch, best={"epoch": 1, "val_loss": 0.1}))
+    assert [name[-4] for name in copied] == ["1", "1", "2", "3"]  # latest.pt and best.pt, then latest.pt
+    assert ckpt.read_checkpoint(tmp_path / "best.pt")["epoch"] == 1
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_file_server_that_fails_for_a_moment_takes_no_link_away(known, tmp_path, monkeypatch):
     """`Path.exists` and `is_file` call that a no, from Python 3.14 on."""

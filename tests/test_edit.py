@@ -409,8 +409,8 @@ FROM = ("--from-image", "digit.png")
         (("--from-image", "objects.npz"), BAD_IMAGE, "objects.npz cannot be read"),
         (("--from-image", "complex.npz"), BAD_IMAGE, "of type complex128"),
         (("--from-image", "nan.tif"), BAD_IMAGE, "not all of its numbers are finite"),
-        (("--from-image", "bits.tif"), BAD_IMAGE, "from 2.14748e+09 to 2.14748e+09: save it with 8 or 16 bits"),
-        (("--from-image", "minus.tif"), BAD_IMAGE, "from -1 to -1: save it with 8 or 16 bits"),
+        (("--from-image", "bits.tif"), BAD_IMAGE, "from 2.14748e+09 to 2.14748e+09; up to 65535"),
+        (("--from-image", "minus.tif"), BAD_IMAGE, "from -1 to -1; up to 65535"),
         (("--from-image", "twenty.npz"), USAGE, "--num-images 16 is less than one of each of the 20"),
         ((*FROM, "--inpaint", "wide.png"), BAD_IMAGE, "wide.png is 30 x 28 pixels"),
         ((*FROM, "--inpaint", "black.png"), BAD_IMAGE, "black.png has nothing white"),
@@ -501,11 +501,12 @@ def white_on_nothing(picture):
         white_on_nothing,
         lambda picture: Image.fromarray(np.asarray(picture, dtype=np.float32) / 255),
         lambda picture: Image.fromarray(np.asarray(picture, dtype=np.float32)),
+        lambda picture: Image.fromarray(np.asarray(picture, dtype=np.float32) / 255 * 1.008 - 0.004),
         lambda picture: Image.fromarray(np.asarray(picture, dtype=np.int32)),
         lambda picture: Image.fromarray(np.asarray(picture, dtype=np.int32) * 257),
         lambda picture: Image.fromarray(np.asarray(picture, dtype=np.uint16)),
     ],
-    ids=["white on nothing", "0 to 1", "to 255.0", "32 bits", "32 bits to 65535", "16 bits to 255"],
+    ids=["white on nothing", "0 to 1", "to 255.0", "smoothed", "32 bits", "32 bits to 65535", "16 bits to 255"],
 )
 def test_no_scale_of_numbers_makes_a_picture_black(form, stroke, tmp_path):
     form(stroke[0]).save(tmp_path / "a.tiff")

@@ -57,6 +57,7 @@ def machines():
                 ip("-n", name, "link", "set", "lo", "up")
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+        machines.names = names
         machines.cut = lambda: ip("-n", names[1], "link", "set", "wire2", "down")
         yield machines
     finally:
@@ -65,12 +66,20 @@ def machines():
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def launch(on: list[list[str]], master: str, *flags, **env) -> list[subprocess.Popen]:
-    """The latent trainer, a process on each machine."""
+def launch(on: list[list[str]], master: str, *flags, second: dict | None = None, **env) -> list[subprocess.Popen]:
+    """The latent trainer, a process on each machine. second: more of the second one's environment."""
     meet = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": master}
     meet |= {"MASTER_PORT": str(PORT), "DDPM_RANK_PATIENCE": "40", **env}
     return [
-        start(LATENT, "train.py", *flags, "--device", "cpu", under=under, env={"RANK": str(rank), **meet})
+        start(
+            LATENT,
+            "train.py",
+            *flags,
+            "--device",
+            "cpu",
+            under=under,
+            env={"RANK": str(rank), **meet, **((second or {}) if rank else {})},
+        )
         for rank, under in enumerate(on)
     ]
 
@@ -78,10 +87,20 @@ def launch(on: list[list[str]], master: str, *flags, **env) -> list[subprocess.P
 def test_processes_of_two_machines_find_each_other(machines, tiny_latent, tmp_path):
     """gloo takes the interface of the machine's name: loopback, where the other cannot reach it.
 
-    Nor do they need to share a disk: only the first one has the data, the autoencoder, and the output folder.
+    Nor do they need to share a disk: only the first one has the autoencoder and the output folder. That the second
+    was told of its interface by somebody keeps nobody from finding it.
     """
     hidden = os.path.commonpath([tmp_path, tiny_latent[tiny_latent.index("--ae-ckpt") + 1]])
-    processes = launch(machines(OF_DEBIAN, hidden), "machine1", *tiny_latent, "--epochs", 1, "--outdir", tmp_path)
+    processes = launch(
+        machines(OF_DEBIAN, hidden),
+        "machine1",
+        *tiny_latent,
+        "--epochs",
+        1,
+        "--outdir",
+        tmp_path,
+        second={"GLOO_SOCKET_IFNAME": "wire2"},
+    )
     results = [finish(process) for process in processes]
     assert [result.code for result in results] == [0, 0], results
     (begun,) = json.loads((only_run(tmp_path) / "config.json").read_text())["starts"]
@@ -123,6 +142,13 @@ def test_the_interface_is_that_of_the_way_to_the_others(ways, told, wanted, monk
     monkeypatch.setattr(network, "_interface_of", {"10.0.0.5": "wire"}.get)
     assert network.interface_to_others(store, 0, 3, "master") == wanted
     assert store["address of 0"] == ways.get("master", "")
+
+
+def test_an_interface_is_found_by_any_of_its_addresses(machines):
+    ip("-n", machines.names[0], "addr", "add", "10.84.0.1/24", "dev", "wire1", "label", "wire1:too")
+    code = "from common import network; print(*map(network._interface_of, ['10.83.0.1', '10.84.0.1', '10.85.0.1']))"
+    result = finish(start(".", "-c", code, under=machines(NO_NAMES)[0]))
+    assert result.text == "wire1 wire1 None\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/sys/class/net/lo"), reason="needs Linux's loopback")

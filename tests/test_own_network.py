@@ -176,7 +176,7 @@ def test_a_network_without_labels_draws_without(folder, write, flags, tiny, tmp_
         loaded.draw(guidance=2)
 
 
-def test_of_the_only_digit_a_network_without_labels_can_be_asked(write, flags, tmp_path):
+def test_of_the_only_digit_a_network_without_labels_can_be_asked(write, flags, tmp_path, monkeypatch):
     write(PIXEL, "plain", text_of(UNLABELLED, PIXEL))
     assert call(PIXEL, "train.py", *flags(PIXEL), "--network", "plain").code == OK  # threes
     draw = ("--ckpt", only_run(tmp_path / "out"), "--n", 2, "--output", tmp_path / "a.png")
@@ -198,6 +198,9 @@ def test_of_the_only_digit_a_network_without_labels_can_be_asked(write, flags, t
     (command,) = (header["command"] for header, _ in said if "command" in header)
     assert "--guidance" not in command
     play.take(shelf, wish, {"run": described["id"], "drawing": asked, "form": "png"}, send)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    measured = Shelf(find([str(draw[1])], print), "cpu", "auto", None).open(described["id"])  # the fastest threads
+    assert measured.threads >= 1
     assert {said[-1][1]} == pictures
 
 

@@ -481,8 +481,9 @@ def test_one_that_cannot_be_reached_is_not_waited_for_for_ever(flags, tmp_path):
     apart = {"DDPM_RANK_PATIENCE": "2", "LOCAL_WORLD_SIZE": "1"}
     results = Launched(LATENT, 2, NEVER_CONNECTED, *given, script="-c", **apart).finish()
     assert [(result.code, len(result.errors)) for result in results] == [(RANK_FAILED, 1)] * 2, results
-    for word in ("do not find each other", "GLOO_SOCKET_IFNAME", "2 s are waited"):
+    for word in ("do not find each other", "GLOO_SOCKET_IFNAME", "4 s are waited"):
         assert word in results[0].errors[0]
+    assert results[1].errors[0].startswith("error: process 1: ")
 
 
 def test_a_full_disk_ends_all_of_them_with_the_same_code(flags, disk):
@@ -714,15 +715,30 @@ def test_what_is_wrong_with_the_launchers_variables_is_one_line(size, port, said
     assert caught.value.code == RANK_FAILED
 
 
-@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
-def test_processes_that_are_not_told_where_they_meet_do_not_train_alone_each(missing, monkeypatch):
-    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.delenv(missing)
-    with pytest.raises(Exit, match="MASTER_ADDR and MASTER_PORT do not say where") as caught, ranks.joined({}):
+LAUNCHER = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({name: ""} for name in LAUNCHER),
+        *({name: "two"} for name in LAUNCHER if name != "MASTER_ADDR"),
+        {"WORLD_SIZE": "0", "RANK": "0"},
+    ],
+    ids=str,
+)
+def test_processes_that_are_not_told_all_do_not_train_alone_each(wrong, monkeypatch):
+    for name, value in (LAUNCHER | wrong).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Exit, match="the variables of a launcher, but not all") as caught, ranks.joined({}):
         pass
     assert caught.value.code == RANK_FAILED
-    monkeypatch.setenv("WORLD_SIZE", "1")
+
+
+@pytest.mark.parametrize("env", [{"WORLD_SIZE": "1"}, {"RANK": "3"}, {"MASTER_ADDR": "a", "MASTER_PORT": "1"}], ids=str)
+def test_a_process_that_is_told_of_no_others_is_alone(env, monkeypatch):
+    for name in LAUNCHER:
+        monkeypatch.setenv(name, env.get(name, ""))
     with ranks.joined({}) as world:
         assert world.size == 1
 

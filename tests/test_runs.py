@@ -295,8 +295,8 @@ def test_a_run_goes_on_whatever_became_of_its_config(text, lost, ae_run, copy_of
     result = call(AE, "train.py", "--resume", folder, "--epochs", 3, "--cache-dir", cache)
     assert result.code == 0, result.text
     assert len(json.loads((folder / "config.json").read_text())["starts"]) == 1
-    assert result.text.count("kept as config.json.unreadable") == lost
-    assert [path.read_text() for path in folder.glob("config.json.unreadable")] == [text] * lost
+    assert result.text.count("set aside as config.json.aside-") == lost
+    assert [path.read_text() for path in folder.glob("config.json.aside-*")] == [text] * lost
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux's affinity masks")

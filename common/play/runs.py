@@ -219,7 +219,8 @@ class Shelf:
                 return threads.recorded(run.flags)
             if get_device(self.device).type != "cpu":
                 return threads.available()
-            return threads.fastest(lambda: run.draw(count=FEW, steps=1, guidance=DEFAULT_GUIDANCE))[0]
+            guidance = DEFAULT_GUIDANCE if run.flags.get("labelled", True) else 1.0
+            return threads.fastest(lambda: run.draw(count=FEW, steps=1, guidance=guidance))[0]
 
         before = torch.get_num_threads()  # of the work between whose steps this may come
         try:

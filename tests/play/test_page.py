@@ -476,14 +476,34 @@ def test_what_stands_side_by_side_and_what_is_taken_is_of_one_epoch(visit, runs)
     with one_epoch_more(runs["lddpm"]):
         page.locator(".side[data-side='1'] [name=guidance]").fill("2")  # A is drawn anew too
         of_epoch(3)
-    taken(page, "[data-form=png]")
+    page.click("#other")
     of_epoch(2)
+    with one_epoch_more(runs["lddpm"]):
+        taken(page, "[data-form=png]")
+        of_epoch(3)
     page.click("#tab-sketch")
     page.locator("#paper").click()
     of_epoch(2, "#scommand")
     with one_epoch_more(runs["lddpm"]):
         taken(page, "[data-sketch=png]")
         of_epoch(3, "#scommand")
+
+
+def test_a_file_that_comes_while_another_tab_is_shown_takes_nothing_from_it(visit, runs):
+    """Both tabs draw, one at a time, and what is hidden asks for nothing."""
+    page = visit(f"#run={runs['ddpm'].name}&count=16&steps=20&sampler=ddpm&ssteps=20&scount=16")
+    says(page, "#draw-said", "16 digits")
+    page.click("#tab-sketch")
+    page.locator("#paper").click()
+    says(page, "#sketch-said", "16 images in")
+    page.click("#tab-draw")
+    at_once = ("#other", "[data-form=png]", "#tab-sketch")
+    with page.expect_download():
+        page.evaluate(f"() => {{ {'; '.join(f'document.querySelector({one!r}).click()' for one in at_once)} }}")
+    seed = page.input_value("#sseed")
+    page.wait_for_function(
+        "seed => document.querySelector('#scommand').textContent.includes(`--seed ${seed} `)", arg=seed
+    )
 
 
 def test_two_tabs_do_not_disturb_each_other(visit, runs):

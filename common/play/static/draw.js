@@ -24,7 +24,7 @@ export class Draw {
     byId("link").onclick = () => copied(byId("link"), location.href);
     for (const one of document.querySelectorAll("[data-form]")) one.onclick = () => {
       const wish = { run: this.run.id, form: one.dataset.form, drawing: this.sides[0].settings() };
-      take(this.link, one, wish, (epoch) => this.ask(epoch), (text) => say("draw-said", text, true));
+      take(this.link, one, wish, (epoch) => this.taken(wish.run, epoch), (text) => say("draw-said", text, true));
     };
   }
 
@@ -75,17 +75,28 @@ export class Draw {
     return this.sides.filter((side) => side.number === 0 || state.compare);
   }
 
-  // Of how many epochs of a run in training are they, and a file that was taken?
-  epochs(...taken) {
-    return new Set([...this.shown.filter((side) => side.done).map((side) => side.epoch), ...taken]).size;
+  // A file was taken, of this epoch: of a run in training, what is shown may be of an older one.
+  taken(run, epoch) {
+    this.file = { run, epoch };
+    if (state.tab === "draw" && this.isOld()) this.ask(); // else once the tab is shown again
   }
 
-  // Ask for the sides that are set anew, and those that are not finished, or all where they are of several epochs; not
+  // Is one of the sides of an older epoch than another, or than a file that was taken?
+  isOld() {
+    const epochs = this.shown.filter((side) => side.done).map((side) => side.epoch);
+    const newest = Math.max(...epochs, this.file?.run === this.run.id ? this.file.epoch : 0);
+    return epochs.some((epoch) => epoch < newest);
+  }
+
+  // Ask for the sides that are set anew, and those that are not finished, or all where one is of an older epoch; not
   // again for what is on its way.
-  ask(...taken) {
+  ask() {
     const sides = this.shown;
-    if (this.epochs(...taken) > 1) for (const side of sides) side.done = false;
     const anew = sides.filter((side) => side.isAnew());
+    if (this.isOld()) {
+      for (const side of sides) side.done = false;
+      this.file = null; // asked once: its checkpoint may be gone
+    }
     const wanted = sides.filter((side) => !side.done);
     const coming = this.link.awaits(this.wish) ? this.wished.filter((side) => !side.done) : [];
     if (!wanted.length && coming.length) this.stop();
@@ -107,7 +118,7 @@ export class Draw {
 
   receive(header, pixels) {
     if (header.error) return say("draw-said", header.error, true);
-    if (header.last) return this.epochs() > 1 && this.ask();
+    if (header.last) return this.isOld() && this.ask();
     const side = this.sides[header.side];
     side.receive(header, pixels);
     if ("progress" in header) say("draw-said", `step ${header.progress} of ${header.steps}`);

@@ -38,7 +38,7 @@ export class Sketch {
     for (const one of document.querySelectorAll("[data-sketch]")) one.onclick = () => {
       if (this.paper.empty) return say("sketch-said", EMPTY);
       const wish = { run: this.run.id, form: one.dataset.sketch, drawing: this.settings() };
-      take(this.link, one, wish, (epoch) => this.taken(epoch), (text) => say("sketch-said", text, true));
+      take(this.link, one, wish, (epoch) => this.taken(wish.run, epoch), (text) => say("sketch-said", text, true));
     };
     this.bars = [...Array(10).keys()].map((digit) => {
       const bar = element("i");
@@ -123,6 +123,7 @@ export class Sketch {
     if (this.paper.empty) return this.stop();
     const wish = { run: this.run.id, drawings: [this.settings()] };
     const asked = JSON.stringify(wish);
+    if (this.isOld()) Object.assign(this, { done: false, file: null }); // asked once: its checkpoint may be gone
     if (asked === this.asked && (this.done || this.link.awaits(this.wish))) return;
     Object.assign(this, { asked, done: false, seen: { most: 0, least: Infinity } });
     const receive = (header, pixels) => this.receive(header, pixels);
@@ -130,10 +131,13 @@ export class Sketch {
   }
 
   // A file was taken, of this epoch: of a run in training, the drawing may be of an older one.
-  taken(epoch) {
-    if (!this.done || this.epoch === epoch) return;
-    this.done = false;
-    this.ask();
+  taken(run, epoch) {
+    this.file = { run, epoch };
+    if (state.tab === "sketch" && this.isOld()) this.ask(); // else once the tab is shown again
+  }
+
+  isOld() {
+    return this.done && this.file?.run === this.run.id && this.file.epoch > this.epoch;
   }
 
   // The paper is empty: there is nothing to draw, nor to take away.
