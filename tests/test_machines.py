@@ -15,7 +15,6 @@ from common.error_codes import RANK_FAILED
 
 # /etc/hosts of machine 1 or 2
 OF_DEBIAN = "127.0.0.1 localhost\n127.0.1.1 machine{own}\n10.83.0.{other} machine{other}\n"
-NO_NAMES = "127.0.0.1 localhost\n"
 PORT = 29571
 
 
@@ -66,9 +65,9 @@ def machines():
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def launch(on: list[list[str]], master: str, *flags, second: dict | None = None, **env) -> list[subprocess.Popen]:
+def launch(on: list[list[str]], *flags, second: dict | None = None, **env) -> list[subprocess.Popen]:
     """The latent trainer, a process on each machine. second: more of the second one's environment."""
-    meet = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": master}
+    meet = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "machine1"}
     meet |= {"MASTER_PORT": str(PORT), "DDPM_RANK_PATIENCE": "40", **env}
     return [
         start(
@@ -87,20 +86,10 @@ def launch(on: list[list[str]], master: str, *flags, second: dict | None = None,
 def test_processes_of_two_machines_find_each_other(machines, tiny_latent, tmp_path):
     """gloo takes the interface of the machine's name: loopback, where the other cannot reach it.
 
-    Nor do they need to share a disk: only the first one has the autoencoder and the output folder. That the second
-    was told of its interface by somebody keeps nobody from finding it.
+    Nor do they need to share a disk: only the first one has the autoencoder and the output folder.
     """
     hidden = os.path.commonpath([tmp_path, tiny_latent[tiny_latent.index("--ae-ckpt") + 1]])
-    processes = launch(
-        machines(OF_DEBIAN, hidden),
-        "machine1",
-        *tiny_latent,
-        "--epochs",
-        1,
-        "--outdir",
-        tmp_path,
-        second={"GLOO_SOCKET_IFNAME": "wire2"},
-    )
+    processes = launch(machines(OF_DEBIAN, hidden), *tiny_latent, "--epochs", 1, "--outdir", tmp_path)
     results = [finish(process) for process in processes]
     assert [result.code for result in results] == [0, 0], results
     (begun,) = json.loads((only_run(tmp_path) / "config.json").read_text())["starts"]
@@ -108,9 +97,13 @@ def test_processes_of_two_machines_find_each_other(machines, tiny_latent, tmp_pa
 
 
 def test_a_machine_that_is_cut_off_is_not_waited_for_for_ever(machines, tiny_latent, tmp_path):
-    """No connection is closed: nothing at all is heard of it any more."""
+    """No connection is closed: nothing at all is heard of it any more.
+
+    That somebody told it of its interface keeps the other from nothing.
+    """
     long = ("--epochs", 9999, "--keep-ckpts", 1, "--outdir", tmp_path)
-    processes = launch(machines(NO_NAMES), "10.83.0.1", *tiny_latent, *long, DDPM_RANK_PATIENCE="5")
+    how = {"DDPM_RANK_PATIENCE": "5", "second": {"GLOO_SOCKET_IFNAME": "wire2"}}
+    processes = launch(machines(OF_DEBIAN), *tiny_latent, *long, **how)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("checkpoints/*/checkpoint_epoch_*.pt")):
         assert time.monotonic() < deadline
@@ -147,7 +140,7 @@ def test_the_interface_is_that_of_the_way_to_the_others(ways, told, wanted, monk
 def test_an_interface_is_found_by_any_of_its_addresses(machines):
     ip("-n", machines.names[0], "addr", "add", "10.84.0.1/24", "dev", "wire1", "label", "wire1:too")
     code = "from common import network; print(*map(network._interface_of, ['10.83.0.1', '10.84.0.1', '10.85.0.1']))"
-    result = finish(start(".", "-c", code, under=machines(NO_NAMES)[0]))
+    result = finish(start(".", "-c", code, under=machines(OF_DEBIAN)[0]))
     assert result.text == "wire1 wire1 None\n"
 
 
