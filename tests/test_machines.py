@@ -13,8 +13,8 @@ from helpers import LATENT, finish, only_run, start
 from common import network
 from common.error_codes import RANK_FAILED
 
-# /etc/hosts of machine 1 or 2
-OF_DEBIAN = "127.0.0.1 localhost\n127.0.1.1 machine{own}\n10.83.0.{other} machine{other}\n"
+# /etc/hosts of machine 1 or 2, as Debian installs it
+HOSTS = "127.0.0.1 localhost\n127.0.1.1 machine{own}\n10.83.0.{other} machine{other}\n"
 PORT = 29571
 
 
@@ -24,7 +24,7 @@ def ip(*words) -> None:
 
 @pytest.fixture
 def machines():
-    """machines(hosts, hidden) -> the commands under which a process runs on machine 1 or 2, 10.83.0.1 or .2.
+    """machines(hidden) -> the commands under which a process runs on machine 1 or 2, 10.83.0.1 or .2.
 
     hidden: a folder that only the first one has.
     """
@@ -33,11 +33,11 @@ def machines():
     names = [f"ddpm-{os.getpid()}-{own}" for own in (1, 2)]
     folders = [f"/etc/netns/{name}" for name in names]
 
-    def machines(hosts: str, hidden: str = "") -> list[list[str]]:
+    def machines(hidden: str = "") -> list[list[str]]:
         for own, folder in enumerate(folders, 1):
             os.makedirs(folder, exist_ok=True)
             with open(f"{folder}/hosts", "w") as file:  # which ip netns exec shows as /etc/hosts
-                file.write(hosts.format(own=own, other=3 - own))
+                file.write(HOSTS.format(own=own, other=3 - own))
         hide = ["", f"mount -t tmpfs none {hidden} && " if hidden else ""]
         inside = [f'{hide[own]}hostname machine{own + 1} && exec "$@"' for own in (0, 1)]
         return [
@@ -89,7 +89,7 @@ def test_processes_of_two_machines_find_each_other(machines, tiny_latent, tmp_pa
     Nor do they need to share a disk: only the first one has the autoencoder and the output folder.
     """
     hidden = os.path.commonpath([tmp_path, tiny_latent[tiny_latent.index("--ae-ckpt") + 1]])
-    processes = launch(machines(OF_DEBIAN, hidden), *tiny_latent, "--epochs", 1, "--outdir", tmp_path)
+    processes = launch(machines(hidden), *tiny_latent, "--epochs", 1, "--outdir", tmp_path)
     results = [finish(process) for process in processes]
     assert [result.code for result in results] == [0, 0], results
     (begun,) = json.loads((only_run(tmp_path) / "config.json").read_text())["starts"]
@@ -103,7 +103,7 @@ def test_a_machine_that_is_cut_off_is_not_waited_for_for_ever(machines, tiny_lat
     """
     long = ("--epochs", 9999, "--keep-ckpts", 1, "--outdir", tmp_path)
     how = {"DDPM_RANK_PATIENCE": "5", "second": {"GLOO_SOCKET_IFNAME": "wire2"}}
-    processes = launch(machines(OF_DEBIAN), *tiny_latent, *long, **how)
+    processes = launch(machines(), *tiny_latent, *long, **how)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("checkpoints/*/checkpoint_epoch_*.pt")):
         assert time.monotonic() < deadline
@@ -140,7 +140,7 @@ def test_the_interface_is_that_of_the_way_to_the_others(ways, told, wanted, monk
 def test_an_interface_is_found_by_any_of_its_addresses(machines):
     ip("-n", machines.names[0], "addr", "add", "10.84.0.1/24", "dev", "wire1", "label", "wire1:too")
     code = "from common import network; print(*map(network._interface_of, ['10.83.0.1', '10.84.0.1', '10.85.0.1']))"
-    result = finish(start(".", "-c", code, under=machines(OF_DEBIAN)[0]))
+    result = finish(start(".", "-c", code, under=machines()[0]))
     assert result.text == "wire1 wire1 None\n"
 
 
