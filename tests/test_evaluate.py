@@ -357,7 +357,7 @@ def test_an_epoch_whose_images_are_not_finite_is_told_and_not_scored(monkeypatch
     told, nothing = [], torch.full((2, 1, 28, 28), float("nan"))
     monkeypatch.setattr("common.scores.judges", lambda *_: (None, None, 1.0))
     session = SimpleNamespace(epoch=4, on_first=lambda work: work(), poll=None)
-    session.args = SimpleNamespace(eval_every=2, only_digit=None, flags=dict)
+    session.args = SimpleNamespace(eval_every=2, epochs=4, only_digit=None, flags=dict)
     session.log = SimpleNamespace(info=None, debug=print, warning=told.append)
     assert epoch_scorer(session, {"": lambda: (nothing, None)})() == {}
     assert told == ["epoch 4 gives images that are not finite: not scored"]

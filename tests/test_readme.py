@@ -49,7 +49,7 @@ SHORTER = {
 }
 SMALLER = {
     LATENT: ["--T", "50"],
-    PIXEL: ["--T", "50", "--base-ch", "8", "--fine-ch", "0", "--dense-dim", "16", "--epochs", "3"],
+    PIXEL: ["--T", "50", "--base-ch", "8", "--fine-ch", "0", "--dense-dim", "16", "--epochs", "4"],
 }  # by folder, the same for train.py
 
 PYTHON = """#!{python} -SE
