@@ -14,7 +14,7 @@ from common import ckpt, console, emoji, threads
 from common.args import Args, Parser, flag_of, number
 from common.autoencoder import AUTOENCODERS
 from common.device import get_device, memory_in_one_line
-from common.error_codes import BAD_CHECKPOINT, BAD_IMAGE, BAD_OUTPUT, USAGE, Exit
+from common.error_codes import BAD_CHECKPOINT, BAD_IMAGE, BAD_OUTPUT, USAGE, Exit, require
 from common.files import atomic_write
 from common.flags import (
     CHECKPOINT,
@@ -113,6 +113,7 @@ def draw_to_file(args: Any, load: Callable[[torch.device], tuple[Draw, dict[str,
     load(device) is the experiment's `load_for_drawing` of `what_to_draw_with`. Raises Exit, for a bad output before
     anything is drawn. Several processes share the drawing, and the first writes.
     """
+    require("torch", "torchvision", "tqdm", "PIL")
     with memory_in_one_line(f"draw fewer than --num-images {args.num_images} at a time"), joined(vars(args)) as world:
         _draw_to_file(args, load, world)
 

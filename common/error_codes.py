@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from common import emoji
 from common.console import ConsoleGone, guarded
@@ -34,6 +35,10 @@ BAD_IMAGE = 16
 NOT_INSTALLED = 17
 INTERRUPTED = 130  # what shells use for a second Ctrl-C
 
+# of requirements.txt, as they are imported
+PACKAGES = ("torch", "torchvision", "datasets", "tqdm", "tensorboard", "sklearn", "matplotlib", "numpy", "PIL")
+PACKAGES += ("mlxtend", "notebook", "tornado")
+
 
 class Exit(Exception):
     """End the program with `code` after showing `message` as one line (code 0: a note, not a fault).
@@ -48,6 +53,31 @@ class Exit(Exception):
 
     def __reduce__(self) -> tuple:
         return Exit, (self.code, str(self), self.everywhere)
+
+
+def require(*packages: str) -> None:
+    """Raises Exit(NOT_INSTALLED) where a package is missing, before work is spent that would end without it."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise Exit(NOT_INSTALLED, _not_installed(package))
+
+
+def _not_installed(package: str) -> str:
+    cure = "activate the environment that README.md makes, or pip install -r requirements.txt"
+    return f"{package} is not installed in {sys.executable}: {cure}"
+
+
+def _why_unusable(error: ImportError) -> str | None:
+    """What is wrong with a package of requirements.txt; None if the error is a bug here."""
+    package = (error.name or "").partition(".")[0]
+    if package in PACKAGES and find_spec(package) is None:
+        return _not_installed(package)
+    if isinstance(error, ModuleNotFoundError) or package not in ("", *PACKAGES):
+        return None
+    said = next(iter(str(error).splitlines()), "")
+    return (
+        f"{package or 'a package'} cannot be loaded ({said}): too little memory (ulimit -v), or a broken installation"
+    )
 
 
 def run_main(main: Callable[[], None]) -> int:
@@ -88,12 +118,10 @@ def _run(main: Callable[[], None]) -> int:
         return end.code
     except SystemExit as end:  # argparse's, after --help, whose words are still to be written
         return end.code or OK
-    except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        if package in ("common", *sys.stdlib_module_names):
+    except ImportError as error:
+        if (why := _why_unusable(error)) is None:
             raise
-        cure = "activate the environment that README.md makes, or pip install -r requirements.txt"
-        print(f"{emoji.error} {package} is not installed in {sys.executable}: {cure}", file=sys.stderr)
+        print(f"{emoji.error} {why}", file=sys.stderr)
         return NOT_INSTALLED
     except KeyboardInterrupt:
         print(f"{emoji.error} interrupted", file=sys.stderr)

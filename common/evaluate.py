@@ -20,7 +20,7 @@ from common.autoencoder import build_autoencoder, read_autoencoder
 from common.data import HF_MNIST
 from common.device import get_device, memory_in_one_line
 from common.drawing import choose_threads, draw_with_progress, sampling_options, wanted_labels
-from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE, Exit, run_main
+from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, MODEL_MISMATCH, USAGE, Exit, require, run_main
 from common.files import alone_in, write_text
 from common.flags import CHECKPOINT, COUNT, add_data_arguments, add_sampling_arguments, check_sampling
 from common.images import check_output
@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     add_sampling_arguments(parser)
     add_data_arguments(parser)
     args, typed = parser.parse_args(argv), parser.typed(argv)
+    require("torch", "sklearn", "tqdm")
     threads.prepare()
     with joined(vars(args)) as world, memory_in_one_line(f"draw fewer than --n {args.n} images"):
         known: list[Subject] = []

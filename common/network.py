@@ -53,7 +53,8 @@ def _interface_of(address: str) -> str | None:
         return None
     table = array("B", bytes(1000 * _LENGTH))
     start, room = table.buffer_info()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+    length = 0
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         length, _ = struct.unpack("iL", fcntl.ioctl(asking, _SIOCGIFCONF, struct.pack("iL", room, start)))
     for row in (table[place : place + _LENGTH].tobytes() for place in range(0, length, _LENGTH)):
         if socket.inet_ntoa(row[_ADDRESS]) == address:

@@ -134,7 +134,8 @@ def joined(flags: dict[str, Any], where: torch.device | None = None) -> Iterator
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     limit = timedelta(seconds=patience())
-    apart = "" if me.size == me.local_size else f" (${INTERFACE} names the network between their machines)"
+    near = me.size == me.local_size or os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost")
+    apart = "" if near else f" (${INTERFACE} names the network between their machines)"
     with _found(f"the {me.size} processes of this run do not find each other at {place}{apart}"):
         store = next(distributed.rendezvous("env://", me.rank, me.size, timeout=limit))[0]
         if me.size == me.local_size:  # torchrun starts processes again beside a store that still knows the dead ones
@@ -161,11 +162,13 @@ def joined(flags: dict[str, Any], where: torch.device | None = None) -> Iterator
 def _refuse_half_a_launcher() -> None:
     """Raises Exit(RANK_FAILED) where torchrun's variables speak of others but do not tell all: each would train alone.
 
-    RANK by itself may be another program's.
+    RANK by itself may be another program's; and a job's script may export the others for its srun, which is told of
+    ranks by Slurm.
     """
     said = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     of_others = said["WORLD_SIZE"] or (said["RANK"] and said["MASTER_ADDR"])
-    if of_others and said["WORLD_SIZE"] != "1":
+    of_job = os.environ.get("SLURM_JOB_ID") and not said["RANK"]
+    if of_others and said["WORLD_SIZE"] != "1" and not of_job:
         told = " ".join(f"{name}={value}" for name, value in said.items())
         raise Exit(
             RANK_FAILED,
@@ -207,7 +210,8 @@ def _in_touch(what: str) -> Iterator[None]:
 
 
 def _lost(what: str, reason: str, seconds: int) -> str:
-    return f"{what}: one {reason} ({seconds} s are waited). What was saved is safe; go on with --auto-resume"
+    cure = "What was saved is safe: a training goes on with --auto-resume"
+    return f"{what}: one {reason} ({seconds} s are waited). {cure}"
 
 
 class World:

@@ -198,7 +198,7 @@ class Record:
     def images(self, images: torch.Tensor, epoch: int, step: int) -> None:
         """Write samples/{exp_name}/epoch_NNNNNN.png, and the grid to TensorBoard. images: (N, C, H, W) in [0, 1]."""
         self._try("sample grid", lambda: save_image_grid(images, self.run.samples / f"epoch_{epoch:06d}.png"))
-        self.events.image("samples", make_image_grid(images), step)
+        self._try("sample grid for TensorBoard", lambda: self.events.image("samples", make_image_grid(images), step))
         self.flush()
 
     def hyperparameters(self, args: Args, metrics: dict[str, float], step: int) -> None:
@@ -222,7 +222,7 @@ class Record:
     def _try(self, what: str, action: Callable[[], object]) -> None:
         try:
             action()
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
             if what not in self._failed:
                 self._failed.add(what)
                 self.warn(f"cannot write {what} ({error}); training goes on")

@@ -286,7 +286,7 @@ class Session:
         began = time.monotonic()
         device.check_shared_memory(loader.num_workers)
         with slurm.signals_held():  # DataLoader workers start here
-            batches = iter(loader)
+            batches = self._begun(loader)
         title = f"epoch {self.epoch}/{self.args.epochs}"
         done = self.steps_per_epoch - len(loader.sampler)
         lost = (ConnectionError, EOFError, FileNotFoundError) if loader.num_workers else ()  # with a worker, its batch
@@ -304,6 +304,12 @@ class Session:
         finally:
             if loader.num_workers:  # an error's traceback would keep them, and Python wait for them when it ends
                 batches._shutdown_workers()
+
+    def _begun(self, loader: DataLoader) -> Iterator[Any]:
+        try:
+            return iter(loader)
+        except OSError as error:
+            raise device.no_room(f"that cannot be used ({error.strerror or error})") from None
 
     def _mean_loss(self) -> str:
         return f", mean loss so far {self.at.train_loss:.6f}"

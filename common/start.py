@@ -24,6 +24,7 @@ from common.error_codes import (
     STOPPED_EARLY,
     USAGE,
     Exit,
+    require,
 )
 from common.logger_utils import close_handlers, setup_component_logger
 from common.progress import counted
@@ -54,6 +55,7 @@ def open_session(
     Of several processes the first finds and holds the run, logs and writes.
     """
     handlers = slurm.install_signal_handlers()  # before the slow imports
+    require("torch", "torchvision", "tqdm", "tensorboard", "sklearn", "matplotlib", "PIL")
     log = setup_component_logger("train", debug=args.debug)
     run: Run | None = None  # on the first process, which holds it
     with patient() as console:

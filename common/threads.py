@@ -52,7 +52,7 @@ def _limit(groups: Path) -> float:
     More threads than that, each stopped for most of the time, would wait for one another.
     """
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # control groups of version 2, 1
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, ZeroDivisionError):
             quota, period = " ".join((groups / name).read_text() for name in names).split()
             return max(1, math.ceil(int(quota) / int(period))) if quota not in ("max", "-1") else math.inf
     return math.inf

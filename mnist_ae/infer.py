@@ -10,7 +10,7 @@ from common.args import Parser, number
 from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
 from common.data import held_out, make_mnist_loader
 from common.device import get_device, memory_in_one_line
-from common.error_codes import BAD_CHECKPOINT, NO_DATA, USAGE, Exit, run_main
+from common.error_codes import BAD_CHECKPOINT, NO_DATA, USAGE, Exit, require, run_main
 from common.export import export
 from common.flags import (
     CHECKPOINT,
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         raise Exit(USAGE, "--walk-steps says how --interpolate is to look: give both")
     output = check_output(args.output or ("interpolation.png" if args.interpolate else "reconstructions.png"), ".png")
 
+    require("torch", "torchvision", "PIL")
     threads.prepare()
     import torch
 

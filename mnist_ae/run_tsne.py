@@ -23,7 +23,7 @@ from common.autoencoder import AUTOENCODERS, build_autoencoder, read_autoencoder
 from common.ckpt import RUNS
 from common.data import held_out
 from common.device import get_device, memory_in_one_line
-from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, NO_DATA, USAGE, Exit, run_main
+from common.error_codes import BAD_CHECKPOINT, BAD_OUTPUT, NO_DATA, USAGE, Exit, require, run_main
 from common.files import atomic_write, write_text
 from common.flags import CHECKPOINT, COUNT, OUTPUT, add_data_arguments, add_device_argument, add_threads_argument
 from common.images import check_output, one_line, over, save_output
@@ -199,6 +199,7 @@ def parse_args(argv: list[str] | None = None) -> Any:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     require_checkpoint(args.ckpt, AUTOENCODERS)
+    require("torch", "torchvision", "sklearn", "matplotlib", "PIL", *(["tensorboard"] if args.projector else []))
     threads.prepare()
     import numpy
 

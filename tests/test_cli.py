@@ -164,17 +164,46 @@ def test_wrong_input_in_a_real_process(folder, flags, code, tmp_path):
         (LATENT, "infer.py", "--ckpt {latent}", "torch"),
         ("common", "evaluate.py", "--ckpt {latent}", "torch"),
         ("common", "play/__main__.py", "{latent}", "tornado"),
+        (AE, "train.py", "--model mlp --outdir {tmp}", "matplotlib"),  # which is needed after an epoch
+        (LATENT, "infer.py", "--ckpt {latent}", "torchvision"),
+        (AE, "run_tsne.py", "--ckpt {ae}", "sklearn"),
     ],
 )
-def test_a_package_that_is_missing_is_one_line(folder, script, flags, package, latent_run, tmp_path, monkeypatch):
-    """As where nobody activated the environment."""
+def test_a_package_that_is_missing_is_one_line(
+    folder, script, flags, package, latent_run, ae_run, tmp_path, monkeypatch
+):
+    """As where nobody activated the environment: before any work, of which nothing is left."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "tornado" or name == "common.play.server"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    result = call(folder, script, *flags.format(tmp=tmp_path, latent=latent_run).split())
+    result = call(folder, script, *flags.format(tmp=tmp_path, latent=latent_run, ae=ae_run).split())
     assert (result.code, len(result.text.splitlines())) == (NOT_INSTALLED, 1), result.text
     assert result.errors[0].startswith(f"error: {package} is not installed in {sys.executable}: activate")
-    assert not list(tmp_path.rglob("*.log"))
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("libtorch_cpu.so: failed to map segment"), "a package cannot be loaded (libtorch_cpu.so: failed"),
+        (ImportError("numpy.core failed", name="matplotlib.x"), "matplotlib cannot be loaded (numpy.core failed)"),
+        (ImportError("cannot import name", name="common.files"), None),
+        (ModuleNotFoundError("no", name="torch.no_such"), None),  # torch is there
+        (ModuleNotFoundError("no", name="model_typo"), None),
+        (ModuleNotFoundError("neither is there"), None),
+    ],
+    ids=str,
+)
+def test_a_broken_package_is_one_line_and_a_bug_here_is_none(error, said, capsys):
+    def main():
+        raise error
+
+    if said is None:
+        with pytest.raises(type(error)):
+            run_main(main)
+    else:
+        assert run_main(main) == NOT_INSTALLED
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -558,6 +558,18 @@ def test_a_picture_too_large_for_the_memory_costs_no_epoch(train, tmp_path, monk
     assert [row["epoch"] for row in metrics(only_run(tmp_path / "out"))] == [1, 2]
 
 
+def test_a_broken_package_costs_curves_and_pictures_but_no_epoch(train, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ImportError("numpy.core.multiarray failed to import")
+
+    for place in ("common.record.draw_curves", "common.record.make_image_grid", "common.record.save_image_grid"):
+        monkeypatch.setattr(place, broken)
+    result = train("--generate-images")
+    assert result.code == 0, result.text
+    assert result.text.count("multiarray failed to import); training goes on") == 3
+    assert newest_state(only_run(tmp_path / "out"))["epoch"] == 2
+
+
 def test_a_flag_that_cannot_have_an_effect_is_said(train):
     wasted = ("--samples-per-epoch says how --generate-images is to look", "--eval-every 3 is more than --epochs 2")
     result = train("--samples-per-epoch", 4, "--eval-every", 3)

@@ -1,5 +1,6 @@
 """DataLoader workers: who asks for them, and what becomes of a run whose workers find no room or die."""
 
+import errno
 import os
 import shutil
 import signal
@@ -160,3 +161,16 @@ def test_a_worker_that_dies_during_a_destructor_is_one_line_too(monkeypatch):
     assert shown == ["another"]
     Interrupted("DataLoader worker (pid 7) afterwards")
     assert len(shown) == 2
+
+
+def test_shared_memory_that_cannot_be_used_is_one_line(tiny, tmp_path, monkeypatch):
+    """As where /dev/shm is read-only, or belongs to somebody else."""
+
+    def refuse(_self):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", refuse)
+    result = call(AE, "train.py", "--model", "mlp", *tiny, "--num-workers", 2, "--outdir", tmp_path)
+    assert (result.code, len(result.errors)) == (OUT_OF_MEMORY, 1), result.text
+    assert "cannot be used (Read-only file system); drop the flag" in result.errors[0]
+    assert not list(tmp_path.glob("checkpoints/*"))

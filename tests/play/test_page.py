@@ -62,6 +62,13 @@ def visit(chromium, server):
     assert heard == []
 
 
+COUNT_WISHES = """() => {
+    const send = WebSocket.prototype.send;
+    window.wished = 0;
+    WebSocket.prototype.send = function (text) { window.wished += 1; send.call(this, text); };
+}"""
+
+
 def says(page, selector: str, text: str) -> None:
     """Wait until an element of the page says that."""
     from playwright.sync_api import expect
@@ -481,6 +488,14 @@ def test_what_stands_side_by_side_and_what_is_taken_is_of_one_epoch(visit, runs)
     with one_epoch_more(runs["lddpm"]):
         taken(page, "[data-form=png]")
         of_epoch(3)
+    page.click("#other")
+    of_epoch(2)
+    with one_epoch_more(runs["lddpm"]), page.expect_download():
+        page.evaluate("() => ['[data-form=png]', '#tab-look'].forEach(one => document.querySelector(one).click())")
+    page.evaluate(COUNT_WISHES)
+    page.click("#tab-draw")  # where a file of an epoch that is gone is asked for once
+    page.wait_for_timeout(1500)
+    assert page.evaluate("() => window.wished") <= 2
     page.click("#tab-sketch")
     page.locator("#paper").click()
     of_epoch(2, "#scommand")

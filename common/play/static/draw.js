@@ -75,20 +75,22 @@ export class Draw {
     return this.sides.filter((side) => side.number === 0 || state.compare);
   }
 
-  // A file was taken, of this epoch: of a run in training, what is shown may be of an older one.
+  // A file was taken, of this epoch: of a run in training, what is shown may be of another one.
   taken(run, epoch) {
     this.file = { run, epoch };
-    if (state.tab === "draw" && this.isOld()) this.ask(); // else once the tab is shown again
+    if (state.tab !== "draw") return; // once the tab is shown again
+    if (this.isOld()) this.ask();
+    else if (this.shown.every((side) => side.done)) this.file = null; // they agree
   }
 
-  // Is one of the sides of an older epoch than another, or than a file that was taken?
+  // Is one of the sides of another epoch than the rest, or than a file that was taken?
   isOld() {
     const epochs = this.shown.filter((side) => side.done).map((side) => side.epoch);
-    const newest = Math.max(...epochs, this.file?.run === this.run.id ? this.file.epoch : 0);
-    return epochs.some((epoch) => epoch < newest);
+    const files = this.file?.run === this.run.id ? [this.file.epoch] : [];
+    return epochs.length > 0 && new Set([...epochs, ...files]).size > 1;
   }
 
-  // Ask for the sides that are set anew, and those that are not finished, or all where one is of an older epoch; not
+  // Ask for the sides that are set anew, and those that are not finished, or all where one is of another epoch; not
   // again for what is on its way.
   ask() {
     const sides = this.shown;

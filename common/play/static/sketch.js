@@ -130,14 +130,16 @@ export class Sketch {
     this.wish = this.link.ask("draw", wish, receive, () => say("sketch-said", WAITING));
   }
 
-  // A file was taken, of this epoch: of a run in training, the drawing may be of an older one.
+  // A file was taken, of this epoch: of a run in training, the drawing may be of another one.
   taken(run, epoch) {
     this.file = { run, epoch };
-    if (state.tab === "sketch" && this.isOld()) this.ask(); // else once the tab is shown again
+    if (state.tab !== "sketch") return; // once the tab is shown again
+    if (this.isOld()) this.ask();
+    else if (this.done) this.file = null; // they agree
   }
 
   isOld() {
-    return this.done && this.file?.run === this.run.id && this.file.epoch > this.epoch;
+    return this.done && this.file?.run === this.run.id && this.file.epoch !== this.epoch;
   }
 
   // The paper is empty: there is nothing to draw, nor to take away.
