@@ -494,8 +494,8 @@ def test_what_stands_side_by_side_and_what_is_taken_is_of_one_epoch(visit, runs)
         page.evaluate("() => ['[data-form=png]', '#tab-look'].forEach(one => document.querySelector(one).click())")
     page.evaluate(COUNT_WISHES)
     page.click("#tab-draw")  # where a file of an epoch that is gone is asked for once
-    page.wait_for_timeout(1500)
-    assert page.evaluate("() => window.wished") <= 2
+    page.wait_for_timeout(2500)
+    assert page.evaluate("() => window.wished") == 1
     page.click("#tab-sketch")
     page.locator("#paper").click()
     of_epoch(2, "#scommand")
