@@ -193,7 +193,9 @@ def test_no_step_makes_the_host_wait(recipe, kind, trained):
 
 
 @stands_in
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(it, marks=() if it == "latent" else pytest.mark.slow) for it in RECIPES]
+)
 def test_the_way_over_cuda_changes_nothing_else(recipe, train, tmp_path):
     """The same arithmetic: the weights are the CPU's, bit for bit, and so is the mean loss."""
     flags = ("--epochs", 2)

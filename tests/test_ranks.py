@@ -331,6 +331,7 @@ def test_layers_that_draw_draw_the_same_for_any_number_of_processes(flags, refer
     assert metrics(only_run(tmp_path / "1")) != metrics(references(LATENT))
 
 
+@pytest.mark.slow
 def test_soak_with_another_number_of_processes_at_each_start(flags, references, tmp_path, pytestconfig):
     """One of them, or all, get a SIGKILL at a random instant; the others are gone soon, and nothing is lost."""
     kills, seed = pytestconfig.getoption("--kills"), random.SystemRandom().randrange(10**6)

@@ -47,7 +47,7 @@ def flags_of(folder, tiny, ae_run, epochs):
     return (*own[folder], *tiny, "--batch-size", 32, "--epochs", epochs, "--lr-scheduler", "cosine", *shown)
 
 
-@pytest.mark.parametrize("folder", [pytest.param(AE, marks=pytest.mark.slow), LATENT, PIXEL])
+@pytest.mark.parametrize("folder", [LATENT, *(pytest.param(folder, marks=pytest.mark.slow) for folder in (AE, PIXEL))])
 def test_soak(folder, tiny, ae_run, tmp_path, pytestconfig):
     """SIGKILL at random instants of a real run: around its restoring, or after it saved; each start goes on."""
     kills = pytestconfig.getoption("--kills")

@@ -162,7 +162,9 @@ def test_scancel_saves_and_does_not_requeue(cluster, data):
     assert cluster.states(job) == set()
 
 
-@pytest.mark.parametrize("options", [(), ("--partition=patient", "--ntasks=2", "--overcommit")])
+@pytest.mark.parametrize(
+    "options", [pytest.param((), marks=pytest.mark.slow), ("--partition=patient", "--ntasks=2", "--overcommit")]
+)
 def test_preemption_saves_and_slurm_starts_the_job_again(options, cluster, data):
     """Also where its tasks are told some time before the job ends."""
     job = long_job(cluster, data, *options, seed=2 + len(options))
