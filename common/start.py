@@ -54,8 +54,8 @@ def open_session(
     See `common.run.open_run` for `name`, `models`, `identify` and `settle`. Raises Exit, having logged why.
     Of several processes the first finds and holds the run, logs and writes.
     """
+    require("torch", "torchvision", "tqdm", "tensorboard", "sklearn", "matplotlib", "PIL")  # imports none
     handlers = slurm.install_signal_handlers()  # before the slow imports
-    require("torch", "torchvision", "tqdm", "tensorboard", "sklearn", "matplotlib", "PIL")
     log = setup_component_logger("train", debug=args.debug)
     run: Run | None = None  # on the first process, which holds it
     with patient() as console:

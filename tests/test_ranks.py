@@ -487,6 +487,30 @@ def test_one_that_cannot_be_reached_is_not_waited_for_for_ever(flags, tmp_path):
     assert results[1].errors[0].startswith("error: process 1: ")
 
 
+def test_processes_that_found_each_other_are_not_ended(monkeypatch):
+    ended = []
+    monkeypatch.setattr(ranks, "patience", lambda: 0.05)
+    monkeypatch.setattr(ranks.os, "_exit", ended.append)
+    with ranks._found("they do not find each other"):
+        pass
+    time.sleep(0.3)
+    assert ended == []
+
+
+@pytest.mark.parametrize(("said", "used"), [("", "wire"), ("mine", "mine")])
+def test_an_interface_that_somebody_named_is_taken(said, used, monkeypatch):
+    for name, value in {**LAUNCHER, "RANK": "0", "LOCAL_WORLD_SIZE": "1", ranks.INTERFACE: said}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "interface_to_others", lambda *_: "wire")
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(None,)]))
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    for name in ("compare_flags", "leave"):
+        monkeypatch.setattr(ranks.World, name, lambda *_: None)
+    with ranks.joined({}):
+        assert os.environ[ranks.INTERFACE] == used
+
+
 def test_a_full_disk_ends_all_of_them_with_the_same_code(flags, disk):
     outdir = disk("600k")
     results = Launched(AE, 2, *flags(AE, "--latent-dim", 64, "--outdir", outdir)).finish()
